@@ -1,0 +1,86 @@
+"""The ops in plain PyTorch: the specification, the oracle of every test, and the fallback.
+
+Each function upcasts its inputs once, composes in that precision, and rounds once. float64 inputs
+stay in float64, so that gradients can be checked against finite differences.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rana_kernels import checks
+
+
+def keep(h: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Tensor:
+    """The mask, [..., R] bool: keep unless `|h|·scale < threshold`, so that NaN is kept."""
+    score = h.abs() if scale is None else h.abs() * scale
+    return ~(score < threshold)
+
+
+def activate(h: Tensor, activation: str) -> Tensor:
+    """The pointwise nonlinearity of an MLP, by the name that `masked_mlp` takes."""
+    match activation:
+        case "silu":
+            return F.silu(h)
+        case "gelu":
+            return F.gelu(h)
+        case "gelu_tanh":
+            return F.gelu(h, approximate="tanh")
+        case "relu":
+            return F.relu(h)
+        case _:
+            return F.relu(h).square()
+
+
+def masked_linear(
+    h: Tensor, rows: Tensor, threshold: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    checks.masked_linear(h, rows, threshold, scale, bias)
+    wide_h, wide_rows, wide_bias = _widen(h, rows, bias)
+    z = torch.where(keep(wide_h, threshold, scale), wide_h, 0)
+    y = z @ wide_rows
+    return (y if wide_bias is None else y + wide_bias).to(h.dtype)
+
+
+def masked_lowrank_linear(
+    x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    checks.masked_lowrank_linear(x, B, rows, threshold, bias)
+    wide_x, wide_B, wide_rows, wide_bias = _widen(x, B, rows, bias)
+    h = wide_x @ wide_B.T
+    return masked_linear(h, wide_rows, threshold, None, wide_bias).to(x.dtype)
+
+
+def masked_mlp(
+    x: Tensor,
+    B: Tensor,
+    up_rows: Tensor,
+    gate_rows: Tensor | None,
+    threshold: Tensor,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    down_rows: Tensor,
+    down_scale: Tensor,
+    down_threshold: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    checks.masked_mlp(
+        x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
+        down_rows, down_scale, down_threshold, down_bias, activation,
+    )  # fmt: skip
+    wide_x, wide_B, up, gate, down = _widen(x, B, up_rows, gate_rows, down_rows)
+    bias_up, bias_gate, bias_down = _widen(up_bias, gate_bias, down_bias)
+    ranks = up_rows.shape[0]
+    h = masked_lowrank_linear(wide_x, wide_B[:ranks], up, threshold[:ranks], bias_up)
+    if gate is None:
+        g = activate(h, activation)
+    else:
+        # shared ranks: gate reads the rows of B that up reads; separate ranks: the rows below them
+        last = slice(B.shape[0] - gate_rows.shape[0], None)
+        g = activate(masked_lowrank_linear(wide_x, wide_B[last], gate, threshold[last], bias_gate), activation) * h
+    return masked_linear(g, down, down_threshold, down_scale, bias_down).to(x.dtype)
+
+
+def _widen(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(checks.wide_dtype(t.dtype)) for t in tensors]
