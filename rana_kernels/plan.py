@@ -1,0 +1,180 @@
+"""The Plan: what each linear of a model becomes, in sizes and numbers only. Frozen, and JSON on disk.
+
+The shape of every module follows from it, so it is also what a checkpoint stores to be built from.
+Costs are FLOPs a token, two for a multiply-add, over the linears of the transformer blocks.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+
+KINDS = ("rank", "neuron", "dense")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter, or one linear left dense.
+
+    kind          rank: y = A (m ⊙ Bx) + b · neuron: y = W (m ⊙ x) + b · dense: y = Wx + b
+    names         the linears it covers, by full module name, in the order the model calls them;
+                  more than one: decomposed jointly (they read the same input and share ranks)
+    in_features   K
+    out_features  N of each of `names`
+    rank          stored rows: R of a rank adapter, K of a neuron adapter, 0 if dense
+    live          expected mean kept rows a token
+    threshold     smallest |h_i|·scale_i that is kept; None: `compress` chooses it so that `live` rows
+                  of the calibration sample are kept
+    bias          whether any of `names` has a bias
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+    rank: int = 0
+    live: float = 0.0
+    threshold: float | None = None
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_sizes(self)
+
+    @property
+    def width(self) -> int:
+        """N: the output features of all its linears together."""
+        return sum(self.out_features)
+
+    @property
+    def dense_flops(self) -> int:
+        return 2 * self.in_features * self.width
+
+    @property
+    def flops(self) -> float:
+        if self.kind == "dense":
+            return self.dense_flops
+        router = self.rank * self.in_features if self.kind == "rank" else 0
+        return 2 * (router + self.live * self.width)
+
+    @property
+    def keep(self) -> float:
+        """Its cost, as a fraction of the dense cost."""
+        return self.flops / self.dense_flops
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every linear of the transformer blocks, once.
+
+    `flops_reduction` is what was asked for; `reduction` is what the adapters come to.
+    """
+
+    adapters: tuple[Adapter, ...]
+    method: str = "custom"
+    flops_reduction: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.method, str), "Plan", "method", self.method, "a string")
+        asked = self.flops_reduction
+        _require(
+            asked is None or (_is_number(asked) and 0 <= asked < 1),
+            "Plan", "flops_reduction", asked, "None or a number in [0, 1)",
+        )  # fmt: skip
+        seen: set[str] = set()
+        for name in (name for adapter in self.adapters for name in adapter.names):
+            _require(name not in seen, "Plan", f"the linear {name!r}", "two adapters", "one")
+            seen.add(name)
+
+    @property
+    def dense_flops(self) -> int:
+        return sum(adapter.dense_flops for adapter in self.adapters)
+
+    @property
+    def flops(self) -> float:
+        return sum(adapter.flops for adapter in self.adapters)
+
+    @property
+    def reduction(self) -> float:
+        """FLOPs saved over the linears of the blocks, as a fraction."""
+        return 1 - self.flops / self.dense_flops if self.adapters else 0.0
+
+    def adapter_of(self, name: str) -> Adapter | None:
+        """The adapter that covers the linear `name`, or None."""
+        return next((adapter for adapter in self.adapters if name in adapter.names), None)
+
+    def with_adapters(self, adapters: tuple[Adapter, ...]) -> "Plan":
+        return replace(self, adapters=adapters)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """Read a plan; ValueError says which field is wrong, has what, and what is wanted."""
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"Plan: not JSON: {error}") from None
+        _require(isinstance(data, dict), "Plan", "the JSON", type(data).__name__, "an object")
+        found = data.pop("format", None)
+        _require(found == FORMAT, "Plan", "format", found, f"{FORMAT}, the one this version reads")
+        entries = data.get("adapters")
+        _require(isinstance(entries, list), "Plan", "adapters", entries, "a list")
+        adapters = tuple(_read(Adapter, entry, f"adapters[{i}]") for i, entry in enumerate(entries))
+        return _read(Plan, {**data, "adapters": adapters}, "Plan")
+
+
+def _read(kind: type, data: object, where: str):
+    _require(isinstance(data, dict), "Plan", where, type(data).__name__, "an object")
+    known = {field.name for field in fields(kind)}
+    unknown = sorted(set(data) - known)
+    _require(not unknown, "Plan", f"{where} the fields", unknown, f"only {', '.join(sorted(known))}")
+    try:
+        return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+    except TypeError as error:
+        raise ValueError(f"Plan: {where}: {error}") from None
+
+
+def _require(condition: bool, what: str, field: str, has: object, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{what}: {field} has {has!r}, wanted {wanted}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(value: object) -> bool:
+    # above 2^31 no layer is real, and a hostile file must not make us allocate for it
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _check_types(a: Adapter) -> None:
+    where = f"Adapter {a.names!r}"
+    _require(a.kind in KINDS, where, "kind", a.kind, f"one of {', '.join(KINDS)}")
+    named = isinstance(a.names, tuple) and len(a.names) > 0 and all(isinstance(n, str) and n for n in a.names)
+    _require(named, where, "names", a.names, "a non-empty tuple of module names")
+    _require(_is_size(a.in_features), where, "in_features", a.in_features, "a positive whole number")
+    widths = isinstance(a.out_features, tuple) and all(_is_size(n) for n in a.out_features)
+    _require(widths, where, "out_features", a.out_features, "a tuple of positive whole numbers")
+    _require(len(a.out_features) == len(a.names), where, "out_features", a.out_features, "one for each name")
+    _require(isinstance(a.bias, bool), where, "bias", a.bias, "true or false")
+    _require(_is_number(a.live) and a.live >= 0, where, "live", a.live, "a finite number >= 0")
+    fine = a.threshold is None or (_is_number(a.threshold) and a.threshold >= 0)
+    _require(fine, where, "threshold", a.threshold, "None or a finite number >= 0")
+
+
+def _check_sizes(a: Adapter) -> None:
+    where = f"Adapter {a.names!r}"
+    full = min(a.in_features, a.width)
+    if a.kind == "rank":
+        _require(_is_size(a.rank) and a.rank <= full, where, "rank", a.rank, f"1 to {full}")
+    elif a.kind == "neuron":
+        _require(len(a.names) == 1, where, "names", a.names, "one name: neuron adapters are not joint")
+        _require(a.rank == a.in_features, where, "rank", a.rank, f"{a.in_features}, its in_features")
+    else:
+        _require(len(a.names) == 1, where, "names", a.names, "one name: a dense linear stands alone")
+        _require(a.rank == 0, where, "rank", a.rank, "0, because it is dense")
+    if a.kind != "dense":
+        _require(a.live <= a.rank, where, "live", a.live, f"at most its rank, {a.rank}")
