@@ -4,14 +4,17 @@ Keyed by `model.config.model_type`, the name that Hugging Face transformers give
 (which is not imported: any module of that layout with such a config works).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names inside a decoder layer; `decoder` is the path of the module that owns `layers`."""
+    """Names inside a decoder layer; `decoder` is the path of the module that owns `layers`.
+
+    `activation` is the field of the config that names the MLP's activation.
+    """
 
     decoder: str
     layers: str
@@ -22,24 +25,25 @@ class Architecture:
     up: str
     gate: str
     down: str
+    act: str
     activation: str
 
 
 _LLAMA = Architecture(
     decoder="model", layers="layers",
     attention="self_attn", qkv=("q_proj", "k_proj", "v_proj"), o="o_proj",
-    mlp="mlp", up="up_proj", gate="gate_proj", down="down_proj", activation="hidden_act",
+    mlp="mlp", up="up_proj", gate="gate_proj", down="down_proj", act="act_fn", activation="hidden_act",
 )  # fmt: skip
-_GEMMA = Architecture(**{**vars(_LLAMA), "activation": "hidden_activation"})
+_GEMMA2 = replace(_LLAMA, activation="hidden_activation")
 
 ARCHITECTURES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma": _GEMMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
 }
 
 # what configs call an activation -> what `masked_mlp` calls it
@@ -57,7 +61,11 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block: full names of its linears. `activation` is None if no op has it."""
+    """One transformer block: full names of its linears.
+
+    `act` is the module that computes the MLP's activation, `activation` the name `masked_mlp` has for
+    it: None if no op computes it, and the MLP then stays, with its linears adapted one by one.
+    """
 
     index: int
     qkv: tuple[str, str, str]
@@ -66,6 +74,7 @@ class Block:
     up: str
     gate: str
     down: str
+    act: str
     activation: str | None
 
     @property
@@ -117,5 +126,6 @@ def _block(known: Architecture, layer: str, index: int, activation: str | None) 
         up=f"{mlp}.{known.up}",
         gate=f"{mlp}.{known.gate}",
         down=f"{mlp}.{known.down}",
+        act=f"{mlp}.{known.act}",
         activation=activation,
     )

@@ -1,0 +1,222 @@
+"""Calibration: what the linears of a model read, as second moments and a sample of tokens.
+
+Streams: memory is O(K²) for each distinct input (q, k and v share one, up and gate share one) plus
+the sample, whatever the number of tokens. RaNA (arXiv 2503.18216, algorithm 1) keeps the tokens
+themselves; the second moment Σ x xᵀ is all that its decomposition needs of them.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from rana_kernels.models import Block, decoder_name, find_blocks
+
+INPUTS = ("qkv", "o", "mlp", "down")
+
+
+@dataclass
+class InputStats:
+    """One distinct input of a layer: `moment` [K, K] float64 is Σ x xᵀ, `sample` [T, K] some tokens."""
+
+    moment: Tensor
+    sample: Tensor
+
+
+@dataclass
+class Stats:
+    """What calibration found. `inputs` is keyed by (layer, "qkv" | "o" | "mlp" | "down").
+
+    model     the model it was taken from: plans need its weights too
+    tokens    tokens that were read, padding left out
+    digest    of the token ids, and of which were sampled: two equal runs have the same
+    """
+
+    model: nn.Module
+    tokens: int = 0
+    digest: str = ""
+    inputs: dict[tuple[int, str], InputStats] = field(default_factory=dict)
+
+    def of(self, layer: int, name: str) -> InputStats:
+        """Raises ValueError where that input was not collected."""
+        if (layer, name) not in self.inputs:
+            raise ValueError(
+                f"the statistics have nothing of the input {name!r} of layer {layer}: "
+                f"calibrate with inputs=(..., {name!r})"
+            )
+        return self.inputs[layer, name]
+
+
+class _Sampler:
+    """A uniform sample of a stream of tokens: those with the smallest hash of their position.
+
+    The choice depends on position and seed only, so it is the same however the stream is cut up.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.seen = size, seed, 0
+        self.priority = torch.empty(0, dtype=torch.int64)
+
+    def select(self, count: int) -> tuple[Tensor, Tensor]:
+        """For the next `count` tokens: indices of the held ones to keep, and of the new ones to take."""
+        priority = torch.cat([self.priority, _hash(self.seen, count, self.seed)])
+        chosen = priority.topk(min(self.size, len(priority)), largest=False).indices.sort().values
+        held = len(self.priority)
+        self.priority, self.seen = priority[chosen], self.seen + count
+        return chosen[chosen < held], chosen[chosen >= held] - held
+
+
+def _hash(start: int, count: int, seed: int) -> Tensor:
+    """splitmix64 of positions start ... start + count - 1; int64 products wrap around, as wanted."""
+
+    def signed(constant: int) -> int:
+        return constant - (1 << 64) if constant >= 1 << 63 else constant
+
+    def xor_shift(z: Tensor, bits: int) -> Tensor:
+        return z ^ ((z >> bits) & ((1 << (64 - bits)) - 1))
+
+    z = torch.arange(start + 1, start + count + 1) * signed(0x9E3779B97F4A7C15) + seed
+    z = xor_shift(z, 30) * signed(0xBF58476D1CE4E5B9)
+    z = xor_shift(z, 27) * signed(0x94D049BB133111EB)
+    return xor_shift(z, 31)
+
+
+class _Batch:
+    """What the hooks need to know of the batch that is running."""
+
+    tokens: Tensor  # bool, [batch · T]: which are not padding
+    keep: Tensor
+    take: Tensor
+
+
+def calibrate(
+    model: nn.Module,
+    calibration: Iterable,
+    *,
+    sample_tokens: int = 4096,
+    seed: int = 0,
+    inputs: Iterable[str] = ("qkv", "mlp"),
+    progress: bool = True,
+) -> Stats:
+    """Run `calibration` through the blocks of `model` and collect what their linears read.
+
+    calibration     an iterable, read once, of `input_ids` ([T] or [batch, T], integers) or of dicts
+                    of model inputs; where `attention_mask` is 0 tokens are left out
+    sample_tokens   size of the token sample, uniform over all tokens
+    inputs          which distinct inputs: "qkv", "o", "mlp" (up and gate) and "down". What a method
+                    needs is `rana_kernels.allocate.INPUTS[method]`
+
+    The model is left as it was. Raises ValueError for an unknown architecture, an empty or ill-typed
+    calibration, or activations that are not finite (it names the linear that reads them).
+    """
+    wanted = _wanted(inputs)
+    if sample_tokens < 1:
+        raise ValueError(f"calibrate: sample_tokens is {sample_tokens}, wanted at least 1")
+    stats, batch = Stats(model), _Batch()
+    sampler, digest = _Sampler(sample_tokens, seed), hashlib.sha256(f"{sample_tokens} {seed}".encode())
+    decoder = model.get_submodule(decoder_name(model))
+    device = next(decoder.parameters()).device
+    with _collecting(model, find_blocks(model), wanted, batch, stats), torch.no_grad():
+        for kwargs in _batches(calibration, progress):
+            ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+            batch.tokens = (
+                torch.ones(ids.numel(), dtype=torch.bool) if mask is None else mask.flatten().bool().cpu()
+            )
+            digest.update(ids.flatten()[batch.tokens.to(ids.device)].to("cpu", torch.int64).numpy().tobytes())
+            batch.keep, batch.take = sampler.select(int(batch.tokens.sum()))
+            decoder(**{key: _to(value, device) for key, value in kwargs.items()}, use_cache=False)
+    if sampler.seen == 0:
+        raise ValueError("calibrate: the calibration holds no tokens, wanted an iterable of input_ids")
+    stats.tokens, stats.digest = sampler.seen, digest.hexdigest()
+    return stats
+
+
+def _wanted(inputs: Iterable[str]) -> tuple[str, ...]:
+    wanted = tuple(inputs)
+    unknown = [name for name in wanted if name not in INPUTS]
+    if unknown or not wanted:
+        raise ValueError(f"calibrate: inputs has {unknown or 'nothing'}, wanted some of {', '.join(INPUTS)}")
+    return wanted
+
+
+def _to(value: object, device: torch.device) -> object:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _batches(calibration: Iterable, progress: bool) -> Iterator[dict]:
+    if isinstance(calibration, Tensor | Mapping | str):
+        raise ValueError(
+            f"calibrate: the calibration is one {type(calibration).__name__}, wanted an iterable of "
+            "input_ids tensors or of dicts of model inputs: put it in a list"
+        )
+    total = len(calibration) if hasattr(calibration, "__len__") else None
+    with Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("calibrating", total=total)
+        for i, item in enumerate(calibration):
+            yield _batch(item, i)
+            bar.advance(task)
+
+
+def _batch(item: object, i: int) -> dict:
+    """One item of the calibration as keyword arguments of the decoder."""
+    kwargs = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
+    kwargs.pop("labels", None)
+    ids = kwargs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        has = f"dtype {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise ValueError(f"calibrate: input_ids of item {i} has {has}, wanted a tensor of integers")
+    if ids.dim() not in (1, 2):
+        raise ValueError(
+            f"calibrate: input_ids of item {i} has shape {list(ids.shape)}, wanted [T] or [batch, T]"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"calibrate: attention_mask of item {i} has shape {list(mask.shape)}, wanted {list(ids.shape)}, "
+            "that of input_ids"
+        )
+    rows = {key: v[None] if isinstance(v, Tensor) and v.dim() == 1 else v for key, v in kwargs.items()}
+    return {**rows, "input_ids": rows["input_ids"].long()}
+
+
+@contextmanager
+def _collecting(model: nn.Module, blocks: list[Block], wanted: tuple[str, ...], batch: _Batch, stats: Stats):
+    """Hooks on the first reader of every wanted input; taken off again whatever happens."""
+    hooks, training = [], [module for module in model.modules() if module.training]
+    try:
+        for block in blocks:
+            for name in wanted:
+                reader = block.inputs[name][0]
+                hook = _hook((block.index, name), reader, batch, stats)
+                hooks.append(model.get_submodule(reader).register_forward_pre_hook(hook))
+        model.eval()
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+
+
+def _hook(key: tuple[int, str], reader: str, batch: _Batch, stats: Stats):
+    def collect(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1])
+        x = x[batch.tokens.to(x.device)]
+        wide = x.float()
+        if not wide.isfinite().all():
+            raise ValueError(f"calibrate: the input of {reader} holds values that are not finite")
+        if key not in stats.inputs:
+            moment = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+            stats.inputs[key] = InputStats(moment, x[:0])
+        found = stats.inputs[key]
+        # products in float32, sums of them in float64: the tail of a long sum stays
+        for chunk in wide.split(2048):
+            found.moment += chunk.T @ chunk
+        kept = found.sample[batch.keep.to(x.device)]
+        found.sample = torch.cat([kept, x[batch.take.to(x.device)]])
+
+    return collect

@@ -1,0 +1,91 @@
+"""One block at work: its weights, its statistics, and their factors, each computed once.
+
+Allocation and compression both ask for factors. Going through a model block by block with one
+`Layer` for each decomposes every linear once and holds the factors of one block at a time.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rana_kernels.calibrate import Stats
+from rana_kernels.decompose import Factors, decompose
+from rana_kernels.models import Block
+
+
+class Layer:
+    """`names` are full module names of linears that read the same input, in the order of their rows."""
+
+    def __init__(self, model: nn.Module, block: Block, stats: Stats) -> None:
+        self.model, self.block, self.stats = model, block, stats
+        self._factors: dict[tuple[str, ...], Factors] = {}
+        self._samples: dict[str, Tensor] = {}
+
+    def linear(self, name: str) -> nn.Linear:
+        return linear_of(self.model, name)
+
+    def weight(self, names: tuple[str, ...]) -> Tensor:
+        """[N, K], the weights stacked, in their own dtype."""
+        weights = [self.linear(name).weight.detach() for name in names]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def bias(self, names: tuple[str, ...]) -> Tensor | None:
+        """[N], zeros for a linear without one; None if none has one."""
+        linears = [self.linear(name) for name in names]
+        if all(linear.bias is None for linear in linears):
+            return None
+        parts = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in linears]
+        return torch.cat(parts)
+
+    def sample(self, name: str) -> Tensor:
+        """[T, K] float32: the sampled tokens of an input of this block ("qkv", "o", "mlp", "down").
+
+        What down reads follows from what the MLP reads, and is computed rather than collected.
+        """
+        if name not in self._samples:
+            found = self._down_input() if name == "down" else self.stats.of(self.block.index, name).sample
+            self._samples[name] = found.float()
+        return self._samples[name]
+
+    def input_of(self, names: tuple[str, ...]) -> str:
+        return next(key for key, readers in self.block.inputs.items() if set(names) <= set(readers))
+
+    def factors(self, names: tuple[str, ...]) -> Factors:
+        if names not in self._factors:
+            moment = self.stats.of(self.block.index, self.input_of(names)).moment
+            self._factors[names] = decompose(self.weight(names), moment.to(self.weight(names).device))
+        return self._factors[names]
+
+    def rank_values(self, names: tuple[str, ...]) -> Tensor:
+        """h [T, F] float32 of the sample, from B as it will be stored."""
+        return self.sample(self.input_of(names)) @ self.factors(names).B.float().T
+
+    def scale(self, name: str) -> Tensor:
+        """‖W_:,i‖₂ of each input, [K] float32: what a unit of that input weighs in the output."""
+        return self.weight((name,)).float().norm(dim=0)
+
+    def act(self, h: Tensor) -> Tensor:
+        return self.model.get_submodule(self.block.act)(h)
+
+    def dense(self, name: str, x: Tensor) -> Tensor:
+        """The linear as it is, in float32."""
+        bias = self.bias((name,))
+        return F.linear(x, self.weight((name,)).float(), None if bias is None else bias.float())
+
+    def _down_input(self) -> Tensor:
+        x = self.sample("mlp")
+        return self.act(self.dense(self.block.gate, x)) * self.dense(self.block.up, x)
+
+
+def linear_of(model: nn.Module, name: str) -> nn.Linear:
+    """The linear `name` of `model`; ValueError if it is not there or no longer a plain linear."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{type(model).__name__} has no module {name!r}") from None
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, wanted torch.nn.Linear: an adapted model cannot be "
+            "compressed again, start from the original"
+        )
+    return module

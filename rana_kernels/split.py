@@ -1,0 +1,81 @@
+"""How a rank adapter spends its budget: few ranks that are mostly on, or many that are mostly off.
+
+RaNA (arXiv 2503.18216, algorithm 1): of all pairs (stored ranks R, mean live ranks) that a budget of
+R·K + live·N multiply-adds allows, take the one whose mask captures the most energy, Σ of the kept h².
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RANK_STEP = 16
+_BINS = 2048
+_OCTAVES = 64  # of h², below its largest value: more than float32 squares resolve
+
+
+@dataclass(frozen=True)
+class Split:
+    rank: int
+    live: float
+    threshold: float
+
+
+def smallest_budget(in_features: int, width: int) -> int:
+    """Multiply-adds of the smallest rank adapter that is worth storing: one live rank of 16."""
+    return RANK_STEP * in_features + width
+
+
+def best_split(h: Tensor, in_features: int, width: int, budget: float) -> Split:
+    """The split of `budget` multiply-adds a token for rank values `h` [T, F] of the token sample.
+
+    Raises ValueError if even the smallest adapter costs more.
+    """
+    counts, value = _histogram(h)
+    ranks = torch.arange(1, counts.shape[0] + 1, device=h.device, dtype=torch.float64) * RANK_STEP
+    live = ((budget - ranks * in_features) / width).minimum(ranks)
+    if len(ranks) == 0 or live[0] < 1:
+        raise ValueError(
+            f"a rank adapter {in_features} -> {width} has {budget:.0f} multiply-adds, wanted at least "
+            f"{smallest_budget(in_features, width)}: ask for a smaller flops_reduction"
+        )
+    # of each bin, largest values first, what is left of the `live` share once the bins before are in
+    counts = counts.cumsum(0).double()
+    room = live[:, None] * len(h) - (counts.cumsum(1) - counts)
+    captured = (counts.minimum(room.clamp_min(0)) * value).sum(1)
+    captured[live < 1] = -1
+    best = int(captured.argmax())
+    rank = RANK_STEP * (best + 1)
+    threshold, kept = threshold_for(h[:, :rank].abs(), float(live[best]))
+    return Split(rank, kept, threshold)
+
+
+def threshold_for(score: Tensor, live: float) -> tuple[float, float]:
+    """The threshold that keeps `live` of the R scores [T, R] of a token on average, and what it keeps.
+
+    One threshold for all ranks and tokens: the share of a token or of a rank varies.
+    """
+    flat, keep = score.flatten(), round(live * len(score))
+    if keep >= flat.numel():
+        return 0.0, float(score.shape[1])
+    threshold = flat.max() * 2 if keep < 1 else flat.kthvalue(flat.numel() - keep + 1).values
+    if threshold == 0 and (flat > 0).any():
+        threshold = flat[flat > 0].min()  # exact zeros (ReLU) add nothing: never keep them
+    return float(threshold), float((flat >= threshold).sum()) / len(score)
+
+
+def _histogram(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts [F / 16, bins] of h² by block of 16 ranks, on a log scale from the largest down, and the
+    value of each bin. Counting instead of sorting makes every R cost one pass over the sample together."""
+    blocks = h.shape[1] // RANK_STEP
+    square = h[:, : blocks * RANK_STEP].float().square()
+    top = (
+        square.max().clamp_min(torch.finfo(torch.float32).tiny).log2() if square.numel() else h.new_zeros(())
+    )
+    block = torch.arange(blocks, device=h.device).repeat_interleave(RANK_STEP) * _BINS
+    counts = torch.zeros(blocks * _BINS, dtype=torch.int64, device=h.device)
+    for part in square.split(256):
+        bins = ((top - part.log2()) * (_BINS / _OCTAVES)).clamp(0, _BINS - 1).long()
+        counts += torch.bincount((bins + block).flatten(), minlength=blocks * _BINS)
+    middle = torch.arange(_BINS, device=h.device, dtype=torch.float64) + 0.5
+    return counts.view(blocks, _BINS), torch.exp2(top.double() - middle * (_OCTAVES / _BINS))
