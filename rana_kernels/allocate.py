@@ -17,7 +17,7 @@ from rana_kernels.calibrate import Stats
 from rana_kernels.layer import Layer, linear_of
 from rana_kernels.models import Block, find_blocks
 from rana_kernels.plan import Adapter, Plan
-from rana_kernels.split import Split, best_split, smallest_budget, threshold_for
+from rana_kernels.split import ROUNDING, Split, best_split, smallest_budget, threshold_for
 
 # the inputs whose statistics a method reads
 INPUTS = {"paper": ("qkv", "mlp"), "static": ("qkv", "mlp", "down")}
@@ -120,9 +120,9 @@ def _adapter(
 def _paper_mlp(layer: Layer, keep: float) -> list[Adapter]:
     """Algorithm 2: try every way to share the MLP's budget, keep the one with the least output error."""
     block = layer.block
-    x = layer.sample("mlp")[:MLP_TOKENS]
-    exact = layer.sample("down")[:MLP_TOKENS]
-    up, gate = _Expanded(layer, block.up, keep, x), _Expanded(layer, block.gate, keep, x)
+    some = slice(None, None, -(-len(layer.sample("mlp")) // MLP_TOKENS))
+    up, gate = _Expanded(layer, block.up, keep, some), _Expanded(layer, block.gate, keep, some)
+    exact = layer.sample("down")[some]
     down, scale = layer.weight((block.down,)).float(), layer.scale(block.down)
     best = None
     for up_share, gate_share, down_share in SHARES:
@@ -146,17 +146,18 @@ def _share(keep: float, share: int) -> float:
 
 
 class _Expanded:
-    """One of up and gate at every share of the budget: its split, and its output on some tokens."""
+    """One of up and gate at every share of the budget: its split, and its output on `some` tokens."""
 
-    def __init__(self, layer: Layer, name: str, keep: float, x: Tensor) -> None:
-        self.layer, self.name, self.keep, self.x = layer, name, keep, x
+    def __init__(self, layer: Layer, name: str, keep: float, some: slice) -> None:
+        self.layer, self.name, self.keep, self.some = layer, name, keep, some
         self.h, self.factors = layer.rank_values((name,)), layer.factors((name,))
         self.N, self.K = layer.weight((name,)).shape
         self._splits: dict[int, Split] = {}
         self._outputs: dict[int, Tensor] = {}
 
     def affords(self, share: int) -> bool:
-        return smallest_budget(self.K, self.N) <= self._budget(share) <= self.K * self.N
+        least = smallest_budget(self.K, self.N) * (1 - ROUNDING)
+        return least <= self._budget(share) <= self.K * self.N
 
     def adapter(self, share: int) -> Adapter:
         split = self._split(share)
@@ -166,7 +167,7 @@ class _Expanded:
         """[tokens, N] float32, bias included."""
         if share not in self._outputs:
             split, bias = self._split(share), self.layer.bias((self.name,))
-            h = self.h[: len(self.x), : split.rank]
+            h = self.h[self.some, : split.rank]
             z = torch.where(h.abs() < split.threshold, 0, h)
             y = z @ self.factors.rows[: split.rank].float()
             self._outputs[share] = y if bias is None else y + bias

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 RANK_STEP = 16
+ROUNDING = 1e-9  # a budget exactly at a limit may come out of arithmetic this much past it
 _BINS = 2048
 _OCTAVES = 64  # of h², below its largest value: more than float32 squares resolve
 
@@ -34,7 +35,7 @@ def best_split(h: Tensor, in_features: int, width: int, budget: float) -> Split:
     counts, value = _histogram(h)
     ranks = torch.arange(1, counts.shape[0] + 1, device=h.device, dtype=torch.float64) * RANK_STEP
     live = ((budget - ranks * in_features) / width).minimum(ranks)
-    if len(ranks) == 0 or live[0] < 1:
+    if len(ranks) == 0 or live[0] < 1 - ROUNDING:
         raise ValueError(
             f"a rank adapter {in_features} -> {width} has {budget:.0f} multiply-adds, wanted at least "
             f"{smallest_budget(in_features, width)}: ask for a smaller flops_reduction"
@@ -43,7 +44,7 @@ def best_split(h: Tensor, in_features: int, width: int, budget: float) -> Split:
     counts = counts.cumsum(0).double()
     room = live[:, None] * len(h) - (counts.cumsum(1) - counts)
     captured = (counts.minimum(room.clamp_min(0)) * value).sum(1)
-    captured[live < 1] = -1
+    captured[live < 1 - ROUNDING] = -1
     best = int(captured.argmax())
     rank = RANK_STEP * (best + 1)
     threshold, kept = threshold_for(h[:, :rank].abs(), float(live[best]))

@@ -1,0 +1,157 @@
+"""Compression: calibrate → plan → modules, in place, one block at a time.
+
+Each linear is decomposed once; a block's factors are dropped when its modules are in place, so that
+there are never two copies of the model. Only linears are replaced: embeddings, norms and lm_head stay.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from os import PathLike
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from rana_kernels import allocate
+from rana_kernels.calibrate import Stats, calibrate
+from rana_kernels.fill import block_tensors
+from rana_kernels.install import build_block, check_plan, swap
+from rana_kernels.layer import Layer, linear_of
+from rana_kernels.measure import AdapterReport, CompressReport, measure, model_bytes, model_flops_reduction
+from rana_kernels.models import Block, find_blocks
+from rana_kernels.plan import Adapter, Plan
+from rana_kernels.resume import ResumeDir, fingerprint, place
+from rana_kernels.split import threshold_for
+
+
+def compress(
+    model: nn.Module,
+    calibration: Iterable | None = None,
+    *,
+    flops_reduction: float | None = None,
+    method: str = "paper",
+    plan: Plan | None = None,
+    stats: Stats | None = None,
+    resume_dir: str | PathLike | None = None,
+    progress: bool = True,
+) -> CompressReport:
+    """Replace the linears of `model`'s blocks by adapters, in place.
+
+    calibration       as in `calibrate`; not needed where `stats` are given
+    flops_reduction   share of the block linears' FLOPs to save, by `method`; or else a `plan`, whose
+                      missing thresholds are chosen from the token sample
+    resume_dir        finished blocks are kept here; the same call after an interruption goes on from
+                      them (load the original model again first)
+
+    Raises ValueError for arguments that do not fit together or the model, before it is touched.
+    """
+    started = time.monotonic()
+    choose = _chooser(model, flops_reduction, method, plan)
+    stats = _stats(model, calibration, stats, method, plan, progress)
+    blocks = find_blocks(model)
+    facts = (stats.digest, plan.to_json() if plan else f"{method} {flops_reduction}")
+    store = ResumeDir(resume_dir, fingerprint(model, blocks, *facts)) if resume_dir else None
+    report, adapters = CompressReport(Plan(())), []
+    report.bytes_before = model_bytes(model)
+    for block in track(blocks, "compressing", disable=not progress, transient=True):
+        tensors, found, measured = _block(Layer(model, block, stats), choose, store)
+        _put(model, block, found, tensors)
+        adapters += found
+        report.adapters += measured
+    asked = plan.flops_reduction if plan else flops_reduction
+    report.plan = Plan(tuple(adapters), plan.method if plan else method, asked)
+    report.block_flops_reduction = report.plan.reduction
+    report.model_flops_reduction = model_flops_reduction(model, report.plan)
+    report.bytes_after = model_bytes(model)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+Chooser = Callable[[Layer], list[Adapter]]
+
+
+def _chooser(model: nn.Module, flops_reduction: float | None, method: str, plan: Plan | None) -> Chooser:
+    """What decides the adapters of a block: the plan, or the method at its budget."""
+    if (plan is None) == (flops_reduction is None):
+        raise ValueError(
+            f"compress: plan is {'given' if plan else None} and flops_reduction is {flops_reduction}, "
+            "wanted exactly one of them"
+        )
+    if plan is not None:
+        planned = {block.index: adapters for block, adapters in check_plan(model, plan)}
+        return lambda layer: planned[layer.block.index]
+    keep = allocate.keep_for(model, find_blocks(model), flops_reduction, method)
+    return lambda layer: allocate.plan_layer(layer, keep, method)
+
+
+def _stats(
+    model: nn.Module,
+    calibration: Iterable | None,
+    stats: Stats | None,
+    method: str,
+    plan: Plan | None,
+    progress: bool,
+) -> Stats:
+    if (calibration is None) == (stats is None):
+        raise ValueError("compress: wanted exactly one of calibration and stats")
+    if stats is None:
+        inputs = allocate.INPUTS[method] if plan is None else _inputs_of(model, plan)
+        return calibrate(model, calibration, inputs=inputs, progress=progress)
+    if stats.model is not model:
+        raise ValueError("compress: the statistics are of another model object than the one given")
+    return stats
+
+
+def _inputs_of(model: nn.Module, plan: Plan) -> tuple[str, ...]:
+    """The inputs whose statistics a plan needs; what down reads is computed from what the MLP reads."""
+    needed = {"mlp"}
+    for block, adapters in check_plan(model, plan):
+        for adapter in adapters:
+            name = next(key for key, readers in block.inputs.items() if adapter.names[0] in readers)
+            if adapter.kind == "rank" or (adapter.kind == "neuron" and name != "down"):
+                needed.add(name)
+    return tuple(sorted(needed))
+
+
+def _block(
+    layer: Layer, choose: Chooser, store: ResumeDir | None
+) -> tuple[dict[str, Tensor], list[Adapter], list[AdapterReport]]:
+    """Tensors, adapters and measurements of one block, from the store if it was finished before."""
+    index = layer.block.index
+    finished = store.load(index) if store else None
+    if finished is not None:
+        tensors, record = finished
+        adapters = list(Plan.from_json(record["plan"]).adapters)
+        reports = [AdapterReport(**{**entry, "names": tuple(entry["names"])}) for entry in record["reports"]]
+        return tensors, adapters, reports
+    adapters = [_with_threshold(layer, adapter) for adapter in choose(layer)]
+    tensors = block_tensors(layer, adapters)
+    reports = [measure(layer, adapter) for adapter in adapters if adapter.kind != "dense"]
+    if store:
+        record = {"plan": Plan(tuple(adapters)).to_json(), "reports": [asdict(report) for report in reports]}
+        store.save(index, tensors, record)
+    return tensors, adapters, reports
+
+
+def _with_threshold(layer: Layer, adapter: Adapter) -> Adapter:
+    """The adapter with a threshold; one without gets that which keeps its `live` rows of the sample."""
+    if adapter.kind == "dense" or adapter.threshold is not None:
+        return adapter
+    if adapter.kind == "rank":
+        score = layer.rank_values(adapter.names)[:, : adapter.rank].abs()
+    else:
+        score = layer.sample(layer.input_of(adapter.names)).abs() * layer.scale(adapter.names[0])
+    threshold, live = threshold_for(score, adapter.live)
+    return replace(adapter, threshold=threshold, live=live)
+
+
+def _put(model: nn.Module, block: Block, adapters: list[Adapter], tensors: dict[str, Tensor]) -> None:
+    """Build the block's modules without memory and give them their tensors."""
+    weight = linear_of(model, block.qkv[0]).weight
+    tensors = place(tensors, weight.device)
+    modules = build_block(block, adapters, torch.device("meta"), weight.dtype)
+    for name, module in modules.items():
+        own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+        module.load_state_dict(own, strict=True, assign=True)
+    swap(model, modules)

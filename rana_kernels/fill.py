@@ -1,0 +1,79 @@
+"""The tensors of one block's adapters, by the names of the state dict they load into."""
+
+import torch
+from torch import Tensor
+
+from rana_kernels.install import is_fused
+from rana_kernels.layer import Layer
+from rana_kernels.plan import Adapter
+
+
+def block_tensors(layer: Layer, adapters: list[Adapter]) -> dict[str, Tensor]:
+    """Everything that the modules of `install.build_block` hold, computed from the layer's weights."""
+    block, tensors = layer.block, {}
+    fused = {block.up, block.gate, block.down} if is_fused(block, adapters) else set()
+    if fused:
+        tensors |= _mlp_tensors(layer, adapters)
+    for adapter in adapters:
+        if adapter.kind == "neuron" and adapter.names[0] not in fused:
+            tensors |= _neuron_tensors(layer, adapter)
+        elif adapter.kind == "rank" and adapter.names[0] not in fused:
+            tensors |= _rank_tensors(layer, adapter)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _threshold(adapter: Adapter, like: Tensor) -> Tensor:
+    return torch.full((adapter.rank,), adapter.threshold, dtype=torch.float32, device=like.device)
+
+
+def _sentinels(layer: Layer, names: tuple[str, ...]) -> dict[str, Tensor]:
+    # see modules.py: an empty tensor under the original name makes a plain loader stop
+    return {f"{name}.weight": layer.linear(name).weight.detach().new_empty(0) for name in names}
+
+
+def _biases(layer: Layer, owner: str, names: tuple[str, ...]) -> dict[str, Tensor]:
+    bias = layer.bias(names)
+    return {} if bias is None else {f"{owner}.bias": bias.clone()}
+
+
+def _rank_tensors(layer: Layer, adapter: Adapter) -> dict[str, Tensor]:
+    owner, factors = adapter.names[0], layer.factors(adapter.names)
+    return {
+        # clones: a slice would keep the ranks that are not stored alive
+        f"{owner}.B": factors.B[: adapter.rank].clone(),
+        f"{owner}.rows": factors.rows[: adapter.rank].clone(),
+        f"{owner}.threshold": _threshold(adapter, factors.B),
+        **_biases(layer, owner, adapter.names),
+        **_sentinels(layer, adapter.names),
+    }
+
+
+def _neuron_tensors(layer: Layer, adapter: Adapter) -> dict[str, Tensor]:
+    (name,) = adapter.names
+    weight = layer.weight(adapter.names)
+    return {
+        f"{name}.rows": weight.T,
+        f"{name}.scale": layer.scale(name),
+        f"{name}.threshold": _threshold(adapter, weight),
+        **_biases(layer, name, adapter.names),
+        **_sentinels(layer, adapter.names),
+    }
+
+
+def _mlp_tensors(layer: Layer, adapters: list[Adapter]) -> dict[str, Tensor]:
+    """Up's ranks over gate's, or the ranks that they share; the rows stay with each linear's name."""
+    block = layer.block
+    by_name = {name: adapter for adapter in adapters for name in adapter.names}
+    up, gate, down = by_name[block.up], by_name[block.gate], by_name[block.down]
+    tensors = _neuron_tensors(layer, down)
+    stack = [up] if up is gate else [up, gate]
+    tensors[f"{block.mlp}.B"] = torch.cat([layer.factors(a.names).B[: a.rank] for a in stack])
+    tensors[f"{block.mlp}.threshold"] = torch.cat([_threshold(a, layer.factors(a.names).B) for a in stack])
+    for name, adapter in ((block.up, up), (block.gate, gate)):
+        parts = layer.factors(adapter.names).rows[: adapter.rank].split(adapter.out_features, dim=1)
+        tensors[f"{name}.rows"] = parts[adapter.names.index(name)].clone()
+        if adapter.bias:
+            bias = layer.bias(adapter.names).split(adapter.out_features)
+            tensors[f"{name}.bias"] = bias[adapter.names.index(name)].clone()
+        tensors |= _sentinels(layer, (name,))
+    return tensors

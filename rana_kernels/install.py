@@ -1,0 +1,115 @@
+"""From a Plan to modules in place of a model's linears, by sizes alone.
+
+`install` is what a checkpoint loader needs: it builds every module empty, on the device and in the
+dtype of the linear it replaces (the meta device included), ready to be loaded.
+"""
+
+import torch
+from torch import nn
+
+from rana_kernels.layer import linear_of
+from rana_kernels.models import Block, find_blocks
+from rana_kernels.modules import RanaMLP, RanaNeuronLinear, joint_linears
+from rana_kernels.plan import Adapter, Plan
+
+
+def install(model: nn.Module, plan: Plan) -> None:
+    """Replace the linears of `model` by empty modules of the shapes of `plan`, in place.
+
+    Raises ValueError if the plan is not of this model, before anything is replaced.
+    """
+    for block, adapters in check_plan(model, plan):
+        like = linear_of(model, block.qkv[0]).weight
+        swap(model, build_block(block, adapters, like.device, like.dtype))
+
+
+def swap(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Put modules in place, by full name."""
+    for name, module in modules.items():
+        module.train(model.get_submodule(name).training)
+        model.set_submodule(name, module)
+
+
+def check_plan(model: nn.Module, plan: Plan) -> list[tuple[Block, list[Adapter]]]:
+    """The blocks of `model`, each with its adapters; ValueError if plan and model do not fit."""
+    left = {name: adapter for adapter in plan.adapters for name in adapter.names}
+    pairs = []
+    for block in find_blocks(model):
+        missing = [name for name in block.linears if name not in left]
+        if missing:
+            raise ValueError(
+                f"the plan has nothing for {', '.join(missing)}, wanted every linear of the blocks"
+            )
+        adapters = list(dict.fromkeys(left.pop(name) for name in block.linears))
+        for adapter in adapters:
+            _check_adapter(model, block, adapter)
+        pairs.append((block, adapters))
+    if left:
+        raise ValueError(f"the plan has {', '.join(left)}, which are no linears of this model's blocks")
+    return pairs
+
+
+def _check_adapter(model: nn.Module, block: Block, adapter: Adapter) -> None:
+    linears = [linear_of(model, name) for name in adapter.names]
+    K, widths = linears[0].in_features, tuple(linear.out_features for linear in linears)
+    if (adapter.in_features, adapter.out_features) != (K, widths):
+        raise ValueError(
+            f"{adapter.names}: the plan has {adapter.in_features} -> {adapter.out_features}, "
+            f"the model {K} -> {widths}"
+        )
+    if adapter.bias != any(linear.bias is not None for linear in linears):
+        raise ValueError(f"{adapter.names}: the plan has bias={adapter.bias}, the model the opposite")
+    together = [readers for readers in block.inputs.values() if set(adapter.names) <= set(readers)]
+    if not together or tuple(n for n in block.linears if n in adapter.names) != adapter.names:
+        raise ValueError(
+            f"{adapter.names}: a joint adapter takes linears that read the same input, in the order in "
+            f"which the model calls them: {', '.join(block.linears)}"
+        )
+
+
+def is_fused(block: Block, adapters: list[Adapter]) -> bool:
+    """Whether one RanaMLP can do all of the block's MLP: up and gate rank adapters (each its own, or
+    joint), down a neuron adapter, and an activation that the op has."""
+    kind = {name: adapter.kind for adapter in adapters for name in adapter.names}
+    kinds = (kind[block.up], kind[block.gate], kind[block.down])
+    return kinds == ("rank", "rank", "neuron") and block.activation is not None
+
+
+def build_block(
+    block: Block, adapters: list[Adapter], device: torch.device | str, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """The modules that replace linears of one block, empty, by full name."""
+    place = {"device": device, "dtype": dtype}
+    modules: dict[str, nn.Module] = {}
+    fused = {block.up, block.gate, block.down} if is_fused(block, adapters) else set()
+    if fused:
+        modules[block.mlp] = _build_mlp(block, adapters, place)
+    for adapter in adapters:
+        if adapter.kind == "dense" or adapter.names[0] in fused:
+            continue
+        if adapter.kind == "neuron":
+            (name,), (width,) = adapter.names, adapter.out_features
+            modules[name] = RanaNeuronLinear(adapter.in_features, width, adapter.bias, **place)
+        else:
+            made = joint_linears(
+                adapter.in_features, adapter.out_features, adapter.rank, adapter.bias, **place
+            )
+            modules.update(zip(adapter.names, made, strict=True))
+    return modules
+
+
+def _build_mlp(block: Block, adapters: list[Adapter], place: dict) -> RanaMLP:
+    by_name = {name: adapter for adapter in adapters for name in adapter.names}
+    up, gate, down = by_name[block.up], by_name[block.gate], by_name[block.down]
+    return RanaMLP(
+        up.in_features,
+        down.in_features,
+        down.width,
+        up.rank,
+        gate.rank,
+        block.activation,
+        joint=up is gate,
+        bias=(up.bias, gate.bias, down.bias),
+        names=tuple(name.rpartition(".")[2] for name in (block.up, block.gate, block.down)),
+        **place,
+    )

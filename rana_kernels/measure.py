@@ -1,0 +1,96 @@
+"""What a compression did to a model: the report, and the measurements that go into it."""
+
+import json
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rana_kernels.backends import reference
+from rana_kernels.layer import Layer
+from rana_kernels.plan import Adapter, Plan
+
+SPECTRUM_POINTS = 64
+ERROR_TOKENS = 256
+
+
+@dataclass
+class AdapterReport:
+    """One adapter. `captured_energy`: kept share of Σ (|h|·scale)² on the sample. `output_error`:
+    ‖y - ŷ‖ / ‖y‖ on some tokens of it, bias left out. `spectrum`: at most 64 points of the energy of
+    its ranks (or neurons), falling, each as a share of their sum; they are evenly spaced in rank."""
+
+    names: tuple[str, ...]
+    kind: str
+    rank: int
+    live: float
+    threshold: float
+    keep: float
+    captured_energy: float
+    output_error: float
+    spectrum: list[float]
+
+
+@dataclass
+class CompressReport:
+    """`plan` is complete (every threshold filled in). FLOPs are a token's; bytes are the model's."""
+
+    plan: Plan
+    adapters: list[AdapterReport] = field(default_factory=list)
+    block_flops_reduction: float = 0.0
+    model_flops_reduction: float = 0.0  # blocks and lm_head
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "plan": json.loads(self.plan.to_json())}, indent=1)
+
+
+def measure(layer: Layer, adapter: Adapter) -> AdapterReport:
+    """Apply an adapter that has its threshold to the sample, through the reference."""
+    name = layer.input_of(adapter.names)
+    x, weight = layer.sample(name), layer.weight(adapter.names).float()
+    if adapter.kind == "rank":
+        h, rows = layer.rank_values(adapter.names), layer.factors(adapter.names).rows.float()
+        score, all_ranks = h[:, : adapter.rank].abs(), h.square().mean(0)
+        h, rows = h[:, : adapter.rank], rows[: adapter.rank]
+    else:
+        h, rows, score = x, weight.T, x.abs() * layer.scale(adapter.names[0])
+        all_ranks = score.square().mean(0).sort(descending=True).values
+    mask = reference.keep(score, torch.tensor(adapter.threshold, dtype=torch.float32, device=h.device))
+    some = slice(None, None, -(-len(x) // ERROR_TOKENS))
+    exact = x[some] @ weight.T
+    error = exact - torch.where(mask[some], h[some], 0) @ rows
+    return AdapterReport(
+        names=adapter.names,
+        kind=adapter.kind,
+        rank=adapter.rank,
+        live=adapter.live,
+        threshold=adapter.threshold,
+        keep=adapter.keep,
+        captured_energy=_ratio(torch.where(mask, score, 0).square().mean(0).sum(), all_ranks.sum()),
+        output_error=_ratio(error.norm(), exact.norm()),
+        spectrum=_downsample(all_ranks / all_ranks.sum().clamp_min(1e-30)),
+    )
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    return float(part / whole) if whole > 0 else 0.0
+
+
+def _downsample(spectrum: Tensor) -> list[float]:
+    points = torch.linspace(0, len(spectrum) - 1, min(SPECTRUM_POINTS, len(spectrum))).round().long()
+    return spectrum[points.to(spectrum.device)].tolist()
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers; tied ones count once."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def model_flops_reduction(model: nn.Module, plan: Plan) -> float:
+    """The reduction with lm_head in the account, where the model has one."""
+    head = getattr(model, "lm_head", None)
+    flops = 2 * head.weight.numel() if head is not None else 0
+    return 1 - (plan.flops + flops) / (plan.dense_flops + flops)
