@@ -65,7 +65,9 @@ def _threshold(op: str, name: str, tensor: Tensor, size: int, like: Tensor) -> N
         _fail(op, name, f"shape {list(tensor.shape)}", f"shape [] or [{size}]")
 
 
-def masked_linear(h: Tensor, rows: Tensor, threshold: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+def masked_linear(
+    h: Tensor, rows: Tensor, threshold: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> None:
     op = "masked_linear"
     _input(op, "h", h)
     ranks = h.shape[-1]
@@ -116,7 +118,8 @@ def masked_mlp(
                 op,
                 "B",
                 f"{B.shape[0]} rows",
-                f"{up + gate} (up's {up} over gate's {gate}), or as many as up_rows and gate_rows each (shared ranks)",
+                f"{up + gate} (up's {up} over gate's {gate}), "
+                "or as many as up_rows and gate_rows each (shared ranks)",
             )
     _vector(op, "threshold", threshold, B.shape[0], wide_dtype(x.dtype), x)
     _vector(op, "up_bias", up_bias, neurons, x.dtype, x)

@@ -39,7 +39,8 @@ def _activation_gradient(grad: Tensor, h: Tensor, activation: str) -> Tensor:
 def _like(gradients: list[Tensor | None], inputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Each gradient in its input's shape and dtype; None where there is no gradient or no input."""
     return tuple(
-        None if g is None or t is None else g.reshape(t.shape).to(t.dtype) for g, t in zip(gradients, inputs, strict=True)
+        None if g is None or t is None else g.reshape(t.shape).to(t.dtype)
+        for g, t in zip(gradients, inputs, strict=True)
     )
 
 
@@ -65,15 +66,23 @@ def masked_lowrank_linear(ctx, grad: Tensor):
     mask = keep(h, threshold)
     grad_z, grad_rows, grad_bias = _product(_flat(grad), h * mask, _flat(rows))
     grad_h = grad_z * mask
-    return _like(
-        [grad_h @ wide_B, grad_h.T @ wide_x, grad_rows, None, grad_bias], [x, B, rows, None, bias]
-    )
+    return _like([grad_h @ wide_B, grad_h.T @ wide_x, grad_rows, None, grad_bias], [x, B, rows, None, bias])
 
 
 def masked_mlp(ctx, grad: Tensor):
-    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_scale, down_threshold, down_bias = (
-        ctx.saved_tensors
-    )
+    (
+        x,
+        B,
+        up_rows,
+        gate_rows,
+        threshold,
+        up_bias,
+        gate_bias,
+        down_rows,
+        down_scale,
+        down_threshold,
+        down_bias,
+    ) = ctx.saved_tensors
     wide_x, wide_B, up, down = _flat(x), _flat(B), _flat(up_rows), _flat(down_rows)
     gate = None if gate_rows is None else _flat(gate_rows)
     h = wide_x @ wide_B.T

@@ -21,8 +21,10 @@ from rana_kernels import checks, gradients
 from rana_kernels.backends import reference
 
 SCHEMAS = {
-    "masked_linear": "(Tensor h, Tensor rows, Tensor threshold, Tensor? scale=None, Tensor? bias=None) -> Tensor",
-    "masked_lowrank_linear": "(Tensor x, Tensor B, Tensor rows, Tensor threshold, Tensor? bias=None) -> Tensor",
+    "masked_linear": "(Tensor h, Tensor rows, Tensor threshold, Tensor? scale=None,"
+    " Tensor? bias=None) -> Tensor",
+    "masked_lowrank_linear": "(Tensor x, Tensor B, Tensor rows, Tensor threshold,"
+    " Tensor? bias=None) -> Tensor",
     "masked_mlp": "(Tensor x, Tensor B, Tensor up_rows, Tensor? gate_rows, Tensor threshold,"
     " Tensor? up_bias, Tensor? gate_bias, Tensor down_rows, Tensor down_scale, Tensor down_threshold,"
     " Tensor? down_bias, str activation) -> Tensor",
@@ -101,7 +103,10 @@ def _argument_names(name: str) -> list[str]:
 
 def _autocast(name: str, device: str):
     """Cast the input and the weights to autocast's dtype; thresholds and scales stay as they are."""
-    op, key = getattr(torch.ops.rana, name).default, getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+    op, key = (
+        getattr(torch.ops.rana, name).default,
+        getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"),
+    )
     names = _argument_names(name)
 
     def kernel(*args):

@@ -78,7 +78,12 @@ def masked_mlp(
     else:
         # shared ranks: gate reads the rows of B that up reads; separate ranks: the rows below them
         last = slice(B.shape[0] - gate_rows.shape[0], None)
-        g = activate(masked_lowrank_linear(wide_x, wide_B[last], gate, threshold[last], bias_gate), activation) * h
+        g = (
+            activate(
+                masked_lowrank_linear(wide_x, wide_B[last], gate, threshold[last], bias_gate), activation
+            )
+            * h
+        )
     return masked_linear(g, down, down_threshold, down_scale, bias_down).to(x.dtype)
 
 

@@ -1,0 +1,97 @@
+// What each op accepts, in the words of rana_kernels/checks.py, shared by every compiled backend.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace rana {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::string name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::Long: return "torch.int64";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Bool: return "torch.bool";
+    default: return "number " + std::to_string(int(dtype));
+  }
+}
+
+template <class Ints>
+std::string list(const Ints& values) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t i = 0; i < values.size(); i++) out << (i ? ", " : "") << values[i];
+  out << ']';
+  return out.str();
+}
+
+// Checks of one op's arguments against its input, the first of them.
+class Check {
+ public:
+  Check(const char* op, const char* name, const Tensor& input)
+      : op_(op), dtype_(input.scalar_type()), device_type_(input.device().type()), device_(input.get_device_index()) {
+    const bool known = dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16 || dtype_ == ScalarType::Half;
+    if (!known) fail(name, "dtype " + name_of(dtype_), "float32, bfloat16 or float16");
+    if (input.dim() == 0) fail(name, "shape []", "at least one dimension");
+  }
+
+  [[noreturn]] void fail(const std::string& name, const std::string& has, const std::string& wanted) const {
+    throw std::runtime_error(std::string("rana::") + op_ + ": " + name + " has " + has + ", wanted " + wanted);
+  }
+
+  // [rows, columns] in the input's dtype, its rows contiguous; -1 stands for any size
+  void matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) const {
+    place(name, t, dtype_);
+    if (t.dim() != 2 || (rows >= 0 && t.size(0) != rows) || (columns >= 0 && t.size(1) != columns))
+      fail(name, "shape " + list(t.sizes()), "shape [" + size(rows) + ", " + size(columns) + "]");
+    if (t.size(1) > 1 && t.stride(1) != 1 && t.size(0) > 0)
+      fail(name, "strides " + list(t.strides()),
+           "rows that are contiguous: call .contiguous() once, where the weights are loaded");
+  }
+
+  void bias(const char* name, const OptionalTensor& t, int64_t size) const {
+    if (t) vector(name, *t, size, dtype_);
+  }
+  void scale(const char* name, const OptionalTensor& t, int64_t size) const {
+    if (t) vector(name, *t, size, ScalarType::Float);
+  }
+  void thresholds(const char* name, const Tensor& t, int64_t size) const { vector(name, t, size, ScalarType::Float); }
+  void threshold(const char* name, const Tensor& t, int64_t size) const {
+    place(name, t, ScalarType::Float);
+    if (t.dim() != 0 && !(t.dim() == 1 && t.size(0) == size))
+      fail(name, "shape " + list(t.sizes()), "shape [] or [" + std::to_string(size) + "]");
+  }
+
+ private:
+  static std::string size(int64_t n) { return n < 0 ? "any" : std::to_string(n); }
+
+  void place(const char* name, const Tensor& t, ScalarType dtype) const {
+    if (t.scalar_type() != dtype) fail(name, "dtype " + name_of(t.scalar_type()), name_of(dtype));
+    if (t.device().type() != device_type_ || t.get_device_index() != device_)
+      fail(name, "another device", "the device of the input");
+  }
+  void vector(const char* name, const Tensor& t, int64_t size, ScalarType dtype) const {
+    place(name, t, dtype);
+    if (t.dim() != 1 || t.size(0) != size)
+      fail(name, "shape " + list(t.sizes()), "shape [" + std::to_string(size) + "]");
+  }
+
+  const char* op_;
+  ScalarType dtype_;
+  torch::headeronly::DeviceType device_type_;
+  torch::stable::DeviceIndex device_;
+};
+
+}  // namespace rana

@@ -1,0 +1,145 @@
+// From torch's tensors to pointers, and the two halves of an adapter split over threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "../check.h"
+#include "expand.h"
+
+namespace {
+
+using rana::Check;
+using rana::OptionalTensor;
+using rana::ScalarType;
+using rana::Tensor;
+
+// Up to this many tokens the rows are gathered; above it they are multiplied densely.
+constexpr int64_t kDecodeTokens = 32;
+// Longer inputs are worked off in blocks, so that temporaries do not grow with them.
+constexpr int64_t kBlockTokens = 128;
+// Weights a thread should have to itself before splitting the work pays for waking it.
+constexpr int64_t kThreadWeights = 32 * 1024;
+
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t rows, columns, ld;
+
+  Matrix(const Tensor& t)
+      : data(static_cast<const T*>(t.const_data_ptr())), rows(t.size(0)), columns(t.size(1)), ld(t.stride(0)) {}
+  Matrix(const T* data, int64_t rows, int64_t columns, int64_t ld) : data(data), rows(rows), columns(columns), ld(ld) {}
+
+  Matrix rows_from(int64_t first, int64_t count) const { return {data + first * ld, count, columns, ld}; }
+};
+
+// A small argument (input, bias, threshold), made contiguous if it is not.
+template <class T>
+struct Packed {
+  Tensor tensor;
+  const T* data;
+
+  Packed(const Tensor& t)
+      : tensor(torch::stable::contiguous(t)), data(static_cast<const T*>(tensor.const_data_ptr())) {}
+};
+
+template <class T>
+std::optional<Packed<T>> packed(const OptionalTensor& t) {
+  return t ? std::optional<Packed<T>>(*t) : std::nullopt;
+}
+
+template <class T>
+const T* data_of(const std::optional<Packed<T>>& t) {
+  return t ? t->data : nullptr;
+}
+
+inline int64_t tokens_of(const Tensor& t) {
+  int64_t tokens = 1;
+  for (int64_t d = 0; d + 1 < t.dim(); d++) tokens *= t.size(d);
+  return tokens;
+}
+
+inline Tensor empty_output(const Tensor& input, int64_t columns) {
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = columns;
+  return torch::stable::new_empty(input, sizes);
+}
+
+// Calls f with a value of the element type of `dtype`, which Check has found to be one of these.
+template <class F>
+void for_dtype(ScalarType dtype, F f) {
+  if (dtype == ScalarType::Float) f(float{});
+  else if (dtype == ScalarType::BFloat16) f(bfloat16{});
+  else f(half{});
+}
+
+// Calls f(first, count) for blocks of tokens. All of a decode step is one block.
+template <class F>
+void for_blocks(int64_t tokens, F f) {
+  for (int64_t first = 0; first < tokens; first += kBlockTokens) f(first, std::min(kBlockTokens, tokens - first));
+}
+
+// Splits [0, items) into one contiguous piece a thread, each of at least kThreadWeights weights.
+template <class F>
+void parallel(int64_t items, int64_t weights_per_item, F f) {
+  const int64_t grain = std::max<int64_t>(1, kThreadWeights / std::max<int64_t>(1, weights_per_item));
+  torch::stable::parallel_for(0, items, grain, f);
+}
+
+// h = x Bᵀ in float32, [tokens, B.rows].
+template <class T>
+std::vector<float> project(const T* x, int64_t tokens, Matrix<T> B) {
+  std::vector<float> h(tokens * B.rows);
+  parallel(B.rows, B.columns * tokens, [&](int64_t begin, int64_t end) {
+    project_rows(B.data, B.ld, x, B.columns, tokens, B.columns, begin, end, h.data(), B.rows);
+  });
+  return h;
+}
+
+template <class M>
+struct Regime {
+  using Masked = M;
+};
+
+// Calls f with the regime that `tokens` belongs to: the type that holds its masked rank values.
+template <class T, class F>
+void for_regime(int64_t tokens, F f) {
+  if (tokens <= kDecodeTokens) f(Regime<Live>{});
+  else f(Regime<Masked<T>>{});
+}
+
+// Calls f(begin, end) for one wide slice of the columns a thread: wide, because short pieces of many
+// rows defeat the prefetcher; by column, because then nothing has to be reduced afterwards.
+template <class F>
+void for_column_slices(int64_t columns, int64_t rows, F f) {
+  parallel(chunks_of(columns), rows * kChunk,
+           [&](int64_t begin, int64_t end) { f(begin * kChunk, std::min(end * kChunk, columns)); });
+}
+
+// Adds the bias to finished sums and rounds them into y [tokens, columns].
+template <class T>
+struct Output {
+  T* y;
+  int64_t columns;
+  const T* bias;
+
+  void operator()(int64_t m, int64_t n, Chunk sums) const {
+    const int64_t count = columns - n;
+    const Chunk b = bias ? load_first(bias + n, count) : Chunk{};
+    store_first(y + m * columns + n, {sums.lo + b.lo, sums.hi + b.hi}, count);
+  }
+};
+
+// y = (m ⊙ h) rows + bias
+template <class T>
+void expand(const float* h, int64_t ldh, int64_t tokens, Matrix<T> rows, Mask mask, Output<T> output) {
+  for_regime<T>(tokens, [&](auto regime) {
+    const typename decltype(regime)::Masked masked(h, ldh, tokens, rows.rows, mask);
+    for_column_slices(rows.columns, rows.rows * tokens,
+                      [&](int64_t begin, int64_t end) { sum_rows(masked, rows.data, rows.ld, begin, end, output); });
+  });
+}
+
+}  // namespace

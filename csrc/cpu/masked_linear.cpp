@@ -1,0 +1,40 @@
+#include "common.h"
+
+namespace {
+
+template <class T>
+void widen(const T* h, int64_t size, float* wide) {
+  for (int64_t i = 0; i < size; i += kChunk) store_natural<T>(wide + i, load_first(h + i, size - i), size - i);
+}
+
+Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshold, const OptionalTensor& scale,
+                     const OptionalTensor& bias) {
+  const Check check("masked_linear", "h", h);
+  const int64_t ranks = h.size(h.dim() - 1);
+  check.matrix("rows", rows, ranks, -1);
+  check.threshold("threshold", threshold, ranks);
+  check.scale("scale", scale, ranks);
+  const int64_t columns = rows.size(1);
+  check.bias("bias", bias, columns);
+
+  Tensor y = empty_output(h, columns);
+  const Packed<float> t(threshold);
+  const auto s = packed<float>(scale);
+  const Mask mask{t.data, threshold.dim(), data_of(s)};
+  for_dtype(h.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const Packed<T> input(h);
+    const auto b = packed<T>(bias);
+    for_blocks(tokens_of(h), [&](int64_t first, int64_t tokens) {
+      std::vector<float> wide(tokens * ranks);
+      widen(input.data + first * ranks, tokens * ranks, wide.data());
+      T* out = static_cast<T*>(y.mutable_data_ptr()) + first * columns;
+      expand<T>(wide.data(), ranks, tokens, rows, mask, {out, columns, data_of(b)});
+    });
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rana, CPU, m) { m.impl("masked_linear", TORCH_BOX(&masked_linear)); }

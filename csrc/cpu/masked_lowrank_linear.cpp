@@ -1,0 +1,34 @@
+#include "common.h"
+
+namespace {
+
+Tensor masked_lowrank_linear(const Tensor& x, const Tensor& B, const Tensor& rows, const Tensor& threshold,
+                             const OptionalTensor& bias) {
+  const Check check("masked_lowrank_linear", "x", x);
+  const int64_t size = x.size(x.dim() - 1);
+  check.matrix("B", B, -1, size);
+  const int64_t ranks = B.size(0);
+  check.matrix("rows", rows, ranks, -1);
+  check.threshold("threshold", threshold, ranks);
+  const int64_t columns = rows.size(1);
+  check.bias("bias", bias, columns);
+
+  Tensor y = empty_output(x, columns);
+  const Packed<float> t(threshold);
+  const Mask mask{t.data, threshold.dim(), nullptr};
+  for_dtype(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const Packed<T> input(x);
+    const auto b = packed<T>(bias);
+    for_blocks(tokens_of(x), [&](int64_t first, int64_t tokens) {
+      const std::vector<float> h = project<T>(input.data + first * size, tokens, B);
+      T* out = static_cast<T*>(y.mutable_data_ptr()) + first * columns;
+      expand<T>(h.data(), ranks, tokens, rows, mask, {out, columns, data_of(b)});
+    });
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rana, CPU, m) { m.impl("masked_lowrank_linear", TORCH_BOX(&masked_lowrank_linear)); }

@@ -1,0 +1,134 @@
+#include "activation.h"
+#include "common.h"
+
+namespace {
+
+template <class T>
+struct Mlp {
+  Matrix<T> B, up_rows;
+  std::optional<Matrix<T>> gate_rows;
+  const float* threshold;
+  const T *up_bias, *gate_bias;
+  Matrix<T> down_rows;
+  Mask down_mask;
+  const T* down_bias;
+  Activation activation;
+
+  int64_t neurons() const { return up_rows.columns; }
+  // The ranks of gate are the last rows of B: those below up's, or the same ones if they are shared.
+  int64_t gate_offset() const { return gate_rows ? B.rows - gate_rows->rows : 0; }
+};
+
+// Gated: the sums of up wait in g, in lane order, until those of gate are there.
+template <class T>
+struct Neurons {
+  float* g;  // [tokens, ldg], ldg a whole number of chunks
+  int64_t ldg, neurons;
+  Activation activation;
+
+  static Chunk add(Chunk sums, const T* bias, int64_t n, int64_t count) {
+    const Chunk b = bias ? load_first(bias + n, count) : Chunk{};
+    return {sums.lo + b.lo, sums.hi + b.hi};
+  }
+  Chunk activate(Chunk c) const { return {activation(c.lo), activation(c.hi)}; }
+
+  auto keep_up(const T* bias) const {
+    return [=, *this](int64_t m, int64_t n, Chunk sums) { store(g + m * ldg + n, add(sums, bias, n, neurons - n)); };
+  }
+  auto activate_up(const T* bias) const {
+    return [=, *this](int64_t m, int64_t n, Chunk sums) {
+      store_natural<T>(g + m * ldg + n, activate(add(sums, bias, n, neurons - n)), kChunk);
+    };
+  }
+  auto gate_up(const T* bias) const {
+    return [=, *this](int64_t m, int64_t n, Chunk sums) {
+      const Chunk up = load(g + m * ldg + n), gate = activate(add(sums, bias, n, neurons - n));
+      store_natural<T>(g + m * ldg + n, {up.lo * gate.lo, up.hi * gate.hi}, kChunk);
+    };
+  }
+};
+
+// One block of tokens: h = B x, then the neurons g of a column slice, then y over the live neurons.
+// Three parallel regions, and nothing between them is rounded.
+template <class T>
+void mlp_block(const Mlp<T>& mlp, const T* x, int64_t tokens, T* y) {
+  const std::vector<float> h = project<T>(x, tokens, mlp.B);
+  const int64_t ldg = chunks_of(mlp.neurons()) * kChunk;
+  std::vector<float> g(tokens * ldg);
+  const Neurons<T> neurons{g.data(), ldg, mlp.neurons(), mlp.activation};
+  for_regime<T>(tokens, [&](auto regime) {
+    using Masked = typename decltype(regime)::Masked;
+    const Matrix<T>& up = mlp.up_rows;
+    const Masked up_ranks(h.data(), mlp.B.rows, tokens, up.rows, {mlp.threshold, 1, nullptr});
+    const int64_t offset = mlp.gate_offset(), gate_count = mlp.gate_rows ? mlp.gate_rows->rows : 0;
+    const Masked gate_ranks(h.data() + offset, mlp.B.rows, tokens, gate_count, {mlp.threshold + offset, 1, nullptr});
+    for_column_slices(mlp.neurons(), (up.rows + gate_count) * tokens, [&](int64_t begin, int64_t end) {
+      if (!mlp.gate_rows) return sum_rows(up_ranks, up.data, up.ld, begin, end, neurons.activate_up(mlp.up_bias));
+      sum_rows(up_ranks, up.data, up.ld, begin, end, neurons.keep_up(mlp.up_bias));
+      sum_rows(gate_ranks, mlp.gate_rows->data, mlp.gate_rows->ld, begin, end, neurons.gate_up(mlp.gate_bias));
+    });
+  });
+  expand<T>(g.data(), ldg, tokens, mlp.down_rows, mlp.down_mask, {y, mlp.down_rows.columns, mlp.down_bias});
+}
+
+void check_ranks(const Check& check, const Tensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows) {
+  const std::string ranks = std::to_string(B.size(0)) + " rows";
+  const int64_t up = up_rows.size(0);
+  if (!gate_rows && B.size(0) != up) check.fail("B", ranks, std::to_string(up) + ", the rows of up_rows");
+  if (!gate_rows) return;
+  const int64_t gate = gate_rows->size(0);
+  if (B.size(0) != up + gate && !(B.size(0) == up && up == gate))
+    check.fail("B", ranks,
+               std::to_string(up + gate) + " (up's " + std::to_string(up) + " over gate's " + std::to_string(gate) +
+                   "), or as many as up_rows and gate_rows each (shared ranks)");
+}
+
+Tensor masked_mlp(const Tensor& x, const Tensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows,
+                  const Tensor& threshold, const OptionalTensor& up_bias, const OptionalTensor& gate_bias,
+                  const Tensor& down_rows, const Tensor& down_scale, const Tensor& down_threshold,
+                  const OptionalTensor& down_bias, std::string activation) {
+  const Check check("masked_mlp", "x", x);
+  const int64_t size = x.size(x.dim() - 1);
+  check.matrix("B", B, -1, size);
+  check.matrix("up_rows", up_rows, -1, -1);
+  const int64_t neurons = up_rows.size(1);
+  if (gate_rows) check.matrix("gate_rows", *gate_rows, -1, neurons);
+  check_ranks(check, B, up_rows, gate_rows);
+  if (!gate_rows && gate_bias) check.fail("gate_bias", "a value", "None, because gate_rows is None");
+  check.thresholds("threshold", threshold, B.size(0));
+  check.bias("up_bias", up_bias, neurons);
+  check.bias("gate_bias", gate_bias, neurons);
+  check.matrix("down_rows", down_rows, neurons, -1);
+  check.thresholds("down_scale", down_scale, neurons);
+  check.threshold("down_threshold", down_threshold, neurons);
+  const int64_t columns = down_rows.size(1);
+  check.bias("down_bias", down_bias, columns);
+  const Activation function = find_activation(activation);
+  if (!function) check.fail("activation", "'" + activation + "'", "one of silu, gelu, gelu_tanh, relu, relu2");
+
+  Tensor y = empty_output(x, columns);
+  const Packed<float> t(threshold), down_t(down_threshold), down_s(down_scale);
+  for_dtype(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const Packed<T> input(x);
+    const auto up_b = packed<T>(up_bias), gate_b = packed<T>(gate_bias), down_b = packed<T>(down_bias);
+    const Mlp<T> mlp{B,
+                     up_rows,
+                     gate_rows ? std::optional<Matrix<T>>(*gate_rows) : std::nullopt,
+                     t.data,
+                     data_of(up_b),
+                     data_of(gate_b),
+                     down_rows,
+                     {down_t.data, down_threshold.dim(), down_s.data},
+                     data_of(down_b),
+                     function};
+    for_blocks(tokens_of(x), [&](int64_t first, int64_t tokens) {
+      mlp_block<T>(mlp, input.data + first * size, tokens, static_cast<T*>(y.mutable_data_ptr()) + first * columns);
+    });
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rana, CPU, m) { m.impl("masked_mlp", TORCH_BOX(&masked_mlp)); }

@@ -1,0 +1,188 @@
+// Portable vectors: one source for every instruction set, compiled once for each.
+//
+// A Chunk is 2 * kLanes consecutive elements of a row, widened to float32 in two vectors. Their
+// order inside a chunk is the cheapest one for the element type ("lane order"): natural for float
+// and half, even elements before odd ones for bfloat16, where widening is then a shift and a mask.
+// Sums stay in lane order until they are stored, so nothing is ever shuffled in an inner loop.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using bfloat16 = torch::headeronly::BFloat16;
+using half = torch::headeronly::Half;
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+constexpr int kChunk = 2 * kLanes;
+
+using Vec = float __attribute__((vector_size(kVectorBytes)));
+using Bits = uint32_t __attribute__((vector_size(kVectorBytes)));
+
+struct Chunk {
+  Vec lo, hi;
+};
+
+inline Vec splat(float value) { return value - Vec{}; }
+
+template <class V>
+inline V load_bytes(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; i++) total += v[i];
+  return total;
+}
+
+// ---- widening: kChunk elements at p, in lane order ----
+
+inline Chunk load(const float* p) { return {load_bytes<Vec>(p), load_bytes<Vec>(p + kLanes)}; }
+
+inline Chunk load(const bfloat16* p) {
+  const Bits pairs = load_bytes<Bits>(p);
+  return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)};
+}
+
+inline Chunk load(const half* p) {
+#if defined(__AVX512F__)
+  return {(Vec)_mm512_cvtph_ps(load_bytes<__m256i>(p)), (Vec)_mm512_cvtph_ps(load_bytes<__m256i>(p + kLanes))};
+#elif defined(__F16C__)
+  return {(Vec)_mm256_cvtph_ps(load_bytes<__m128i>(p)), (Vec)_mm256_cvtph_ps(load_bytes<__m128i>(p + kLanes))};
+#else
+  Chunk c;
+  for (int i = 0; i < kLanes; i++) c.lo[i] = p[i], c.hi[i] = p[kLanes + i];
+  return c;
+#endif
+}
+
+// ---- rounding to nearest even: the inverse of load ----
+
+inline void store(float* p, Chunk c) { std::memcpy(p, &c, sizeof c); }
+
+inline Bits round_to_bfloat16(Vec v) {
+  const Bits bits = (Bits)v;
+  const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Bits quiet_nan = bits | 0x00400000u;
+  return (v == v) ? rounded : quiet_nan;
+}
+
+inline void store(bfloat16* p, Chunk c) {
+  const Bits pairs = (round_to_bfloat16(c.lo) >> 16) | (round_to_bfloat16(c.hi) & 0xffff0000u);
+  std::memcpy(p, &pairs, sizeof pairs);
+}
+
+inline void store(half* p, Chunk c) {
+#if defined(__AVX512F__)
+  const __m256i lo = _mm512_cvtps_ph((__m512)c.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i hi = _mm512_cvtps_ph((__m512)c.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &lo, sizeof lo);
+  std::memcpy(p + kLanes, &hi, sizeof hi);
+#elif defined(__F16C__)
+  const __m128i lo = _mm256_cvtps_ph((__m256)c.lo, _MM_FROUND_TO_NEAREST_INT);
+  const __m128i hi = _mm256_cvtps_ph((__m256)c.hi, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &lo, sizeof lo);
+  std::memcpy(p + kLanes, &hi, sizeof hi);
+#else
+  for (int i = 0; i < kLanes; i++) p[i] = half(c.lo[i]), p[kLanes + i] = half(c.hi[i]);
+#endif
+}
+
+// ---- the last, incomplete chunk of a row: `count` elements, the rest zero or left alone ----
+
+template <class T>
+inline Chunk load_first(const T* p, int64_t count) {
+  if (count >= kChunk) return load(p);
+  T padded[kChunk] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+inline void store_first(T* p, Chunk c, int64_t count) {
+  if (count >= kChunk) return store(p, c);
+  T padded[kChunk];
+  store(padded, c);
+  std::memcpy(p, padded, count * sizeof(T));
+}
+
+// ---- products of whole chunks, summed over the chunk ----
+// An Operand is a chunk as the multiply-add wants it: widened, or raw where the machine multiplies
+// pairs of bfloat16 into float32 sums itself.
+
+template <class T>
+struct Operand {
+  using type = Chunk;
+};
+template <class T>
+inline typename Operand<T>::type load_operand(const T* p) {
+  return load(p);
+}
+inline Vec multiply_add(Vec sum, Chunk a, Chunk b) {
+  sum += a.lo * b.lo;
+  sum += a.hi * b.hi;
+  return sum;
+}
+
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<bfloat16> {
+  using type = __m512bh;
+};
+template <>
+inline __m512bh load_operand(const bfloat16* p) {
+  return (__m512bh)load_bytes<__m512i>(p);
+}
+inline Vec multiply_add(Vec sum, __m512bh a, __m512bh b) { return (Vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
+#endif
+
+template <class T>
+inline typename Operand<T>::type load_operand_first(const T* p, int64_t count) {
+  if (count >= kChunk) return load_operand(p);
+  T padded[kChunk] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return load_operand(padded);
+}
+
+// ---- lane order and natural order ----
+
+// Position in natural order of element i of a chunk of T in lane order.
+template <class T>
+constexpr int natural_position(int i) {
+  return i;
+}
+template <>
+constexpr int natural_position<bfloat16>(int i) {
+  return i < kLanes ? 2 * i : 2 * (i - kLanes) + 1;
+}
+
+// Store a chunk whose lanes are in T's order as floats in natural order.
+template <class T>
+inline void store_natural(float* p, Chunk c, int64_t count) {
+  float lanes[kChunk], natural[kChunk];
+  store(lanes, c);
+  for (int i = 0; i < kChunk; i++) natural[natural_position<T>(i)] = lanes[i];
+  std::memcpy(p, natural, (count < kChunk ? count : kChunk) * sizeof(float));
+}
+
+inline int64_t chunks_of(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
+
+}  // namespace
