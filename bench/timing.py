@@ -1,0 +1,58 @@
+"""Interleaved timing: in each round every contender runs once, so that all of them meet the same machine."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bench.stream import LOOPS, bandwidth
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call: median, and the 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one set of interleaved rounds measured: times by contender, and the best loop's GB/s."""
+
+    times: dict[str, Timing]
+    stream: float
+
+
+def interleave(contenders: dict[str, Callable[[], object]], threads: int, rounds: int) -> Round:
+    """Time every contender `rounds` times on `threads` threads, taking turns with the streaming loops.
+
+    The yardstick is the best loop by its median, as the contenders are judged by theirs.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    streams: dict[str, list[float]] = {loop: [] for loop in LOOPS}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for index in range(-1, rounds):  # round -1 warms up
+            for name, run in contenders.items():
+                begin = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - begin)
+            loop = LOOPS[index % len(LOOPS)]
+            streams[loop].append(bandwidth(loop, threads))
+    finally:
+        torch.set_num_threads(before)
+    return Round(
+        {name: _summary(values[1:]) for name, values in seconds.items()},
+        max(statistics.median(values) for values in streams.values()),
+    )
+
+
+def _summary(seconds: list[float]) -> Timing:
+    ordered = sorted(1e6 * s for s in seconds)
+    at = lambda fraction: ordered[round(fraction * (len(ordered) - 1))]  # noqa: E731
+    return Timing(at(0.5), at(0.2), at(0.8))
