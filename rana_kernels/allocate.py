@@ -36,6 +36,7 @@ def plan(stats: Stats, *, flops_reduction: float, method: str = "paper", progres
     """
     blocks = find_blocks(stats.model)
     keep = keep_for(stats.model, blocks, flops_reduction, method)
+    stats.require(INPUTS[method])
     adapters: list[Adapter] = []
     for block in track(blocks, "planning", disable=not progress, transient=True):
         adapters += plan_layer(Layer(stats.model, block, stats), keep, method)
@@ -60,8 +61,8 @@ def keep_for(model: nn.Module, blocks: Iterable[Block], flops_reduction: float, 
     most = (1 - smallest) * adapted / total
     if not 0 < flops_reduction <= most:
         raise ValueError(
-            f"flops_reduction is {flops_reduction}, wanted more than 0 and at most {most:.3f}: method "
-            f"{method!r} leaves {1 - adapted / total:.3f} of this model's block FLOPs dense"
+            f"flops_reduction is {flops_reduction}, wanted more than 0 and at most {int(most * 1000) / 1000} "
+            f"(method {method!r} leaves {1 - adapted / total:.3f} of this model's block FLOPs dense)"
         )
     return 1 - flops_reduction * total / adapted
 

@@ -50,6 +50,12 @@ class Stats:
             )
         return self.inputs[layer, name]
 
+    def require(self, names: Iterable[str]) -> None:
+        """Raise as `of` does unless each of `names` was collected in every block."""
+        for block in find_blocks(self.model):
+            for name in names:
+                self.of(block.index, name)
+
 
 class _Sampler:
     """A uniform sample of a stream of tokens: those with the smallest hash of their position.

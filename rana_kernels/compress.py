@@ -95,11 +95,12 @@ def _stats(
 ) -> Stats:
     if (calibration is None) == (stats is None):
         raise ValueError("compress: wanted exactly one of calibration and stats")
+    inputs = allocate.INPUTS[method] if plan is None else _inputs_of(model, plan)
     if stats is None:
-        inputs = allocate.INPUTS[method] if plan is None else _inputs_of(model, plan)
         return calibrate(model, calibration, inputs=inputs, progress=progress)
     if stats.model is not model:
         raise ValueError("compress: the statistics are of another model object than the one given")
+    stats.require(inputs)
     return stats
 
 

@@ -1,0 +1,423 @@
+"""From a model and text to an adapted model: calibration, decomposition, allocation, compression."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import rana_kernels.compress as compress_module
+from rana_kernels.allocate import plan
+from rana_kernels.calibrate import INPUTS, calibrate
+from rana_kernels.compress import compress
+from rana_kernels.decompose import decompose
+from rana_kernels.live import count_live
+from rana_kernels.models import find_blocks
+from rana_kernels.modules import RanaMLP, RanaReceiver
+from rana_kernels.plan import Adapter, Plan
+from rana_kernels.split import best_split, threshold_for
+
+ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3")
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def make_model(architecture: str = "Llama", **sizes) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, architecture + ("TextConfig" if architecture == "Gemma3" else "Config"))
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config(**{**SIZES, **sizes})).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+def tokens(rows: int = 6, length: int = 40) -> torch.Tensor:
+    return torch.randint(0, 128, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(tokens()).logits
+
+
+def hand_plan(model: nn.Module, joint: bool = False, o: str = "dense", down: str = "neuron") -> Plan:
+    """Full ranks and threshold 0 everywhere: the dense model, through the adapters."""
+    adapters = []
+    for block in find_blocks(model):
+        mlp = (
+            [("rank", (block.gate, block.up))] if joint else [("rank", (n,)) for n in (block.gate, block.up)]
+        )
+        for kind, names in [("rank", block.qkv), (o, (block.o,)), *mlp, (down, (block.down,))]:
+            linears = [model.get_submodule(name) for name in names]
+            K, widths = linears[0].in_features, tuple(linear.out_features for linear in linears)
+            rank = {"rank": min(K, sum(widths)), "neuron": K, "dense": 0}[kind]
+            bias = any(linear.bias is not None for linear in linears)
+            adapters.append(
+                Adapter(kind, names, K, widths, rank, rank, None if kind == "dense" else 0.0, bias)
+            )
+    return Plan(tuple(adapters))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    # on models this small threads would mostly wait for one another
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# calibration
+
+
+def test_moments_and_sample_do_not_depend_on_the_batches():
+    model, ids = make_model(), tokens()
+    a = calibrate(model, list(ids), sample_tokens=50, inputs=INPUTS, progress=False)
+    b = calibrate(model, iter([ids[:4], ids[4:]]), sample_tokens=50, inputs=INPUTS, progress=False)
+    assert a.tokens == b.tokens == 240 and a.digest == b.digest and len(a.inputs) == 8
+    for key, found in a.inputs.items():
+        torch.testing.assert_close(found.moment, b.inputs[key].moment, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found.sample, b.inputs[key].sample, rtol=1e-4, atol=1e-6)
+        assert len(found.sample) == 50 and found.moment.dtype == torch.float64
+
+
+def test_moments_are_of_what_the_linears_read():
+    model, seen = make_model(), []
+    hook = model.model.layers[1].mlp.up_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    stats = calibrate(model, [tokens()], sample_tokens=10_000, progress=False)
+    hook.remove()
+    x = seen[0].detach().flatten(0, 1)
+    torch.testing.assert_close(stats.inputs[1, "mlp"].moment.float(), x.T @ x)
+    torch.testing.assert_close(stats.inputs[1, "mlp"].sample, x)
+
+
+def test_padding_is_left_out():
+    model, ids = make_model(), tokens(1, 30)
+    mask = torch.ones_like(ids)
+    mask[:, 20:] = 0
+    padded = calibrate(model, [{"input_ids": ids, "attention_mask": mask}], progress=False)
+    plain = calibrate(model, [ids[:, :20]], progress=False)
+    assert padded.tokens == 20 and padded.digest == plain.digest
+    torch.testing.assert_close(
+        padded.inputs[1, "mlp"].moment, plain.inputs[1, "mlp"].moment, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_the_sample_is_spread_over_the_stream():
+    model = make_model(num_hidden_layers=1)
+    stats = calibrate(model, [tokens(20, 100)], sample_tokens=200, progress=False)
+    table = (
+        model.model.layers[0].input_layernorm(model.model.embed_tokens(tokens(20, 100).flatten())).detach()
+    )
+    where = torch.cdist(stats.inputs[0, "qkv"].sample, table).argmin(1)
+    assert len(where.unique()) > 50
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "holds no tokens"),
+        ([torch.randn(4, 8)], "input_ids of item 0 has dtype torch.float32, wanted a tensor of integers"),
+        (["text"], "input_ids of item 0 has a str"),
+        ([torch.zeros(2, 2, 2, dtype=torch.long)], "has shape"),
+        (torch.zeros(4, 8, dtype=torch.long), "wanted an iterable of input_ids tensors"),
+        (
+            [{"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 3)}],
+            "attention_mask",
+        ),
+    ],
+)
+def test_calibration_errors(calibration, message):
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, calibration, progress=False)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_non_finite_activations_name_the_linear_and_leave_the_model_as_it_was():
+    model = make_model().train()
+    model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match=r"input of model\.layers\.1\.self_attn\.q_proj .* not finite"):
+        calibrate(model, [tokens()], progress=False)
+    assert model.training and not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_unknown_architectures_are_told_what_is_known():
+    with pytest.raises(ValueError, match="model_type is None, wanted one of llama, mistral"):
+        calibrate(nn.Linear(2, 2), [tokens()], progress=False)
+
+
+# decomposition and split
+
+
+@pytest.mark.parametrize(("N", "K", "count"), [(96, 64, 500), (48, 64, 500), (64, 64, 20), (176, 64, 10)])
+def test_factors_are_orthonormal_ordered_and_exact_at_full_rank(N, K, count):
+    torch.manual_seed(0)
+    W = torch.randn(N, K)
+    X = torch.randn(count, K) @ torch.diag(torch.logspace(0, -3, K)) @ torch.randn(K, K)
+    factors = decompose(W, X.double().T @ X.double())
+    ranks = min(N, K)
+    torch.testing.assert_close(factors.rows @ factors.rows.T, torch.eye(ranks), rtol=0, atol=1e-6)
+    torch.testing.assert_close(factors.rows.T @ factors.B, W, rtol=0, atol=1e-5)
+    singular = torch.linalg.svdvals(X.double() @ W.double().T)
+    torch.testing.assert_close(factors.energy[:8].sqrt(), singular[:8], rtol=1e-8, atol=0)
+
+
+def test_the_error_of_a_mask_is_the_energy_it_drops():
+    torch.manual_seed(0)
+    W, X = torch.randn(96, 64, dtype=torch.float64), torch.randn(300, 64, dtype=torch.float64)
+    factors = decompose(W, X.T @ X)
+    h = X @ factors.B.T
+    z = torch.where(h.abs() < 2, 0, h)
+    error = (X @ W.T - z @ factors.rows).square().sum()
+    torch.testing.assert_close(error, (h - z).square().sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
+def test_the_split_is_the_best_there_is(keep):
+    torch.manual_seed(0)
+    K, N, count = 64, 176, 400
+    h = torch.randn(count, K) * torch.logspace(0, -1.5, K) * torch.rand(count, 1)
+    split = best_split(h, K, N, keep * K * N)
+
+    def captured(rank: int, live: float) -> float:
+        return float(h[:, :rank].square().flatten().topk(round(live * count)).values.sum())
+
+    every = {r: min(r, (keep * K * N - r * K) / N) for r in range(16, K + 1, 16)}
+    best = max(captured(r, live) for r, live in every.items() if live >= 1)
+    assert captured(split.rank, split.live) > 0.999 * best
+    assert split.rank * K + split.live * N <= keep * K * N * 1.001
+
+
+def test_thresholds_keep_what_was_asked_and_never_exact_zeros():
+    score = torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 5.0, 4.0]])
+    assert threshold_for(score, 2.0) == (2.0, 2.0)
+    assert threshold_for(score, 3.0) == (1.0, 2.5)
+    assert threshold_for(score, 4.0) == (0.0, 4.0)
+    assert threshold_for(score, 0.0)[1] == 0
+
+
+# plans
+
+
+def test_a_plan_meets_its_budget_and_survives_json():
+    stats = calibrate(make_model(), [tokens()], inputs=INPUTS, progress=False)
+    for method in ("paper", "static"):
+        made = plan(stats, flops_reduction=0.4, method=method, progress=False)
+        assert made.reduction == pytest.approx(0.4, abs=0.002 if method == "paper" else 0.02)
+        assert Plan.from_json(made.to_json()) == made
+
+
+def test_every_method_leaves_o_dense_and_every_layer_equal():
+    stats = calibrate(make_model(), [tokens()], progress=False)
+    made = plan(stats, flops_reduction=0.4, progress=False)
+    by_layer = [made.adapters[:5], made.adapters[5:]]
+    for qkv, o, gate, up, down in by_layer:
+        assert (qkv.kind, o.kind, gate.kind, up.kind, down.kind) == (
+            "rank",
+            "dense",
+            "rank",
+            "rank",
+            "neuron",
+        )
+        assert all(adapter.rank % 16 == 0 for adapter in (qkv, gate, up))
+    costs = [sum(adapter.flops for adapter in layer) for layer in by_layer]
+    assert costs[0] == pytest.approx(costs[1], rel=0.002)
+
+
+@pytest.mark.parametrize("reduction", [0, -1, 0.97, float("nan")])
+def test_a_budget_out_of_reach_is_told_the_range(reduction):
+    stats = calibrate(make_model(), [tokens()], progress=False)
+    with pytest.raises(ValueError, match=r"wanted more than 0 and at most 0\.\d+"):
+        plan(stats, flops_reduction=reduction, progress=False)
+
+
+def test_the_end_of_the_range_is_in_reach():
+    stats = calibrate(make_model(), [tokens()], progress=False)
+    for reduction in (0.001, 0.782):
+        assert plan(stats, flops_reduction=reduction, progress=False).reduction >= reduction - 0.005
+
+
+def test_statistics_that_lack_an_input_are_told_which():
+    stats = calibrate(make_model(), [tokens()], progress=False)
+    with pytest.raises(ValueError, match="nothing of the input 'down' of layer 0"):
+        plan(stats, flops_reduction=0.4, method="static", progress=False)
+
+
+BROKEN = {
+    "kind": ({"kind": "magic"}, "kind has 'magic', wanted one of rank, neuron, dense"),
+    "rank": ({"rank": 999}, "rank has 999, wanted 1 to 64"),
+    "live": ({"live": 65.0}, "live has 65.0, wanted at most its rank, 64"),
+    "threshold": ({"threshold": float("inf")}, "threshold has inf, wanted None or a finite number"),
+    "names": ({"names": []}, r"names has \(\), wanted a non-empty tuple"),
+    "size": ({"in_features": 2**40}, "in_features has"),
+    "widths": ({"out_features": [8, "x"]}, "out_features has"),
+    "surplus": ({"code": "x"}, r"the fields has \['code'\]"),
+    "bias": ({"bias": 1}, "bias has 1, wanted true or false"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_broken_plans_are_refused(change, message):
+    data = json.loads(hand_plan(make_model()).to_json())
+    data["adapters"][0] |= change
+    with pytest.raises(ValueError, match=message):
+        Plan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{}", '{"format": 2}', '{"format": 1, "adapters": [3]}', "[" * 10**5]
+)
+def test_what_is_no_plan_is_refused(text):
+    with pytest.raises(ValueError, match="Plan"):
+        Plan.from_json(text)
+
+
+def test_plans_that_do_not_fit_the_model_leave_it_alone():
+    model = make_model()
+    good = hand_plan(model).adapters
+    swapped = Adapter(
+        **{**vars(good[0]), "names": good[0].names[::-1], "out_features": good[0].out_features[::-1]}
+    )
+    for adapters, message in [
+        (good[1:], "nothing for model.layers.0.self_attn.q_proj"),
+        (hand_plan(make_model(num_hidden_layers=3)).adapters, "no linears of this model"),
+        (hand_plan(make_model("Llama", intermediate_size=160)).adapters, "the plan has"),
+        (hand_plan(make_model("Qwen2")).adapters, "bias=True, the model the opposite"),
+        ((swapped, *good[1:]), "in the order in which the model calls them"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compress(model, [tokens()], plan=Plan(tuple(adapters)), progress=False)
+    assert all(type(model.get_submodule(name)) is nn.Linear for b in find_blocks(model) for name in b.linears)
+
+
+# compression
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_compresses_and_generates(architecture):
+    model = make_model(architecture)
+    report = compress(model, [tokens()], flops_reduction=0.3, progress=False)
+    with count_live(model) as counts:
+        assert logits(model).isfinite().all()
+    assert report.block_flops_reduction == pytest.approx(0.3, abs=0.005)
+    assert 0 < report.model_flops_reduction < report.block_flops_reduction
+    for adapter in report.adapters:
+        assert counts[adapter.names[0]].mean == pytest.approx(adapter.live, rel=0.25)
+        assert adapter.output_error**2 == pytest.approx(1 - adapter.captured_energy, abs=0.02)
+        assert 0 < len(adapter.spectrum) <= 64
+    assert model.generate(tokens(1, 8), max_new_tokens=4, do_sample=False).shape == (1, 12)
+    assert Plan.from_json(json.dumps(json.loads(report.to_json())["plan"])) == report.plan
+
+
+@pytest.mark.parametrize("down", ["rank", "neuron", "dense"])
+@pytest.mark.parametrize("o", ["rank", "neuron", "dense"])
+@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
+def test_full_rank_at_threshold_zero_is_the_dense_model(joint, o, down):
+    model = make_model("Qwen2", num_hidden_layers=1)
+    dense = logits(model)
+    compress(model, [tokens(2)], plan=hand_plan(model, joint, o, down), progress=False)
+    torch.testing.assert_close(logits(model), dense, rtol=0, atol=2e-6)
+    layer = model.model.layers[0]
+    assert isinstance(layer.mlp, RanaMLP) == (down == "neuron")
+    assert isinstance(layer.self_attn.v_proj, RanaReceiver)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        hidden = compiled(tokens(), use_cache=False).last_hidden_state
+    torch.testing.assert_close(model.lm_head(hidden), dense, rtol=0, atol=2e-6)
+
+
+def test_missing_thresholds_are_chosen_from_the_sample():
+    model = make_model()
+    asked = hand_plan(model, joint=True, o="neuron")
+    adapters = [Adapter(**{**vars(a), "threshold": None, "live": a.rank / 2}) for a in asked.adapters]
+    report = compress(model, [tokens()], plan=Plan(tuple(adapters)), progress=False)
+    with count_live(model) as counts:
+        logits(model)
+    for adapter in report.plan.adapters:
+        assert adapter.threshold > 0
+        assert counts[adapter.names[0]].mean == pytest.approx(adapter.rank / 2, rel=0.2)
+
+
+def test_in_steps_is_the_same_as_in_one_go():
+    at_once, in_steps = make_model(), make_model()
+    compress(at_once, [tokens()], flops_reduction=0.4, progress=False)
+    stats = calibrate(in_steps, [tokens()], progress=False)
+    compress(in_steps, plan=plan(stats, flops_reduction=0.4, progress=False), stats=stats, progress=False)
+    assert_equal_states(at_once, in_steps)
+
+
+def assert_equal_states(a: nn.Module, b: nn.Module) -> None:
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_bfloat16_models_stay_so_and_thresholds_do_not():
+    model = make_model().bfloat16()
+    compress(model, [tokens()], flops_reduction=0.3, progress=False)
+    kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    for name, dtype in kinds.items():
+        assert dtype == (torch.float32 if name.endswith(("threshold", "scale")) else torch.bfloat16), name
+    assert logits(model).isfinite().all()
+
+
+def test_resuming_gives_the_same_bits_and_redoes_nothing(tmp_path, monkeypatch):
+    whole, broken = make_model("Qwen2"), make_model("Qwen2")
+    compress(whole, [tokens()], flops_reduction=0.4, progress=False)
+    measured, done = compress_module.measure, []
+
+    def interrupted(layer, adapter):
+        if layer.block.index == 1:
+            raise KeyboardInterrupt
+        return measured(layer, adapter)
+
+    monkeypatch.setattr(compress_module, "measure", interrupted)
+    arguments = {"flops_reduction": 0.4, "resume_dir": tmp_path, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        compress(broken, [tokens()], **arguments)
+    monkeypatch.setattr(compress_module, "measure", lambda *a: done.append(a[0].block.index) or measured(*a))
+    resumed = make_model("Qwen2")
+    report = compress(resumed, [tokens()], **arguments)
+    assert set(done) == {1} and len(report.adapters) == 8
+    assert_equal_states(whole, resumed)
+
+
+def test_another_compression_does_not_resume_this_one(tmp_path):
+    compress(make_model(), [tokens()], flops_reduction=0.4, resume_dir=tmp_path, progress=False)
+    for calibration, reduction in [([tokens()], 0.3), ([tokens(3)], 0.4)]:
+        with pytest.raises(ValueError, match="blocks of another compression"):
+            compress(
+                make_model(), calibration, flops_reduction=reduction, resume_dir=tmp_path, progress=False
+            )
+
+
+def test_arguments_that_do_not_fit_together():
+    model = make_model()
+    made = hand_plan(model)
+    stats = calibrate(model, [tokens()], progress=False)
+    for arguments, message in [
+        ({"calibration": [tokens()]}, "exactly one of them"),
+        ({"calibration": [tokens()], "plan": made, "flops_reduction": 0.4}, "exactly one of them"),
+        ({"flops_reduction": 0.4}, "exactly one of calibration and stats"),
+        (
+            {"flops_reduction": 0.4, "stats": calibrate(make_model(), [tokens()], progress=False)},
+            "another model",
+        ),
+        ({"flops_reduction": 0.4, "stats": stats, "method": "magic"}, "wanted one of paper, static"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compress(model, progress=False, **arguments)
+
+
+def test_an_adapted_model_is_not_compressed_again():
+    model = make_model()
+    compress(model, [tokens()], flops_reduction=0.4, progress=False)
+    with pytest.raises(ValueError, match="cannot be compressed again"):
+        compress(copy.deepcopy(model), [tokens()], flops_reduction=0.4, progress=False)
