@@ -6,6 +6,7 @@ paper     RaNA, arXiv 2503.18216, algorithms 1 and 2: q, k, v jointly, up and ga
 static    the plain data-aware low-rank baseline: the same linears and budget, all ranks always on
 """
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import product
 
@@ -125,7 +126,7 @@ def _paper_mlp(layer: Layer, keep: float) -> list[Adapter]:
     up, gate = _Expanded(layer, block.up, keep, some), _Expanded(layer, block.gate, keep, some)
     exact = layer.sample("down")[some]
     down, scale = layer.weight((block.down,)).float(), layer.scale(block.down)
-    best = None
+    best = (math.inf, 6, 6, 6)
     for up_share, gate_share, down_share in SHARES:
         if not (up.affords(up_share) and gate.affords(gate_share) and _share(keep, down_share) <= 1):
             continue
@@ -133,7 +134,7 @@ def _paper_mlp(layer: Layer, keep: float) -> list[Adapter]:
         threshold, _ = threshold_for(g.abs() * scale, _share(keep, down_share) * g.shape[1])
         dropped = exact - torch.where(g.abs() * scale < threshold, 0, g)
         error = float((dropped @ down.T).square().sum())
-        if best is None or error < best[0]:
+        if error < best[0]:
             best = (error, up_share, gate_share, down_share)
     _, up_share, gate_share, down_share = best
     g = layer.act(gate.output(gate_share)) * up.output(up_share)

@@ -6,7 +6,7 @@ themselves; the second moment Σ x xᵀ is all that its decomposition needs of t
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -159,7 +159,7 @@ def _batches(calibration: Iterable, progress: bool) -> Iterator[dict]:
             f"calibrate: the calibration is one {type(calibration).__name__}, wanted an iterable of "
             "input_ids tensors or of dicts of model inputs: put it in a list"
         )
-    total = len(calibration) if hasattr(calibration, "__len__") else None
+    total = len(calibration) if isinstance(calibration, Sized) else None
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("calibrating", total=total)
         for i, item in enumerate(calibration):
@@ -169,7 +169,7 @@ def _batches(calibration: Iterable, progress: bool) -> Iterator[dict]:
 
 def _batch(item: object, i: int) -> dict:
     """One item of the calibration as keyword arguments of the decoder."""
-    kwargs = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
+    kwargs: dict = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
     kwargs.pop("labels", None)
     ids = kwargs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):

@@ -81,6 +81,7 @@ def _chooser(model: nn.Module, flops_reduction: float | None, method: str, plan:
     if plan is not None:
         planned = {block.index: adapters for block, adapters in check_plan(model, plan)}
         return lambda layer: planned[layer.block.index]
+    assert flops_reduction is not None
     keep = allocate.keep_for(model, find_blocks(model), flops_reduction, method)
     return lambda layer: allocate.plan_layer(layer, keep, method)
 
@@ -97,6 +98,7 @@ def _stats(
         raise ValueError("compress: wanted exactly one of calibration and stats")
     inputs = allocate.INPUTS[method] if plan is None else _inputs_of(model, plan)
     if stats is None:
+        assert calibration is not None
         return calibrate(model, calibration, inputs=inputs, progress=progress)
     if stats.model is not model:
         raise ValueError("compress: the statistics are of another model object than the one given")

@@ -10,7 +10,8 @@ from rana_kernels.plan import Adapter
 
 def block_tensors(layer: Layer, adapters: list[Adapter]) -> dict[str, Tensor]:
     """Everything that the modules of `install.build_block` hold, computed from the layer's weights."""
-    block, tensors = layer.block, {}
+    block = layer.block
+    tensors: dict[str, Tensor] = {}
     fused = {block.up, block.gate, block.down} if is_fused(block, adapters) else set()
     if fused:
         tensors |= _mlp_tensors(layer, adapters)
@@ -23,6 +24,7 @@ def block_tensors(layer: Layer, adapters: list[Adapter]) -> dict[str, Tensor]:
 
 
 def _threshold(adapter: Adapter, like: Tensor) -> Tensor:
+    assert adapter.threshold is not None, "compress fills thresholds in first"
     return torch.full((adapter.rank,), adapter.threshold, dtype=torch.float32, device=like.device)
 
 
@@ -72,8 +74,9 @@ def _mlp_tensors(layer: Layer, adapters: list[Adapter]) -> dict[str, Tensor]:
     for name, adapter in ((block.up, up), (block.gate, gate)):
         parts = layer.factors(adapter.names).rows[: adapter.rank].split(adapter.out_features, dim=1)
         tensors[f"{name}.rows"] = parts[adapter.names.index(name)].clone()
-        if adapter.bias:
-            bias = layer.bias(adapter.names).split(adapter.out_features)
-            tensors[f"{name}.bias"] = bias[adapter.names.index(name)].clone()
+        bias = layer.bias(adapter.names)
+        if bias is not None:
+            part = bias.split(adapter.out_features)[adapter.names.index(name)]
+            tensors[f"{name}.bias"] = part.clone()
         tensors |= _sentinels(layer, (name,))
     return tensors

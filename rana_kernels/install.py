@@ -101,6 +101,8 @@ def build_block(
 def _build_mlp(block: Block, adapters: list[Adapter], place: dict) -> RanaMLP:
     by_name = {name: adapter for adapter in adapters for name in adapter.names}
     up, gate, down = by_name[block.up], by_name[block.gate], by_name[block.down]
+    up_name, gate_name, down_name = (n.rpartition(".")[2] for n in (block.up, block.gate, block.down))
+    assert block.activation is not None, "is_fused says so"
     return RanaMLP(
         up.in_features,
         down.in_features,
@@ -110,6 +112,6 @@ def _build_mlp(block: Block, adapters: list[Adapter], place: dict) -> RanaMLP:
         block.activation,
         joint=up is gate,
         bias=(up.bias, gate.bias, down.bias),
-        names=tuple(name.rpartition(".")[2] for name in (block.up, block.gate, block.down)),
+        names=(up_name, gate_name, down_name),
         **place,
     )

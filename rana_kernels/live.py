@@ -36,7 +36,7 @@ def count_live(model: nn.Module) -> Iterator[dict[str, LiveCount]]:
 
     def hook_for(name: str):
         @torch.no_grad()
-        def hook(module: nn.Module, inputs: tuple, _output: object) -> None:
+        def hook(module, inputs: tuple, _output: object) -> None:
             for child, mask in module.masks(inputs[0]).items():
                 count = counts.setdefault(".".join(filter(None, [name, child])), LiveCount(mask.shape[-1]))
                 count.kept += int(mask.sum())

@@ -49,6 +49,7 @@ class CompressReport:
 
 def measure(layer: Layer, adapter: Adapter) -> AdapterReport:
     """Apply an adapter that has its threshold to the sample, through the reference."""
+    assert adapter.threshold is not None, "compress fills thresholds in first"
     name = layer.input_of(adapter.names)
     x, weight = layer.sample(name), layer.weight(adapter.names).float()
     if adapter.kind == "rank":

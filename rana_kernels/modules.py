@@ -24,18 +24,17 @@ from rana_kernels.checks import ACTIVATIONS, wide_dtype
 class _Adapter(nn.Module):
     """Thresholds and scales stay float32 under `.to(bfloat16)` and `.half()`, and must be finite."""
 
+    threshold: Tensor
+
     def _register_float32(self, name: str, size: int, device: torch.device | str | None) -> None:
         self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device=device))
 
-    def _float32(self) -> list[str]:
-        return [name for name in ("threshold", "scale") if self._buffers.get(name) is not None]
-
     def _apply(self, fn, recurse=True):
-        before = {name: self._buffers[name] for name in self._float32()}
+        before = {n: b for n, b in self._buffers.items() if n in ("threshold", "scale") and b is not None}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            now = self._buffers[name]
-            if now.dtype.itemsize < buffer.dtype.itemsize and now.dtype.itemsize < 4:
+            now = self.get_buffer(name)
+            if now.dtype.itemsize < 4:
                 self._buffers[name] = buffer.to(now.device)
         return self
 
@@ -81,6 +80,9 @@ def _empty(*shape: int, device, dtype) -> nn.Parameter:
 
 class _AdaptedLinear(_Adapter):
     """What stands under a linear's name: its sizes, its bias and the empty `weight`."""
+
+    rows: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: int, device, dtype) -> None:
         super().__init__()
@@ -185,11 +187,12 @@ def joint_linears(
     To be put in place in the order in which the model calls them.
     """
     first, *others = out_features
-    handoff = Handoff() if others else None
     place = {"device": device, "dtype": dtype}
+    if not others:
+        return [RanaLinear(in_features, first, rank, bias, **place)]
+    handoff = Handoff()
     owner = RanaLinear(in_features, first, rank, bias, others=tuple(others), handoff=handoff, **place)
-    receivers = [RanaReceiver(in_features, n, handoff, i, **place) for i, n in enumerate(others)]
-    return [owner, *receivers]
+    return [owner, *(RanaReceiver(in_features, n, handoff, i, **place) for i, n in enumerate(others))]
 
 
 class RanaNeuronLinear(_AdaptedLinear):
@@ -197,6 +200,8 @@ class RanaNeuronLinear(_AdaptedLinear):
 
     rows [K, N] (W transposed) · scale [K] = ‖W_:,i‖₂, float32 · threshold [K] float32 · bias [N].
     """
+
+    scale: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, *, device=None, dtype=None
@@ -229,11 +234,14 @@ class _Rows(_AdaptedLinear):
         return self.rows, self.bias
 
 
-class _NeuronRows(_Rows):
+class _NeuronRows(_AdaptedLinear):
     """The same for the down projection: a row a neuron, with its scale and threshold."""
 
+    scale: Tensor
+
     def __init__(self, in_features, out_features, bias, device, dtype) -> None:
-        super().__init__(in_features, out_features, in_features, bias, device, dtype)
+        super().__init__(in_features, out_features, out_features if bias else 0, device, dtype)
+        self.rows = _empty(in_features, out_features, device=device, dtype=dtype)
         self._register_float32("scale", in_features, device)
         self._register_float32("threshold", in_features, device)
 

@@ -7,6 +7,7 @@ Costs are FLOPs a token, two for a multiply-add, over the linears of the transfo
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 KINDS = ("rank", "neuron", "dense")
 FORMAT = 1
@@ -125,7 +126,7 @@ class Plan:
         return _read(Plan, {**data, "adapters": adapters}, "Plan")
 
 
-def _read(kind: type, data: object, where: str):
+def _read(kind: type, data: Any, where: str):
     _require(isinstance(data, dict), "Plan", where, type(data).__name__, "an object")
     known = {field.name for field in fields(kind)}
     unknown = sorted(set(data) - known)

@@ -43,14 +43,14 @@ class ResumeDir:
                 "give an empty directory, or delete this one"
             )
 
-    def load(self, index: int) -> tuple[dict[str, Tensor], object] | None:
+    def load(self, index: int) -> tuple[dict[str, Tensor], dict] | None:
         """Tensors and record of a finished block, or None."""
         record = self.path / f"block_{index:04d}.json"
         if not record.exists():
             return None
         return load_file(record.with_suffix(".safetensors")), _read_json(record)
 
-    def save(self, index: int, tensors: dict[str, Tensor], record: object) -> None:
+    def save(self, index: int, tensors: dict[str, Tensor], record: dict) -> None:
         path = self.path / f"block_{index:04d}.json"
         part = path.with_suffix(".part")
         save_file({name: tensor.to("cpu", copy=False) for name, tensor in tensors.items()}, part)
@@ -64,7 +64,7 @@ def _write_json(path: Path, data: object) -> None:
     os.replace(part, path)
 
 
-def _read_json(path: Path) -> object:
+def _read_json(path: Path):
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
