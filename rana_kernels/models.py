@@ -68,7 +68,7 @@ class Block:
     """
 
     index: int
-    qkv: tuple[str, str, str]
+    qkv: tuple[str, ...]
     o: str
     mlp: str
     up: str
@@ -109,11 +109,9 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """Every transformer block of `model`, first to last, with the full names of its linears."""
     known, decoder = architecture(model), decoder_name(model)
     layers = ".".join(filter(None, [decoder, known.layers]))
-    name = getattr(model.config, known.activation, None) or getattr(model.config, "hidden_act", None)
-    return [
-        _block(known, f"{layers}.{i}", i, ACTIVATIONS.get(name))
-        for i in range(len(model.get_submodule(layers)))
-    ]
+    activation = ACTIVATIONS.get(getattr(model.config, known.activation, ""))
+    names = [name for name, _ in model.get_submodule(layers).named_children()]
+    return [_block(known, f"{layers}.{name}", i, activation) for i, name in enumerate(names)]
 
 
 def _block(known: Architecture, layer: str, index: int, activation: str | None) -> Block:
