@@ -1,0 +1,95 @@
+"""What the op tests share: the implementations, a seed for each test and poisoned memory."""
+
+import contextlib
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import rana_kernels.ops  # noqa: F401 - defines torch.ops.rana
+from rana_kernels.backends import reference
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A way to run the ops, called with the op's name and its arguments by name."""
+
+    name: str
+    device: str
+    function: Callable[[str], Callable]
+
+    def __call__(self, op: str, args: dict) -> torch.Tensor:
+        return self.function(op)(*args.values())
+
+
+def _registered(op: str) -> Callable:
+    return getattr(torch.ops.rana, op).default
+
+
+# a backend joins every test by a line here
+IMPLEMENTATIONS = [
+    Implementation("reference", "cpu", lambda op: getattr(reference, op)),
+    Implementation("registered", "cpu", _registered),
+    Implementation("registered_cuda", "cuda", _registered),
+]
+
+
+def _here(implementation: Implementation) -> bool:
+    return implementation.device == "cpu" or torch.cuda.is_available()
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(i, id=i.name, marks=[pytest.mark.gpu] if i.device == "cuda" else [])
+        for i in IMPLEMENTATIONS
+        if _here(i)
+    ],
+)
+def implementation(request) -> Implementation:
+    return request.param
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "slow: large shapes and full grids; run with -m slow")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "isa: run again for every instruction set of this processor")
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say what did not run, and what stood behind `registered`."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    plain = [op for op in rana_kernels.ops.SCHEMAS if not has(f"rana::{op}", "CPU")]
+    absent = [i.name for i in IMPLEMENTATIONS if not _here(i)]
+    if plain:
+        terminalreporter.write_line(
+            f"rana: not built, the reference ran instead: {', '.join(plain)} on the CPU"
+        )
+    if absent:
+        terminalreporter.write_line(f"rana: not run, no CUDA device: {', '.join(absent)}")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory():
+    """Fill fresh memory: torch's tensors with NaN, malloc's with 0x7F, which is huge or NaN in each dtype."""
+    with contextlib.suppress(OSError, AttributeError):  # mallopt is glibc's
+        ctypes.CDLL(None).mallopt(-6, 0x80)  # M_PERTURB
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

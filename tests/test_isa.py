@@ -1,0 +1,83 @@
+"""The compiled CPU library of every instruction set this processor has, each in a process of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rana_kernels import backends
+
+ROOT = Path(__file__).parent.parent
+AVX2 = {"avx2", "fma", "f16c"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+NEEDS = {"baseline": set(), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 | {"avx512_bf16"}}
+
+
+def processor_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    found = re.search(
+        r"^(?:flags|Features)\s*:(.*)$", info.read_text() if info.exists() else "", re.MULTILINE
+    )
+    return set(found[1].split()) if found else set()
+
+
+def libraries() -> dict[str, Path]:
+    package = Path(backends.__file__).parent.parent
+    return {p.name.removeprefix("_cpu_").split(".")[0]: p for p in package.glob("_cpu_*.so")}
+
+
+def test_every_instruction_set_is_known():
+    assert tuple(NEEDS) == backends.INSTRUCTION_SETS
+    assert set(libraries()) <= set(NEEDS)
+
+
+@pytest.mark.isa
+def test_the_library_chosen_is_the_one_that_runs():
+    """In this process, and again in those started below."""
+    loaded = set(re.findall(r"_cpu_\w+(?=\.abi3\.so)", Path("/proc/self/maps").read_text()))
+    if not libraries():
+        pytest.skip("no CPU library is built")
+    assert loaded == {f"_cpu_{backends.instruction_set()}"}
+    if "RANA_CPU_ISA" in os.environ:
+        assert backends.instruction_set() == os.environ["RANA_CPU_ISA"]
+    assert {served["cpu"] for served in backends.serving().values()} == {"cpu"}
+
+
+def test_the_best_instruction_set_is_chosen():
+    if "RANA_CPU_ISA" in os.environ or "ATEN_CPU_CAPABILITY" in os.environ:
+        pytest.skip("the environment chooses")
+    runnable = [isa for isa, flags in NEEDS.items() if flags <= processor_flags()]
+    assert backends.instruction_set() == runnable[-1]
+
+
+@pytest.mark.parametrize("isa", NEEDS)
+def test_ops_are_exact_and_close_on(isa):
+    if isa not in libraries():
+        pytest.skip(f"_cpu_{isa} is not built")
+    if absent := NEEDS[isa] - processor_flags():
+        pytest.skip(f"this processor lacks {', '.join(sorted(absent))}")
+    options = ["-m", "isa", "-k", "not reference", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "tests/test_ops.py", "tests/test_isa.py"],
+        cwd=ROOT,
+        # the problems are small: threads would only wait for one another
+        env={**os.environ, "RANA_CPU_ISA": isa, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
+    assert re.search(r"[1-9]\d\d passed", child.stdout), child.stdout[-500:]
+
+
+def test_an_unknown_instruction_set_is_refused():
+    child = subprocess.run(
+        [sys.executable, "-c", "import rana_kernels"],
+        cwd=ROOT,
+        env={**os.environ, "RANA_CPU_ISA": "sse9", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode != 0 and "RANA_CPU_ISA is 'sse9', wanted one of baseline" in child.stderr

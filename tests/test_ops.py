@@ -1,0 +1,572 @@
+"""Each op on each implementation: exact, close, memory, framework, meaning, errors."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rana_kernels
+from rana_kernels.backends import reference
+from tests.cases import (
+    ACTIVATIONS,
+    CASES,
+    DENSITIES,
+    DTYPES,
+    FEW_CASES,
+    FORMS,
+    GRID,
+    REAL_CASES,
+    SMALL,
+    Case,
+    assert_close,
+    dense,
+    exact_result,
+    input_of,
+    make_inputs,
+    matrices_of,
+)
+
+NAN, INF = float("nan"), float("inf")
+MASKED = ("threshold", "scale", "down_scale", "down_threshold")
+
+
+def grid(cases):
+    isa, slow = [pytest.mark.isa], [pytest.mark.slow]
+    mark = {**dict.fromkeys(cases, slow), **dict.fromkeys(CASES, []), **dict.fromkeys(FEW_CASES, isa)}
+    return pytest.mark.parametrize("case", [pytest.param(c, id=c.id, marks=mark[c]) for c in cases])
+
+
+def named(values: dict):
+    return [pytest.param(v, id=k) for k, v in values.items()]
+
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+every_op = pytest.mark.parametrize("case", named(SMALL))
+every_form = pytest.mark.parametrize("case", named(FORMS))
+
+
+def assert_same_bits(y, wanted, what: str = "") -> None:
+    """Equal, NaN counting as itself."""
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
+
+
+# 1. exact, 2. close
+
+
+@every_dtype
+@grid(GRID)
+def test_integers_are_exact(implementation, case, dtype):
+    args = make_inputs(case, dtype, integers=True, device=implementation.device)
+    y = implementation(case.op, args)
+    assert y.dtype == dtype and y.is_contiguous()
+    assert_same_bits(y, exact_result(case.op, args, dtype), case.id)
+
+
+@every_dtype
+@grid([*GRID, *REAL_CASES])
+def test_gaussians_are_close(implementation, case, dtype):
+    args = make_inputs(case, dtype, device=implementation.device)
+    assert_close(implementation(case.op, args), case.op, args, dtype)
+
+
+@pytest.mark.parametrize("integers", [True, False], ids=["integers", "gaussians"])
+@every_op
+def test_cases_mask_what_they_say(case, integers):
+    """The inputs themselves: not zero, neither are the outputs, and the masks near the wanted density."""
+    sizes = {"masked_linear": ["N"], "masked_lowrank_linear": ["K"], "masked_mlp": ["K", "I"]}[case.op]
+    cases = [
+        c for c in GRID if c.op == case.op and min(c.tokens * c.R, c.N, *(getattr(c, s) for s in sizes)) > 4
+    ]
+    kept = {density: [] for density in DENSITIES}
+    for c in cases:
+        args = make_inputs(c, torch.bfloat16, integers=integers)
+        y, masks = dense(c.op, args, torch.float64)
+        assert args[input_of(args)].any() and all(args[n].any() for n in matrices_of(args))
+        assert y.any() or c.density == 0, c.id
+        kept[c.density] += [m.double().mean() for m in masks]
+    means = {density: float(torch.stack(shares).mean()) for density, shares in kept.items()}
+    assert means[0.0] == 0 and means[1.0] == 1 and 0.1 < means[0.25] < means[0.5] < 0.7, means
+
+
+# 3. memory
+
+
+def embedded(t: torch.Tensor, before: int = 0, after: int = 64) -> torch.Tensor:
+    """The same values, `before` elements into a buffer of NaN."""
+    buffer = torch.full((before + t.numel() + after,), NAN, dtype=t.dtype, device=t.device)
+    view = buffer[before : before + t.numel()].view(t.shape)
+    return view.copy_(t)
+
+
+def padded(t: torch.Tensor) -> torch.Tensor:
+    """The same values, in rows that lie apart with NaN between them."""
+    return torch.full((*t.shape[:-1], t.shape[-1] + 13), NAN, dtype=t.dtype, device=t.device)[
+        ..., : t.shape[-1]
+    ].copy_(t)
+
+
+def spread(t: torch.Tensor) -> torch.Tensor:
+    """The same values, every third element of a buffer of NaN."""
+    return torch.full((*t.shape, 3), NAN, dtype=t.dtype, device=t.device)[..., 1].copy_(t)
+
+
+def transposed(t: torch.Tensor) -> torch.Tensor:
+    return t.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+@every_dtype
+@every_form
+def test_any_offset(implementation, case, dtype):
+    """The input and each matrix, at every alignment, with NaN before and after."""
+    args = make_inputs(case, dtype, integers=True, device=implementation.device)
+    wanted = exact_result(case.op, args, dtype)
+    for name in (input_of(args), *matrices_of(args)):
+        for offset in range(41):
+            view = embedded(args[name], before=offset)
+            buffer = view._base.clone()
+            assert_same_bits(implementation(case.op, {**args, name: view}), wanted, f"{name} at {offset}")
+            assert_same_bits(view._base, buffer, f"memory around {name} at {offset}")
+
+
+@pytest.mark.parametrize("lead", [(1,), (3,), (2, 3), (40,)], ids=str)
+@every_dtype
+@every_form
+def test_any_strides(implementation, case, dtype, lead):
+    case = replace(case, lead=lead)
+    args = make_inputs(case, dtype, integers=True, device=implementation.device)
+    wanted = exact_result(case.op, args, dtype)
+    x = input_of(args)
+    vectors = [n for n, t in args.items() if isinstance(t, torch.Tensor) and t.dim() == 1 and n != x]
+    layouts = [(x, transposed), (x, padded), (x, spread)]
+    layouts += [(m, padded) for m in matrices_of(args)] + [(v, spread) for v in vectors]
+    for name, layout in layouts:
+        y = implementation(case.op, {**args, name: layout(args[name])})
+        assert_same_bits(y, wanted, f"{layout.__name__} {name}")
+
+
+@every_form
+def test_expanded_arguments(implementation, case):
+    """Stride 0: one token, one threshold, one scale, one bias and one row for all."""
+    args = make_inputs(case, torch.float32, integers=True, device=implementation.device)
+    for name, t in args.items():
+        if isinstance(t, torch.Tensor) and t.dim() > 0:
+            once = t[:1].expand_as(t)
+            y = implementation(case.op, {**args, name: once})
+            assert_same_bits(y, implementation(case.op, {**args, name: once.contiguous()}), name)
+
+
+@every_dtype
+@every_form
+def test_fresh_memory_is_not_read(implementation, case, dtype):
+    """Memory of the sizes that outputs and temporaries have, freed full of NaN just before the call."""
+    for lead in ((1,), (3,), (40,)):
+        case = replace(case, lead=lead)
+        args = make_inputs(case, dtype, integers=True, device=implementation.device)
+        wanted = exact_result(case.op, args, dtype)
+        sizes = {case.tokens * n for n in (case.N, case.K, case.R, case.I, case.R + 12)} | {64, 256, 1024}
+        dirt = [torch.full((n,), NAN, dtype=d) for n in sizes for d in [dtype, torch.float32] * 4]
+        del dirt
+        assert_same_bits(implementation(case.op, args), wanted)
+
+
+@every_form
+def test_arguments_are_left_alone(implementation, case):
+    for lead in ((1,), (40,)):
+        args = make_inputs(replace(case, lead=lead), torch.bfloat16, device=implementation.device)
+        before = {n: t.clone() for n, t in args.items() if isinstance(t, torch.Tensor)}
+        y = implementation(case.op, args)
+        assert all(torch.equal(args[n], t) for n, t in before.items())
+        assert all(y.data_ptr() != args[n].data_ptr() for n in before)
+
+
+# 4. framework
+
+
+def call_registered(case: Case, args: dict) -> torch.Tensor:
+    return getattr(torch.ops.rana, case.op).default(*args.values())
+
+
+def requiring_grad(args: dict, dtype: torch.dtype | None = None) -> dict:
+    """Leaves that require gradients, thresholds and scales excepted; all of it in `dtype` if given."""
+    tensors = {n: t.to(dtype, copy=True) for n, t in args.items() if isinstance(t, torch.Tensor)}
+    return {**args, **{n: t.requires_grad_(n not in MASKED) for n, t in tensors.items()}}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@every_dtype
+@every_form
+def test_opcheck(case, dtype, grad):
+    args = make_inputs(case, dtype)
+    if grad:
+        args = requiring_grad(args)
+    torch.library.opcheck(getattr(torch.ops.rana, case.op).default, tuple(args.values()))
+
+
+@every_form
+def test_compile_without_breaks(case):
+    """One graph for all sizes of a batch, empty and single ones included."""
+    torch._dynamo.reset()
+    args = make_inputs(replace(case, lead=(5,)), torch.float32, integers=True)
+    x, rest = args.pop(input_of(args)), tuple(args.values())
+    op = getattr(torch.ops.rana, case.op)
+
+    def function(x):
+        return op(2 * x, *rest) + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for M in (5, 2, 1, 0):
+        assert_same_bits(compiled(x[:M]), function(x[:M]))
+
+
+def test_inductor_compiles_all_ops():
+    torch._dynamo.reset()
+    inputs = {
+        op: tuple(make_inputs(case, torch.float32, integers=True).values()) for op, case in SMALL.items()
+    }
+
+    def every():
+        return [getattr(torch.ops.rana, op)(2 * x, *rest).relu() for op, (x, *rest) in inputs.items()]
+
+    for y, wanted in zip(torch.compile(every, fullgraph=True)(), every(), strict=True):
+        assert_same_bits(y, wanted)
+
+
+@every_form
+def test_export_with_any_batch(case):
+    class Layer(torch.nn.Module):
+        def forward(self, x, *rest):
+            return getattr(torch.ops.rana, case.op)(x, *rest)
+
+    args = make_inputs(replace(case, lead=(5,)), torch.float32, integers=True)
+    x, *rest = args.values()
+    batch = ({0: torch.export.Dim("batch")}, tuple(None for _ in rest))
+    exported = torch.export.export(Layer(), (x, *rest), dynamic_shapes=batch).module()
+    for M in (5, 2, 3):
+        assert_same_bits(exported(x[:M], *rest), Layer()(x[:M], *rest))
+
+
+@every_form
+def test_gradients_in_float64(case):
+    """Against finite differences, which the reference alone is precise enough for."""
+    tiny = {"R": 4, "N": 3, "K": 5, "I": 6, "gate": 3 if case.gate == 12 else case.gate}
+    args = requiring_grad(make_inputs(replace(case, lead=(2,), **tiny), torch.float64), torch.float64)
+    with rana_kernels.use_backend("reference"):
+        assert torch.autograd.gradcheck(getattr(torch.ops.rana, case.op).default, tuple(args.values()))
+
+
+@pytest.mark.parametrize("lead", [(), (2, 3), (40,), (0,)], ids=str)
+@every_form
+def test_gradients_are_those_of_dense_math(case, lead):
+    inputs = make_inputs(replace(case, lead=lead), torch.float32)
+    args, wide = requiring_grad(inputs), requiring_grad(inputs, torch.float64)
+    y, (wanted, _) = call_registered(case, args), dense(case.op, wide, torch.float64)
+    direction = torch.randn_like(wanted)
+    (y * direction).sum().backward()
+    (wanted * direction).sum().backward()
+    for name, t in args.items():
+        if isinstance(t, torch.Tensor) and t.requires_grad:
+            torch.testing.assert_close(t.grad.double(), wide[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@every_form
+def test_autocast_casts_all_but_the_thresholds(case):
+    args = make_inputs(case, torch.float32)
+    half = {n: t if n in MASKED or not isinstance(t, torch.Tensor) else t.bfloat16() for n, t in args.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call_registered(case, args)
+        again = call_registered(case, half)
+    assert y.dtype == torch.bfloat16
+    assert_same_bits(y, call_registered(case, half))
+    assert_same_bits(again, y)
+
+
+def test_autocast_keeps_a_threshold_that_bfloat16_would_round():
+    x = torch.ones(1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = rana_kernels.ops.masked_linear(x, torch.ones(1, 1), torch.tensor(1.0001))
+    assert y.item() == 0
+
+
+@every_form
+def test_inference_mode(case):
+    with torch.inference_mode():
+        args = make_inputs(case, torch.float32, integers=True)
+        y = call_registered(case, args)
+    assert y.is_inference() and torch.equal(y, exact_result(case.op, args, torch.float32))
+
+
+@every_dtype
+@pytest.mark.parametrize("lead", [(), (0,), (2, 3)], ids=str)
+@every_form
+def test_meta_tensors_have_the_shape_of_real_ones(case, lead, dtype):
+    case = replace(case, lead=lead)
+    y, fake = (call_registered(case, make_inputs(case, dtype, device=d)) for d in ("cpu", "meta"))
+    assert (fake.shape, fake.dtype, fake.stride(), fake.device.type) == (y.shape, dtype, y.stride(), "meta")
+
+
+# 5. meaning
+
+
+LOW_RANK = Case("masked_lowrank_linear", 24, 40, 32, lead=(5,), density=1.0)
+
+
+@every_dtype
+def test_threshold_0_is_the_low_rank_product(implementation, dtype):
+    args = make_inputs(LOW_RANK, dtype, integers=True, device=implementation.device)
+    x, B, rows, bias = (args[n].double() for n in ("x", "B", "rows", "bias"))
+    assert_same_bits(implementation(LOW_RANK.op, args), (x @ B.T @ rows + bias).to(dtype))
+
+
+def test_full_rank_and_threshold_0_is_the_dense_layer(implementation):
+    W, bias = torch.randn(40, 32), torch.randn(40)
+    U, S, V = torch.linalg.svd(W.double(), full_matrices=False)
+    x, B, rows = torch.randn(5, 32), (S[:, None] * V).float(), U.T.float().contiguous()
+    args = {"x": x, "B": B, "rows": rows, "threshold": torch.zeros(()), "bias": bias}
+    y = implementation("masked_lowrank_linear", {n: t.to(implementation.device) for n, t in args.items()})
+    torch.testing.assert_close(y.cpu(), F.linear(x, W, bias), rtol=1e-5, atol=1e-5)
+
+
+@every_dtype
+@pytest.mark.parametrize("huge", [1e30, INF], ids=str)
+@pytest.mark.parametrize("lead", [(1,), (5,), (40,)], ids=str)
+@every_form
+def test_a_huge_threshold_leaves_the_bias(implementation, case, lead, huge, dtype):
+    args = make_inputs(replace(case, lead=lead), dtype, device=implementation.device)
+    last = "down_threshold" if case.op == "masked_mlp" else "threshold"
+    y = implementation(case.op, {**args, last: torch.full_like(args[last], huge)})
+    bias = args["down_bias" if case.op == "masked_mlp" else "bias"]
+    assert_same_bits(y, torch.zeros_like(y) if bias is None else bias.expand_as(y))
+
+
+def test_ranks_of_an_mlp_dropped_leave_its_biases(implementation):
+    """Separate ranks have separate thresholds: without those of gate, gate is its bias, and up is whole."""
+    args = make_inputs(replace(SMALL["masked_mlp"], density=1.0), torch.float32, integers=True)
+    args["threshold"][17:] = INF
+    up = args["x"] @ args["B"][:17].T @ args["up_rows"] + args["up_bias"]
+    g = F.relu(args["gate_bias"]) * up
+    wanted = g @ args["down_rows"] + args["down_bias"]
+    args = {n: t.to(implementation.device) if isinstance(t, torch.Tensor) else t for n, t in args.items()}
+    assert_same_bits(implementation("masked_mlp", args).cpu(), wanted)
+
+
+@pytest.mark.parametrize("M", [1, 5, 40])
+@every_dtype
+def test_a_score_equal_to_its_threshold_is_kept(implementation, dtype, M):
+    h = torch.tensor([[-2.0, 2.0, 1.0, 3.0]], dtype=dtype).expand(M, -1)
+    scale, threshold = torch.tensor([1.0, 1.0, 2.0, 0.5]), torch.tensor(2.0)
+    args = {"h": h, "rows": torch.eye(4, dtype=dtype), "threshold": threshold, "scale": scale}
+    args = {n: t.to(implementation.device) for n, t in args.items()}
+    wanted = torch.tensor([-2.0, 2.0, 1.0, 0.0], dtype=dtype).expand(M, -1)
+    assert_same_bits(implementation("masked_linear", args).cpu(), wanted)
+
+
+# (what h sums to, its threshold, kept?): rounding either number to 16 bits reverses the verdict
+FINE = {"kept": (1 + 2**-13, 1 + 2**-14, True), "dropped": (1 - 2**-14, 1 - 2**-15, False)}
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("M", [1, 5, 40])
+@every_dtype
+@pytest.mark.parametrize("h, threshold, kept", [pytest.param(*v, id=k) for k, v in FINE.items()])
+def test_masks_are_decided_in_float32(implementation, dtype, h, threshold, kept, M):
+    one = torch.ones(1, 1, dtype=dtype, device=implementation.device)
+    rest, unit = one[0] * (h - 1), one[0].float()
+    tokens = one.expand(M, -1)
+    lowrank = {
+        "x": torch.stack([one[0], rest], 1).expand(M, -1),
+        "B": one.expand(1, 2).contiguous(),
+        "rows": one,
+    }
+    linear = {"h": tokens, "rows": one, "threshold": unit * threshold, "scale": unit * h}
+    mlp = {"x": tokens, "B": one, "up_rows": one, "gate_rows": None, "threshold": unit * 0, "up_bias": rest}
+    mlp |= {"gate_bias": None, "down_rows": one, "down_scale": unit, "down_threshold": unit * threshold}
+    calls = {
+        "masked_linear": linear,
+        "masked_lowrank_linear": {**lowrank, "threshold": unit * threshold},
+        "masked_mlp": {**mlp, "down_bias": None, "activation": "relu"},
+    }
+    for op, args in calls.items():
+        y = implementation(op, args)
+        assert bool(y.all()) == bool(y.any()) == kept, op
+
+
+def test_ranks_may_pass_the_range_of_float16(implementation):
+    """300 · 300 is infinite in float16, but h is float32 in a decode step."""
+    args = {"x": [[300.0]], "B": [[300.0]], "rows": [[0.25]]}
+    args = {n: torch.tensor(v, dtype=torch.float16, device=implementation.device) for n, v in args.items()}
+    args["threshold"] = torch.tensor(1e5, device=implementation.device)
+    assert implementation("masked_lowrank_linear", args).item() == 0
+    args["threshold"] = torch.tensor(8e4, device=implementation.device)
+    assert implementation("masked_lowrank_linear", args).item() == torch.tensor(22500.0).half()
+
+
+WITH_NAN = {
+    k: FORMS[k] for k in ("linear", "linear_bare", "lowrank", "lowrank_bare", "mlp_separate", "mlp_shared")
+}
+WITH_NAN |= {a: replace(FORMS["mlp_ungated"], activation=a) for a in ACTIVATIONS}
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("M", [1, 3, 40])
+@pytest.mark.parametrize("density", [0.5, 0.0])
+@pytest.mark.parametrize("case", named(WITH_NAN))
+def test_nan_reaches_its_row_and_no_other(implementation, case, density, M):
+    case = replace(case, lead=(M,), density=density)
+    args = make_inputs(case, torch.float32, device=implementation.device)
+    clean = implementation(case.op, args)
+    args[input_of(args)][M // 2, 1] = NAN
+    y = implementation(case.op, args)
+    assert y[M // 2].isnan().all()
+    y[M // 2] = clean[M // 2]
+    assert_same_bits(y, clean)
+
+
+@pytest.mark.parametrize("M", [1, 3, 40])
+@pytest.mark.parametrize("value", [INF, -INF], ids=str)
+@every_dtype
+@pytest.mark.parametrize("op", ["masked_linear", "masked_lowrank_linear"])
+def test_infinity_reaches_y(implementation, op, dtype, value, M):
+    args = make_inputs(replace(SMALL[op], lead=(M,), density=0.0), dtype, device=implementation.device)
+    args[input_of(args)][0, 1] = value
+    y = implementation(op, args)
+    assert not y[0].isfinite().any() and y[1:].isfinite().all()
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_over_the_whole_range(implementation, activation):
+    v = torch.logspace(-30, 15, 500)
+    v = torch.cat([-v, torch.zeros(1), v, torch.linspace(-20, 20, 999)]).to(implementation.device)
+    one = torch.ones(1, 1, device=implementation.device)
+    args = {"x": v[:, None], "B": one, "up_rows": one, "gate_rows": None, "threshold": one[0] * 0}
+    args |= {"up_bias": None, "gate_bias": None, "down_rows": one, "down_scale": one[0]}
+    args |= {"down_threshold": one[0] * 0, "down_bias": None, "activation": activation}
+    wanted = ACTIVATIONS[activation](v.double())
+    for block in (v.numel(), 1):
+        y = torch.cat([implementation("masked_mlp", {**args, "x": x})[:, 0] for x in v[:, None].split(block)])
+        # left of 0 gelu is a small difference of numbers near 1: float32 leaves an absolute error there
+        torch.testing.assert_close(y.double(), wanted, rtol=2e-6, atol=1e-6)
+
+
+OTHERS = {"random": None, "zero": 0.0, "huge": 6e4, "inf": INF, "nan": NAN}
+
+
+@pytest.mark.parametrize("M", [2, 5, 16, 33, 150])
+@every_dtype
+@every_form
+def test_a_row_does_not_depend_on_the_others(implementation, case, dtype, M):
+    args = make_inputs(replace(case, lead=(M,)), dtype, device=implementation.device)
+    x, y = args[input_of(args)], implementation(case.op, args)
+    for m in {0, M // 2, M - 1}:
+        for what, value in OTHERS.items():
+            other = torch.randn_like(x) if value is None else torch.full_like(x, value)
+            other[m] = x[m]
+            again = implementation(case.op, {**args, input_of(args): other})
+            assert_same_bits(again[m], y[m], f"row {m} among {what}")
+
+
+WIDE = {
+    "masked_linear": Case("masked_linear", 512, 1000),
+    "masked_lowrank_linear": Case("masked_lowrank_linear", 256, 1000, 512),
+    "masked_mlp": Case("masked_mlp", 256, 500, 300, 1000, gate="shared"),
+}
+
+
+@pytest.mark.parametrize("M", [1, 4, 40])
+@every_dtype
+@pytest.mark.parametrize("case", named(WIDE))
+def test_the_same_bits_every_time(case, dtype, M, threads):
+    """On every run and with any number of threads."""
+    args = make_inputs(replace(case, lead=(M,)), dtype)
+    wanted = call_registered(case, args)
+    for count in (1, 2, 3, 4):
+        threads(count)
+        for _ in range(3):
+            assert_same_bits(call_registered(case, args), wanted, f"{count} threads")
+
+
+# 6. errors
+
+
+BAD = {
+    "h_scalar": ("masked_linear", "h", lambda h: h.sum()),
+    "h_integer": ("masked_linear", "h", lambda h: h.long()),
+    "h_too_wide": ("masked_linear", "rows", lambda rows: rows[1:]),
+    "rows_dtype": ("masked_linear", "rows", lambda rows: rows.half()),
+    "rows_vector": ("masked_linear", "rows", lambda rows: rows[:, 0]),
+    "rows_transposed": ("masked_linear", "rows", lambda rows: rows.T.contiguous().T),
+    "rows_elsewhere": ("masked_linear", "rows", lambda rows: rows.to("meta")),
+    "threshold_dtype": ("masked_linear", "threshold", lambda t: t.bfloat16()),
+    "threshold_double": ("masked_linear", "threshold", lambda t: t.double()),
+    "threshold_short": ("masked_linear", "threshold", lambda t: t[1:]),
+    "threshold_matrix": ("masked_linear", "threshold", lambda t: t[None]),
+    "threshold_elsewhere": ("masked_linear", "threshold", lambda t: t.to("meta")),
+    "scale_dtype": ("masked_linear", "scale", lambda s: s.half()),
+    "scale_long": ("masked_linear", "scale", lambda s: s.repeat(2)),
+    "scale_0d": ("masked_linear", "scale", lambda s: s[0]),
+    "bias_dtype": ("masked_linear", "bias", lambda b: b.double()),
+    "bias_short": ("masked_linear", "bias", lambda b: b[1:]),
+    "lowrank_x_scalar": ("masked_lowrank_linear", "x", lambda x: x.sum()),
+    "lowrank_x_integer": ("masked_lowrank_linear", "x", lambda x: x.int()),
+    "B_narrow": ("masked_lowrank_linear", "B", lambda B: B[:, 1:]),
+    "B_dtype": ("masked_lowrank_linear", "B", lambda B: B.bfloat16()),
+    "B_transposed": ("masked_lowrank_linear", "B", lambda B: B.T.contiguous().T),
+    "B_3d": ("masked_lowrank_linear", "B", lambda B: B[None]),
+    "B_elsewhere": ("masked_lowrank_linear", "B", lambda B: B.to("meta")),
+    "lowrank_rows_short": ("masked_lowrank_linear", "rows", lambda rows: rows[1:]),
+    "lowrank_rows_transposed": ("masked_lowrank_linear", "rows", lambda rows: rows.T.contiguous().T),
+    "lowrank_threshold": ("masked_lowrank_linear", "threshold", lambda t: t[:1]),
+    "lowrank_bias": ("masked_lowrank_linear", "bias", lambda b: b[None]),
+    "mlp_x_integer": ("masked_mlp", "x", lambda x: x.bool()),
+    "mlp_B_short": ("masked_mlp", "B", lambda B: B[1:]),
+    "mlp_B_narrow": ("masked_mlp", "B", lambda B: B[:, 1:]),
+    "up_rows_dtype": ("masked_mlp", "up_rows", lambda rows: rows.half()),
+    "up_rows_transposed": ("masked_mlp", "up_rows", lambda rows: rows.T.contiguous().T),
+    "gate_rows_narrow": ("masked_mlp", "gate_rows", lambda rows: rows[:, 1:]),
+    "mlp_threshold_0d": ("masked_mlp", "threshold", lambda t: t[0]),
+    "mlp_threshold_short": ("masked_mlp", "threshold", lambda t: t[1:]),
+    "up_bias_long": ("masked_mlp", "up_bias", lambda b: b.repeat(2)),
+    "gate_bias_dtype": ("masked_mlp", "gate_bias", lambda b: b.half()),
+    "down_rows_short": ("masked_mlp", "down_rows", lambda rows: rows[1:]),
+    "down_rows_elsewhere": ("masked_mlp", "down_rows", lambda rows: rows.to("meta")),
+    "down_scale_dtype": ("masked_mlp", "down_scale", lambda s: s.half()),
+    "down_scale_short": ("masked_mlp", "down_scale", lambda s: s[1:]),
+    "down_threshold_short": ("masked_mlp", "down_threshold", lambda t: t[1:]),
+    "down_bias_short": ("masked_mlp", "down_bias", lambda b: b[1:]),
+    "activation": ("masked_mlp", "activation", lambda a: "swish"),
+    "activation_empty": ("masked_mlp", "activation", lambda a: ""),
+}
+
+
+def message(call, *args) -> str:
+    with pytest.raises(RuntimeError) as raised:
+        call(*args)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("op, argument, change", [pytest.param(*v, id=k) for k, v in BAD.items()])
+def test_bad_arguments_are_named(implementation, op, argument, change):
+    args = make_inputs(SMALL[op], torch.float32, device=implementation.device)
+    args[argument] = change(args[argument])
+    wanted = message(lambda: getattr(reference, op)(*args.values()))
+    assert wanted.startswith(f"rana::{op}: {argument} has ") and ", wanted " in wanted
+    assert wanted in message(implementation, op, args)
+
+
+def test_a_gate_bias_needs_a_gate(implementation):
+    case = replace(SMALL["masked_mlp"], gate=None)
+    args = make_inputs(case, torch.float32, device=implementation.device)
+    args["gate_bias"] = args["up_bias"]
+    wanted = "rana::masked_mlp: gate_bias has a value, wanted None, because gate_rows is None"
+    assert wanted in message(implementation, case.op, args)
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_meta_tensors_are_checked_in_the_same_words(op):
+    args = make_inputs(SMALL[op], torch.float32)
+    weight = matrices_of(args)[-1]
+    args[weight] = args[weight][:-1]
+    meta = {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in args.items()}
+    wanted = message(lambda: getattr(reference, op)(*args.values()))
+    assert wanted in message(call_registered, SMALL[op], meta)
