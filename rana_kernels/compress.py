@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from os import PathLike
 
-import torch
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from rana_kernels.layer import Layer, linear_of
 from rana_kernels.measure import AdapterReport, CompressReport, measure, model_bytes, model_flops_reduction
 from rana_kernels.models import Block, find_blocks
 from rana_kernels.plan import Adapter, Plan
-from rana_kernels.resume import ResumeDir, fingerprint, place
+from rana_kernels.resume import ResumeDir, fingerprint
 from rana_kernels.split import threshold_for
 
 
@@ -52,20 +51,25 @@ def compress(
     blocks = find_blocks(model)
     facts = (stats.digest, plan.to_json() if plan else f"{method} {flops_reduction}")
     store = ResumeDir(resume_dir, fingerprint(model, blocks, *facts)) if resume_dir else None
-    report, adapters = CompressReport(Plan(())), []
-    report.bytes_before = model_bytes(model)
+    adapters: list[Adapter] = []
+    measured: list[AdapterReport] = []
+    bytes_before = model_bytes(model)
     for block in track(blocks, "compressing", disable=not progress, transient=True):
-        tensors, found, measured = _block(Layer(model, block, stats), choose, store)
+        tensors, found, reports = _block(Layer(model, block, stats), choose, store)
         _put(model, block, found, tensors)
         adapters += found
-        report.adapters += measured
-    asked = plan.flops_reduction if plan else flops_reduction
-    report.plan = Plan(tuple(adapters), plan.method if plan else method, asked)
-    report.block_flops_reduction = report.plan.reduction
-    report.model_flops_reduction = model_flops_reduction(model, report.plan)
-    report.bytes_after = model_bytes(model)
-    report.seconds = time.monotonic() - started
-    return report
+        measured += reports
+    asked = plan or Plan((), method, flops_reduction)
+    done = asked.with_adapters(tuple(adapters))
+    return CompressReport(
+        plan=done,
+        adapters=measured,
+        block_flops_reduction=done.reduction,
+        model_flops_reduction=model_flops_reduction(model, done),
+        bytes_before=bytes_before,
+        bytes_after=model_bytes(model),
+        seconds=time.monotonic() - started,
+    )
 
 
 Chooser = Callable[[Layer], list[Adapter]]
@@ -152,9 +156,11 @@ def _with_threshold(layer: Layer, adapter: Adapter) -> Adapter:
 def _put(model: nn.Module, block: Block, adapters: list[Adapter], tensors: dict[str, Tensor]) -> None:
     """Build the block's modules without memory and give them their tensors."""
     weight = linear_of(model, block.qkv[0]).weight
-    tensors = place(tensors, weight.device)
-    modules = build_block(block, adapters, torch.device("meta"), weight.dtype)
+    modules = build_block(block, adapters, "meta", weight.dtype)
     for name, module in modules.items():
-        own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+        prefix = f"{name}."
+        own = {
+            k.removeprefix(prefix): t.to(weight.device) for k, t in tensors.items() if k.startswith(prefix)
+        }
         module.load_state_dict(own, strict=True, assign=True)
     swap(model, modules)

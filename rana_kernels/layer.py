@@ -53,7 +53,10 @@ class Layer:
     def factors(self, names: tuple[str, ...]) -> Factors:
         if names not in self._factors:
             moment = self.stats.of(self.block.index, self.input_of(names)).moment
-            self._factors[names] = decompose(self.weight(names), moment.to(self.weight(names).device))
+            weight = self.weight(names)
+            if not weight.isfinite().all():
+                raise ValueError(f"the weights of {' or '.join(names)} hold values that are not finite")
+            self._factors[names] = decompose(weight, moment.to(weight.device))
         return self._factors[names]
 
     def rank_values(self, names: tuple[str, ...]) -> Tensor:

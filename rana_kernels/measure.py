@@ -1,7 +1,7 @@
 """What a compression did to a model: the report, and the measurements that go into it."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +36,12 @@ class CompressReport:
     """`plan` is complete (every threshold filled in). FLOPs are a token's; bytes are the model's."""
 
     plan: Plan
-    adapters: list[AdapterReport] = field(default_factory=list)
-    block_flops_reduction: float = 0.0
-    model_flops_reduction: float = 0.0  # blocks and lm_head
-    bytes_before: int = 0
-    bytes_after: int = 0
-    seconds: float = 0.0
+    adapters: list[AdapterReport]
+    block_flops_reduction: float
+    model_flops_reduction: float  # blocks and lm_head
+    bytes_before: int
+    bytes_after: int
+    seconds: float
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "plan": json.loads(self.plan.to_json())}, indent=1)
