@@ -1,6 +1,7 @@
 """From a model and text to an adapted model: calibration, decomposition, allocation, compression."""
 
 import copy
+import importlib
 import json
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 import transformers
 from torch import nn
 
-import rana_kernels.compress as compress_module
 from rana_kernels.allocate import plan
 from rana_kernels.calibrate import INPUTS, calibrate
 from rana_kernels.compress import compress
@@ -371,18 +371,20 @@ def test_bfloat16_models_stay_so_and_thresholds_do_not():
 def test_resuming_gives_the_same_bits_and_redoes_nothing(tmp_path, monkeypatch):
     whole, broken = make_model("Qwen2"), make_model("Qwen2")
     compress(whole, [tokens()], flops_reduction=0.4, progress=False)
-    measured, done = compress_module.measure, []
+    # by path: `rana_kernels.compress` may also be the function of that name
+    module = importlib.import_module("rana_kernels.compress")
+    measured, done = module.measure, []
 
     def interrupted(layer, adapter):
         if layer.block.index == 1:
             raise KeyboardInterrupt
         return measured(layer, adapter)
 
-    monkeypatch.setattr(compress_module, "measure", interrupted)
+    monkeypatch.setattr(module, "measure", interrupted)
     arguments = {"flops_reduction": 0.4, "resume_dir": tmp_path, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         compress(broken, [tokens()], **arguments)
-    monkeypatch.setattr(compress_module, "measure", lambda *a: done.append(a[0].block.index) or measured(*a))
+    monkeypatch.setattr(module, "measure", lambda *a: done.append(a[0].block.index) or measured(*a))
     resumed = make_model("Qwen2")
     report = compress(resumed, [tokens()], **arguments)
     assert set(done) == {1} and len(report.adapters) == 8
