@@ -1,0 +1,80 @@
+"""The words of the report: what each table and plot shows, and how to read it."""
+
+from examples.demo.results import Results
+
+
+def summary(results: Results) -> str:
+    quality = results.quality
+    return (
+        "RaNA (arXiv 2503.18216) rewrites a linear layer as two thin products and skips, token by token, "
+        f"the ranks that barely matter. Here it compresses a Llama model of {quality.parameters / 1e6:.1f} "
+        f"million parameters, calibrated on {quality.calibration_tokens:,} tokens and not trained further."
+    )
+
+
+def quality(results: Results) -> str:
+    return (
+        f"Perplexity on {results.quality.evaluation_tokens:,} tokens of held-out text, at several costs. "
+        f"{COST} Kept ranks and neurons are means over the adapters."
+    )
+
+
+def texts(results: Results) -> str:
+    return (
+        "The likeliest token at every step, after the same prompt; the compressed models at "
+        f"{results.texts.flops_reduction:.0%} fewer FLOPs. The one of RaNA was written to disk "
+        f"({results.texts.stored_megabytes:.1f} MB with its tokenizer) and read back first."
+    )
+
+
+def decode(_: Results) -> str:
+    return (
+        "One decode step of the linears of one block: bfloat16, one token, random weights. Medians of runs "
+        "that take turns, with weights rotated over copies larger than the last cache. o is dense in both. "
+        "GB/s is the weights that must be read ÷ time. A speed-up above 1 ÷ cost is bandwidth that PyTorch's "
+        "dense product leaves unused."
+    )
+
+
+def perplexity(_: Results) -> str:
+    return (
+        "Perplexity against cost: lower and further left is better. Static low rank is the same "
+        f"decomposition with fewer ranks, all of them always on. {COST}"
+    )
+
+
+def kept_ranks(results: Results) -> str:
+    return (
+        "Rows that each layer stores, and rows that a token keeps of them on average, on evaluation text, "
+        f"at {results.texts.flops_reduction:.0%} fewer FLOPs. Rows are ranks, and neurons for down."
+    )
+
+
+def spectra(_: Results) -> str:
+    return (
+        "Energy of the ranks of each layer on calibration text, largest first, as shares of their sum; for "
+        "down, of its neurons. The steeper the fall, the fewer ranks matter."
+    )
+
+
+def output_error(_: Results) -> str:
+    return (
+        "Relative error of each linear's output on calibration text, mean over layers, against the cost of "
+        "the model. Within an MLP, RaNA spends where the MLP's own output gains most."
+    )
+
+
+def density(results: Results) -> str:
+    sweep = results.density[0]
+    return (
+        f"Time of one masked low-rank linear {sweep.in_features} → {sweep.out_features} with {sweep.rank} "
+        "stored ranks against the share of them that is live: bfloat16, one token, random weights. The "
+        "ideal is dense time × cost. RaNA can be faster than that, because at one token PyTorch's dense "
+        "product does not read memory as fast as it could."
+    )
+
+
+COST = (
+    "Cost is the multiply-adds of all linears of the blocks as a fraction of the dense ones, with the rows "
+    "that are kept on evaluation text; o stays dense."
+)

@@ -1,0 +1,122 @@
+"""What compression costs: perplexity and kept rows of the model at several budgets, by two methods.
+
+`paper` is RaNA (arXiv 2503.18216); `static` is plain data-aware low rank at the same cost, the
+baseline that says what choosing ranks by input is worth. Calibration runs once: its statistics do
+not depend on the budget, and each compression starts from a copy of the dense model.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.demo.model import DemoModel
+from examples.demo.results import Adapted, Quality, Variant
+from rana_kernels.calibrate import Stats, calibrate
+from rana_kernels.compress import compress
+from rana_kernels.live import count_live
+from rana_kernels.measure import AdapterReport, CompressReport
+from rana_kernels.plan import Adapter, Plan
+
+METHODS = ("paper", "static")
+Compressed = dict[tuple[str, float], nn.Module]  # by method and budget
+BATCH = 4  # rows at a time: the logits of more fall out of the caches
+LIVE_ROWS = 8  # counting runs every mask twice, and a mean over a few thousand tokens is steady
+
+
+def measure_quality(
+    model: DemoModel, budgets: tuple[float, ...], rows: int, say: Callable[[str], None]
+) -> tuple[Quality, Compressed]:
+    """Compress by each method at each budget (a `flops_reduction`), and evaluate on `rows` rows.
+
+    Returns what was found, and the compressed models.
+    """
+    evaluation = model.evaluation[:rows].long()
+    say("calibrating")
+    stats = calibrate(
+        model.dense, model.calibration.split(BATCH), inputs=("qkv", "mlp", "down"), progress=False
+    )
+    say("perplexity of the dense model")
+    quality = Quality(
+        parameters=sum(p.numel() for p in model.dense.parameters()),
+        calibration_tokens=stats.tokens,
+        evaluation_tokens=evaluation.numel(),
+        perplexity=perplexity(model.dense, evaluation),
+        megabytes=sum(p.numel() * p.element_size() for p in model.dense.parameters()) / 1e6,
+    )
+    compressed: Compressed = {}
+    for method, budget in ((method, budget) for budget in budgets for method in METHODS):
+        say(f"{method} at {budget:.0%} fewer FLOPs")
+        compressed[method, budget], report = _compress(model.dense, stats, method, budget)
+        found = _evaluate(compressed[method, budget], report, evaluation, quality.perplexity)
+        quality.variants.append(found)
+    return quality, compressed
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, input_ids: Tensor) -> float:
+    """exp(mean loss) over the T - 1 predictions of each row of [n, T]; rows do not see one another."""
+    losses = []
+    for part in input_ids.split(BATCH):
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
+        losses.append(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none").double())
+    return torch.cat(losses).mean().exp().item()
+
+
+def _compress(dense: nn.Module, stats: Stats, method: str, budget: float) -> tuple[nn.Module, CompressReport]:
+    """A compressed copy: `compress` works in place, and wants the statistics of the model it is given."""
+    model = copy.deepcopy(dense)
+    report = compress(
+        model, stats=replace(stats, model=model), flops_reduction=budget, method=method, progress=False
+    )
+    return model, report
+
+
+def _evaluate(model: nn.Module, report: CompressReport, evaluation: Tensor, dense: float) -> Variant:
+    found = perplexity(model, evaluation)
+    live = kept_rows(model, evaluation[:LIVE_ROWS])
+    return Variant(
+        method=report.plan.method,
+        flops_reduction=report.plan.flops_reduction,
+        planned_keep=1 - report.block_flops_reduction,
+        keep=1 - _with_live(report.plan, live).reduction,
+        perplexity=found,
+        over_dense=found / dense - 1,
+        megabytes=report.bytes_after / 1e6,
+        seconds=report.seconds,
+        adapters=[_adapted(adapter, live[adapter.names[0]]) for adapter in report.adapters],
+    )
+
+
+@torch.inference_mode()
+def kept_rows(model: nn.Module, input_ids: Tensor) -> dict[str, float]:
+    """Mean kept rows a token of every adapter, by the name of its (first) linear."""
+    with count_live(model) as counts:
+        for part in input_ids.split(BATCH):
+            model(input_ids=part, use_cache=False)
+    return {name: count.mean for name, count in counts.items()}
+
+
+def _with_live(plan: Plan, live: dict[str, float]) -> Plan:
+    def measured() -> Iterator[Adapter]:
+        for adapter in plan.adapters:
+            yield replace(adapter, live=live.get(adapter.names[0], adapter.live))
+
+    return plan.with_adapters(tuple(measured()))
+
+
+def _adapted(adapter: AdapterReport, live: float) -> Adapted:
+    parts = adapter.names[0].split(".")
+    return Adapted(
+        layer=next(int(part) for part in parts if part.isdigit()),
+        linear="qkv" if len(adapter.names) > 1 else parts[-1].removesuffix("_proj"),
+        kind=adapter.kind,
+        rank=adapter.rank,
+        planned=adapter.live,
+        live=live,
+        output_error=adapter.output_error,
+        spectrum=adapter.spectrum,
+    )

@@ -1,0 +1,106 @@
+"""The order of things: load, compress and evaluate, write texts, time, write the report."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as Plain
+
+from examples.demo.decode_step import LLAMA_1B, LLAMA_7B, BlockShape, sweep_density, time_block
+from examples.demo.model import DemoModel, load_demo_model
+from examples.demo.page import page
+from examples.demo.provenance import provenance
+from examples.demo.quality import Compressed, measure_quality
+from examples.demo.results import DecodeStep, DensitySweep, Results, Texts
+from examples.demo.tables import NAMES, decode_table, quality_table
+from examples.demo.texts import PROMPT, reload, write_texts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run; the defaults are the demo.
+
+    budgets          `flops_reduction` of each compression
+    show             the one of them to save, load, generate from and time at
+    evaluation_rows  of 512 tokens, the same ones everywhere
+    rounds           runs of each contender in a timing
+    """
+
+    model: Path
+    output: Path
+    budgets: tuple[float, ...] = (0.3, 0.44, 0.55, 0.65)
+    show: float = 0.44
+    evaluation_rows: int = 200
+    blocks: tuple[BlockShape, ...] = (LLAMA_1B, LLAMA_7B)
+    linear: tuple[int, int] = (LLAMA_7B.hidden, LLAMA_7B.neurons)
+    densities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    rounds: int = 25
+
+
+def run(settings: Settings, console: Console) -> Results:
+    """Do all of it, showing results as they come. Writes report.html, report.json and the compressed
+    model to `settings.output`."""
+    started = time.monotonic()
+    settings.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = load_demo_model(settings.model)
+    with _status(console) as say:
+        quality, compressed = measure_quality(model, settings.budgets, settings.evaluation_rows, say)
+    console.print(quality_table(quality))
+    with _status(console) as say:
+        say("generating")
+        texts = _texts(model, compressed, settings)
+    console.print(_side_by_side(texts))
+    with _status(console) as say:
+        say("timing one decode step")
+        decode_steps, density = _timings(settings)
+    console.print(decode_table(decode_steps))
+    results = Results(provenance(), quality, texts, decode_steps, density, time.monotonic() - started)
+    _write(settings.output / "report.json", json.dumps(asdict(results), indent=1, allow_nan=False))
+    _write(settings.output / "report.html", page(results))
+    return results
+
+
+@contextmanager
+def _status(console: Console) -> Iterator:
+    with console.status("") as status:
+        yield status.update
+
+
+def _texts(model: DemoModel, compressed: Compressed, settings: Settings) -> Texts:
+    folder, show = settings.output / "model", settings.show
+    models = {
+        "dense": model.dense,
+        NAMES["paper"]: reload(compressed["paper", show], folder, model.tokenizer),
+        NAMES["static"]: compressed["static", show],
+    }
+    stored = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    return Texts(PROMPT, show, stored, write_texts(models, model.tokenizer))
+
+
+def _side_by_side(texts: Texts) -> Table:
+    table = Table(title=f"After {texts.prompt!r}", title_justify="left", title_style="bold")
+    for text in texts.texts:
+        table.add_column(text.label, ratio=1, overflow="fold")
+    table.add_row(*(Plain(text.continuation) for text in texts.texts))
+    return table
+
+
+def _timings(settings: Settings) -> tuple[list[DecodeStep], list[DensitySweep]]:
+    keep, rounds = 1 - settings.show, settings.rounds
+    steps = [step for shape in settings.blocks for step in time_block(shape, keep, rounds)]
+    return steps, sweep_density(*settings.linear, keep, settings.densities, rounds)
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing: a reader never sees half a report."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

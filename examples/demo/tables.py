@@ -1,0 +1,77 @@
+"""The tables of the report, as text: the terminal and the page show the same ones."""
+
+from dataclasses import dataclass
+
+from rich.table import Table as RichTable
+
+from examples.demo.results import DecodeStep, Quality, Variant
+
+NAMES = {"paper": "RaNA", "static": "static low rank"}
+
+
+@dataclass
+class Table:
+    """The first column is a name; the others hold numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def __rich__(self) -> RichTable:
+        table = RichTable(title=self.title, title_justify="left", title_style="bold")
+        for place, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if place else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def quality_table(quality: Quality) -> Table:
+    dense = ("dense", "1.00", f"{quality.perplexity:.2f}", "", "", "", f"{quality.megabytes:.1f}")
+    return Table(
+        f"Perplexity on {quality.evaluation_tokens:,} tokens of held-out text",
+        ("model", "cost", "perplexity", "over dense", "kept ranks", "kept neurons", "MB"),
+        [dense, *(_quality_row(variant) for variant in quality.variants)],
+    )
+
+
+def _quality_row(variant: Variant) -> tuple[str, ...]:
+    return (
+        NAMES[variant.method],
+        f"{variant.keep:.2f}",
+        f"{variant.perplexity:.2f}",
+        f"{variant.over_dense:+.1%}",
+        _kept(variant, "rank"),
+        _kept(variant, "neuron"),
+        f"{variant.megabytes:.1f}",
+    )
+
+
+def _kept(variant: Variant, kind: str) -> str:
+    """Means over the adapters of that kind."""
+    found = [adapter for adapter in variant.adapters if adapter.kind == kind]
+    if not found:
+        return ""
+    live, stored = sum(a.live for a in found), sum(a.rank for a in found)
+    return f"{live / len(found):.0f} of {stored / len(found):.0f}"
+
+
+def decode_table(steps: list[DecodeStep]) -> Table:
+    return Table(
+        "One decode step of the linears of one block (bfloat16, one token, random weights)",
+        ("block", "threads", "cost", "dense µs", "RaNA µs", "speed-up", "dense GB/s", "RaNA GB/s"),
+        [_decode_row(step) for step in steps],
+    )
+
+
+def _decode_row(step: DecodeStep) -> tuple[str, ...]:
+    return (
+        step.block,
+        str(step.threads),
+        f"{step.keep:.2f}",
+        f"{step.dense.median:,.0f}",
+        f"{step.rana.median:,.0f}",
+        f"{step.speedup:.2f}×",
+        f"{step.dense.gbs:.1f}",
+        f"{step.rana.gbs:.1f}",
+    )
