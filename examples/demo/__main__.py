@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from transformers.utils import logging
 
 from examples.demo.run import Settings, run
 
@@ -48,13 +49,18 @@ def demo(
 
     - write `report.html` (tables, plots, texts; one file) and `report.json` (all numbers).
 
-    Example, smaller budgets only: `python -m examples.demo --budget 0.2 --budget 0.3`
+    With other budgets: `python -m examples.demo --budget 0.2 --budget 0.3`
     """
     console = Console()
+    logging.disable_progress_bar()  # transformers' own: ours is enough
     budgets = tuple(sorted(budget))
     # the one to look at closely: 0.44, as in the paper's tables, or what is nearest
     show = min(budgets, key=lambda b: abs(b - 0.44))
-    results = run(Settings(model, output, budgets, show), console)
+    try:
+        results = run(Settings(model, output, budgets, show), console)
+    except (FileNotFoundError, ValueError) as error:
+        console.print(f"[red]error:[/red] {error}")
+        raise typer.Exit(1) from None
     console.print(f"\n{output / 'report.html'} written; {results.seconds:.0f} s in all.")
 
 

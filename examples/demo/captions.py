@@ -68,9 +68,9 @@ def density(results: Results) -> str:
     sweep = results.density[0]
     return (
         f"Time of one masked low-rank linear {sweep.in_features} → {sweep.out_features} with {sweep.rank} "
-        "stored ranks against the share of them that is live: bfloat16, one token, random weights. The "
-        "ideal is dense time × cost. RaNA can be faster than that, because at one token PyTorch's dense "
-        "product does not read memory as fast as it could."
+        "stored ranks against the share of them that is live: bfloat16, one token, random weights; the "
+        "band is the 20th to the 80th percentile. RaNA can be faster than the ideal, because at one token "
+        "PyTorch's dense product does not read memory as fast as it could."
     )
 
 

@@ -141,8 +141,12 @@ def density(results: Results, theme: Theme) -> Figure:
 def _density_panel(axes: Axes, sweep: DensitySweep, theme: Theme) -> None:
     shares, dense = [p.density for p in sweep.points], sweep.dense.median
     axes.plot(shares, [dense] * len(shares), "--", color=theme.dense, label="dense")
-    axes.plot(shares, [dense * p.keep for p in sweep.points], ":", color=theme.ink, label="dense × cost")
+    axes.plot(
+        shares, [dense * p.keep for p in sweep.points], ":", color=theme.ink, label="ideal: dense × cost"
+    )
     axes.plot(shares, [p.rana.median for p in sweep.points], "o-", color=theme.paper, label="RaNA")
+    low, high = [p.rana.p20 for p in sweep.points], [p.rana.p80 for p in sweep.points]
+    axes.fill_between(shares, low, high, color=theme.paper, alpha=0.25, linewidth=0)
     axes.set(xlabel="live share of the ranks", ylim=(0, dense * 1.15))
     axes.set_title(f"{sweep.threads} thread" + "s" * (sweep.threads > 1))
 

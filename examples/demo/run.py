@@ -3,8 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,27 +49,21 @@ def run(settings: Settings, console: Console) -> Results:
     settings.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = load_demo_model(settings.model)
-    with _status(console) as say:
-        quality, compressed = measure_quality(model, settings.budgets, settings.evaluation_rows, say)
+    with console.status("") as status:
+        quality, compressed = measure_quality(
+            model, settings.budgets, settings.evaluation_rows, status.update
+        )
     console.print(quality_table(quality))
-    with _status(console) as say:
-        say("generating")
+    with console.status("saving, loading, generating"):
         texts = _texts(model, compressed, settings)
     console.print(_side_by_side(texts))
-    with _status(console) as say:
-        say("timing one decode step")
+    with console.status("timing one decode step"):
         decode_steps, density = _timings(settings)
     console.print(decode_table(decode_steps))
     results = Results(provenance(), quality, texts, decode_steps, density, time.monotonic() - started)
     _write(settings.output / "report.json", json.dumps(asdict(results), indent=1, allow_nan=False))
     _write(settings.output / "report.html", page(results))
     return results
-
-
-@contextmanager
-def _status(console: Console) -> Iterator:
-    with console.status("") as status:
-        yield status.update
 
 
 def _texts(model: DemoModel, compressed: Compressed, settings: Settings) -> Texts:
