@@ -56,6 +56,8 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "slow: large shapes and full grids; run with -m slow")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "isa: run again for every instruction set of this processor")
+    # the problems are small: threads would only wait for one another, and for those of other processes
+    torch.set_num_threads(1)
     config.option.markexpr = config.option.markexpr or "not slow"
 
 
@@ -90,6 +92,5 @@ def poisoned_memory():
 @pytest.fixture
 def threads():
     """`torch.set_num_threads`, undone after the test."""
-    before = torch.get_num_threads()
     yield torch.set_num_threads
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
