@@ -168,8 +168,9 @@ class Recipe:
     steps: int
     learning_rate: float
     warmup_steps: int
+    cosine_steps: int
+    cooldown_steps: int
     rows_per_step: int
-    short_share: float
     seed: int
 
 
@@ -201,12 +202,23 @@ def new_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
+def cooldown_start(recipe: Recipe) -> int:
+    """Return the step from which the rate falls to zero and rows have their full length."""
+    return max(0, recipe.steps - recipe.cooldown_steps)
+
+
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Return the rate at `step` (from 0): a linear warm-up, then a cosine to a twentieth."""
+    """Return the rate at `step` (from 0): a linear warm-up, a cosine, a linear fall to zero.
+
+    The cosine has a length of its own, so a run may be made shorter or longer by moving only its
+    end: what was trained before the fall stays valid.
+    """
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+    done = (step - recipe.warmup_steps) / max(1, recipe.cosine_steps - recipe.warmup_steps)
+    rate = recipe.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+    left = (recipe.steps - step) / max(1, recipe.cooldown_steps)
+    return rate * min(left, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -218,15 +230,15 @@ def step_rows(recipe: Recipe, rows: Tensor, step: int) -> Tensor:
     """Return the rows of one step, int64 [n, T], from the training rows [total, 512].
 
     Each pass over the text has its own order, found from the seed and the step alone, so that a
-    resumed run needs no data-loader state. Early steps cut each row in two: attention over short
-    rows is cheaper, and the last steps are enough to learn the long positions.
+    resumed run needs no data-loader state. Steps before the cooldown cut each row in two:
+    attention over short rows is cheaper, and the rest is enough to learn the long positions.
     """
     steps_per_pass = len(rows) // recipe.rows_per_step
     this_pass, place = divmod(step, steps_per_pass)
     generator = torch.Generator().manual_seed(recipe.seed + this_pass)
     order = torch.randperm(len(rows), generator=generator)
     chosen = rows[order[place * recipe.rows_per_step :][: recipe.rows_per_step]].long()
-    return chosen.view(-1, SHORT_ROW) if step < recipe.short_share * recipe.steps else chosen
+    return chosen.view(-1, SHORT_ROW) if step < cooldown_start(recipe) else chosen
 
 
 def token_losses(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
@@ -485,15 +497,22 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard the checkpoint and start again.")
     ] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2600,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1400,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2.5e-3,
     warmup_steps: Annotated[int, typer.Option(help="Steps of rising learning rate.")] = 150,
+    cosine_steps: Annotated[
+        int, typer.Option(min=1, help="Steps over which the cosine would fall to a twentieth.")
+    ] = 2600,
+    cooldown_steps: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Last steps, with a rate falling to zero and rows of 512 tokens (before: 256).",
+        ),
+    ] = 200,
     rows_per_step: Annotated[
         int, typer.Option(min=1, help="Rows of 512 tokens in a step (8 is 4096 tokens).")
     ] = 8,
-    short_share: Annotated[
-        float, typer.Option(help="Share of the steps, the first ones, that cut rows to 256 tokens.")
-    ] = 0.75,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of rows.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
@@ -505,7 +524,7 @@ def train(
     `python examples/train_demo_model.py train --steps 20 --out /tmp/tiny --work-dir /tmp/tiny-work`
     """
     torch.set_num_threads(threads)
-    recipe = Recipe(steps, lr, warmup_steps, rows_per_step, short_share, seed)
+    recipe = Recipe(steps, lr, warmup_steps, cosine_steps, cooldown_steps, rows_per_step, seed)
     root = Path(sysconfig.get_path("stdlib"))
     tokenizer, splits, digest = prepare(root)
 
