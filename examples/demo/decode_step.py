@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from examples.demo.results import DecodeStep, DensityPoint, DensitySweep
 from examples.demo.timing import measure, rotation, thread_counts
-from rana_kernels import ops, use_backend
-from rana_kernels.modules import RanaLinear, RanaMLP
+from rana_kernels import RanaLinear, RanaMLP, ops, use_backend
 
 DTYPE = torch.bfloat16
 BYTES = 2

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import rana_kernels as rana
 from examples.demo.model import DemoModel
 from examples.demo.results import Adapted, Quality, Variant
-from rana_kernels.calibrate import Stats, calibrate
-from rana_kernels.compress import compress
+from rana_kernels.calibrate import Stats
 from rana_kernels.live import count_live
 from rana_kernels.measure import AdapterReport, CompressReport
 from rana_kernels.plan import Adapter, Plan
@@ -36,7 +36,7 @@ def measure_quality(
     """
     evaluation = model.evaluation[:rows].long()
     say("calibrating")
-    stats = calibrate(
+    stats = rana.calibrate(
         model.dense, model.calibration.split(BATCH), inputs=("qkv", "mlp", "down"), progress=False
     )
     say("perplexity of the dense model")
@@ -69,7 +69,7 @@ def perplexity(model: nn.Module, input_ids: Tensor) -> float:
 def _compress(dense: nn.Module, stats: Stats, method: str, budget: float) -> tuple[nn.Module, CompressReport]:
     """A compressed copy: `compress` works in place, and wants the statistics of the model it is given."""
     model = copy.deepcopy(dense)
-    report = compress(
+    report = rana.compress(
         model, stats=replace(stats, model=model), flops_reduction=budget, method=method, progress=False
     )
     return model, report
