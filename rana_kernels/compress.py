@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rana_kernels import allocate
 from rana_kernels.calibrate import Stats, calibrate
+from rana_kernels.checkpoint import attach_plan
 from rana_kernels.fill import block_tensors
 from rana_kernels.install import build_block, check_plan, swap
 from rana_kernels.layer import Layer, linear_of
@@ -61,6 +62,7 @@ def compress(
         measured += reports
     asked = plan or Plan((), method, flops_reduction)
     done = asked.with_adapters(tuple(adapters))
+    attach_plan(model, done)  # so that model.save_pretrained writes what can be loaded
     return CompressReport(
         plan=done,
         adapters=measured,

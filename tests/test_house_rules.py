@@ -31,7 +31,7 @@ KERNEL_ROOMS = {
 # the rooms above them see kernels through modules; the reference also gives them masks to count
 HIDDEN = {"ops", "gradients", "backends"}
 # these may: the package itself forwards names, and a command line reports what serves the ops
-DOORS = {"", "cli", "report"}
+DOORS = {"", "cli", "info"}
 
 
 def room(path: Path) -> str:

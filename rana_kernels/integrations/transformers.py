@@ -1,0 +1,147 @@
+"""Hugging Face transformers: our checkpoints through its own `from_pretrained` and `save_pretrained`.
+
+To transformers we are a quantization method named "rana". It builds the model on the meta device, we put
+our modules in place of the linears, and it loads the tensors.
+
+This file is imported while transformers itself still is (see `__init__.py`): at module level, only what
+its table of quantization methods imports too may be used.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rana_kernels.checkpoint import (
+    MANIFEST,
+    METHOD,
+    attached_plan,
+    plan_from_config,
+    read_manifest,
+    replacing,
+    write_manifest,
+)
+from rana_kernels.headers import CheckpointError, check_tensors
+from rana_kernels.install import install
+from rana_kernels.modules import check_thresholds
+
+
+def save(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) -> None:
+    """Write a compressed model, and its tokenizer if given, so that `load` gives back the same bits.
+
+    An older checkpoint in `directory` is replaced when the new one is whole; an interruption leaves it
+    as it was. `checkpoint.py` says what is written.
+
+    Raises ValueError for a model that was not compressed, FileExistsError if `directory` holds anything
+    else than such a checkpoint.
+    """
+    plan = attached_plan(model)
+    if plan is None or not isinstance(model, transformers.PreTrainedModel):
+        raise ValueError(
+            f"rana.save: {type(model).__name__} is not a compressed transformers model, "
+            "wanted one that rana.compress changed or rana.load gave"
+        )
+    with replacing(directory) as new:
+        model.save_pretrained(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        write_manifest(new, model, plan)
+
+
+def load(
+    directory: str | os.PathLike,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+) -> transformers.PreTrainedModel:
+    """Read what `save` wrote, after checking all of it, as a model in evaluation mode.
+
+    dtype    of the weights; "auto": that of the file. Thresholds and scales are float32 in any case
+    device   where to put the model; None: the CPU
+
+    Raises CheckpointError (a ValueError) for a checkpoint that is damaged, incomplete or of another
+    format: it says what was found, what is wanted and what to do.
+    """
+    manifest = read_manifest(directory)
+    # the weights follow in the quantizer, which from_pretrained calls before it reads them
+    manifest.verify(name for name in manifest.files if not name.endswith(".safetensors"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        os.fspath(directory),
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    if not isinstance(getattr(model, "hf_quantizer", None), RanaQuantizer):
+        raise CheckpointError(f"{directory}: config.json has no plan, wanted a compressed model")
+    return model if device is None else model.to(device)  # type: ignore[arg-type]
+
+
+@register_quantization_config(METHOD)
+class RanaConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json: the format of the checkpoint, and the Plan as JSON has it."""
+
+    def __init__(self, plan: dict[str, Any] | None = None, format: int | None = None, **_: object) -> None:
+        self.quant_method: Any = METHOD
+        self.format, self.plan = format, plan
+
+
+@register_quantizer(METHOD)
+class RanaQuantizer(HfQuantizer):
+    """What `from_pretrained` calls. The hooks take `**_`: their arguments differ between versions."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
+        plan = plan_from_config(self.quantization_config.to_dict())
+        try:
+            install(model, plan)
+        except ValueError as error:
+            raise CheckpointError(
+                f"config.json: the plan does not fit {type(model).__name__}: {error}"
+            ) from None
+        files = [Path(file) for file in checkpoint_files or ()]
+        _check_files(model, files)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        check_tensors(files, model.state_dict(), tied)
+        return model
+
+    def _process_model_after_weight_loading(self, model, **_):
+        # transformers places tensors itself and so passes by the check of load_state_dict
+        check_thresholds(model)
+        return model
+
+    def is_serializable(self, **_) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _check_files(model: transformers.PreTrainedModel, files: list[Path]) -> None:
+    """Weights come from the checkpoint's own directory, and are what its manifest says, if it has one."""
+    given = Path(str(model.config.name_or_path))
+    directory = given if given.is_dir() else files[0].parent
+    outside = [file for file in files if file.parent != directory]
+    if outside:
+        raise CheckpointError(f"{directory} refers to weights outside of it, {outside[0]}: they are not read")
+    if (directory / MANIFEST).is_file():
+        manifest = read_manifest(directory)
+        manifest.verify({*(file.name for file in files), *manifest.files})
