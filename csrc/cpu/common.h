@@ -8,6 +8,7 @@
 
 #include "../check.h"
 #include "expand.h"
+#include "project.h"
 
 namespace {
 
@@ -16,8 +17,10 @@ using rana::OptionalTensor;
 using rana::ScalarType;
 using rana::Tensor;
 
-// Up to this many tokens the rows are gathered; above it they are multiplied densely.
-constexpr int64_t kDecodeTokens = 32;
+// Up to this many tokens the masked h stays float32; above it, it is rounded where pairs are faster.
+constexpr int64_t kExactTokens = 4;
+// Up to this many tokens the rows are streamed; above it they are gathered in panels.
+constexpr int64_t kStreamTokens = 32;
 // Longer inputs are worked off in blocks, so that temporaries do not grow with them.
 constexpr int64_t kBlockTokens = 128;
 // Weights a thread should have to itself before splitting the work pays for waking it.
@@ -98,16 +101,19 @@ std::vector<float> project(const T* x, int64_t tokens, Matrix<T> B) {
   return h;
 }
 
-template <class M>
-struct Regime {
-  using Masked = M;
-};
-
-// Calls f with the regime that `tokens` belongs to: the type that holds its masked rank values.
+// Calls f with the Step that `tokens` tokens are multiplied in. The choice depends on their number alone:
+// a token's result must not depend on what the others keep.
 template <class T, class F>
-void for_regime(int64_t tokens, F f) {
-  if (tokens <= kDecodeTokens) f(Regime<Live>{});
-  else f(Regime<Masked<T>>{});
+void for_step(int64_t tokens, F f) {
+  if (tokens <= kExactTokens) f(Single<T>{});
+  else f(typename Fastest<T>::Step{});
+}
+
+// Calls done(token, column, chunk of sums in T's lane order) for the columns [begin, end).
+template <class Step, class Done>
+void sum_rows(const Masked<Step>& h, const Matrix<Element<Step>>& rows, int64_t begin, int64_t end, Done done) {
+  if (h.tokens <= kStreamTokens) stream_rows(h, rows.data, rows.ld, begin, end, done);
+  else multiply_panels(h, rows.data, rows.ld, begin, end, done);
 }
 
 // Calls f(begin, end) for one wide slice of the columns a thread: wide, because short pieces of many
@@ -135,10 +141,10 @@ struct Output {
 // y = (m ⊙ h) rows + bias
 template <class T>
 void expand(const float* h, int64_t ldh, int64_t tokens, Matrix<T> rows, Mask mask, Output<T> output) {
-  for_regime<T>(tokens, [&](auto regime) {
-    const typename decltype(regime)::Masked masked(h, ldh, tokens, rows.rows, mask);
+  for_step<T>(tokens, [&](auto step) {
+    const Masked<decltype(step)> masked(h, ldh, tokens, rows.rows, mask);
     for_column_slices(rows.columns, rows.rows * tokens,
-                      [&](int64_t begin, int64_t end) { sum_rows(masked, rows.data, rows.ld, begin, end, output); });
+                      [&](int64_t begin, int64_t end) { sum_rows(masked, rows, begin, end, output); });
   });
 }
 

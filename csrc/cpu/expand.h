@@ -1,34 +1,165 @@
-// y = (m ⊙ h) rows, for whichever of the two regimes the number of tokens calls for.
+// Sums over the live rows: for every token, Σ h[r] · row_r, in the order of the rows.
 #pragma once
 
-#include "prefill.h"
+#include <algorithm>
+#include <vector>
+
+#include "masked.h"
 
 namespace {
 
-// Calls done(token, column, chunk of sums in T's lane order) for every token and every chunk of the
-// columns [begin, end), which starts at a multiple of kChunk.
-template <class T, class Done>
-void sum_rows(const Live& live, const T* rows, int64_t ld, int64_t begin, int64_t end, Done done) {
-  const int64_t stride = chunks_of(end - begin) * kChunk;
-  std::vector<float> sums(live.tokens * stride);
-  sum_live_rows(rows + begin, ld, live, end - begin, sums.data(), stride);
-  for (int64_t m = 0; m < live.tokens; m++)
-    for (int64_t n = begin; n < end; n += kChunk) done(m, n, load(sums.data() + m * stride + n - begin));
+// Rows read side by side: enough streams to fill the memory bus, and few enough for the hardware
+// prefetcher to follow (16 are slower, 24 half as fast).
+constexpr int kStreams = 12;
+#if defined(__AVX512F__)
+constexpr int kTokensAtOnce = 8;  // 16 sums, the rows and a value in 32 registers
+constexpr int kPanelTokens = 12;  // 24 sums
+#else
+constexpr int kTokensAtOnce = 4;
+constexpr int kPanelTokens = 6;
+#endif
+
+// sums[m][0, kChunk) += Σ values[s][m] · rows of step s, for kSteps steps and kTokens tokens.
+template <class Step, int kSteps, int kTokens, class Rows>
+inline void add_tile(Rows rows, const typename Step::Value* values, int64_t tokens, float* sums, int64_t lds) {
+  Chunk tile[kTokens];
+  // unrolled loops over the tile keep it in registers; an unrolled one over the steps would spill the rows
+#pragma GCC unroll 16
+  for (int m = 0; m < kTokens; m++) tile[m] = load(sums + m * lds);
+#pragma GCC unroll 1
+  for (int s = 0; s < kSteps; s++) {
+    const Chunk w = rows(s);
+#pragma GCC unroll 16
+    for (int m = 0; m < kTokens; m++) Step::multiply_add(tile[m], values[s * tokens + m], w);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kTokens; m++) store(sums + m * lds, tile[m]);
 }
 
-template <class T, class Done>
-void sum_rows(const Masked<T>& z, const T* rows, int64_t ld, int64_t begin, int64_t end, Done done) {
-  std::vector<Chunk> panel(z.steps);
-  for (int64_t n = begin; n < end; n += kChunk) {
-    for (int64_t s = 0; s < z.steps; s++) {
-      const int64_t r = s * Step<T>::kRanks;
-      panel[s] = Step<T>::pack_rows(rows + r * ld + n, ld, end - n, r + 1 == z.ranks);
+// The same for all tokens. The rows come from memory for the first tile and from the cache for the others.
+template <class Step, int kSteps, class Rows>
+inline void add_chunk(Rows rows, const typename Step::Value* values, int64_t tokens, float* sums, int64_t lds) {
+  int64_t m = 0;
+  const auto add = [&](auto count) {
+    add_tile<Step, kSteps, count()>(rows, values + m, tokens, sums + m * lds, lds);
+    m += count();
+  };
+  while (m + kTokensAtOnce <= tokens) add(std::integral_constant<int, kTokensAtOnce>{});
+  if (kTokensAtOnce > 4 && m + 4 <= tokens) add(std::integral_constant<int, 4>{});
+  if (m + 2 <= tokens) add(std::integral_constant<int, 2>{});
+  if (m < tokens) add(std::integral_constant<int, 1>{});
+}
+
+// One token: its values stay in registers while the rows pass.
+template <class T, int kRows>
+inline void add_rows(const T* const* row, const float* values, int64_t size, float* sums) {
+  Vec h[kRows];
+  for (int r = 0; r < kRows; r++) h[r] = splat(values[r]);
+  const auto add = [&](int64_t n, auto load_at) {
+    Chunk s = load(sums + n);
+    for (int r = 0; r < kRows; r++) {
+      const Chunk w = load_at(row[r] + n);
+      s.lo += h[r] * w.lo;
+      s.hi += h[r] * w.hi;
     }
-    const auto done_here = [&](int64_t m, Chunk sums) { done(m, n, sums); };
-    int64_t m = 0;
-    for (; m + kPanelTokens <= z.tokens; m += kPanelTokens) panel_tile<kPanelTokens>(z, panel.data(), m, done_here);
-    for (; m + 4 <= z.tokens; m += 4) panel_tile<4>(z, panel.data(), m, done_here);
-    for (; m < z.tokens; m++) panel_tile<1>(z, panel.data(), m, done_here);
+    store(sums + n, s);
+  };
+  int64_t n = 0;
+  for (; n + kChunk <= size; n += kChunk) add(n, [](const T* p) { return load(p); });
+  if (n < size) add(n, [count = size - n](const T* p) { return load_first(p, count); });
+}
+
+template <class Step>
+using Element = typename Step::Element;
+
+// Adds as many groups of kSteps steps as there are, from step s on; returns the next one. `rows` starts at
+// the first of the `size` columns wanted.
+template <class Step, int kSteps>
+int64_t add_groups(const Masked<Step>& h, int64_t s, const Element<Step>* rows, int64_t ld, int64_t size, float* sums,
+                   int64_t lds) {
+  constexpr int kRows = Step::kRows;
+  for (; s + kSteps <= h.steps(); s += kSteps) {
+    const Element<Step>* row[kSteps * kRows];
+    for (int i = 0; i < kSteps * kRows; i++) row[i] = rows + h.row(s + i / kRows, i % kRows) * ld;
+    const auto* values = h.values.data() + s * h.tokens;
+    if constexpr (kRows == 1)
+      if (h.tokens == 1) {
+        add_rows<Element<Step>, kSteps>(row, values, size, sums);
+        continue;
+      }
+    int64_t n = 0;
+    for (; n + kChunk <= size; n += kChunk)
+      add_chunk<Step, kSteps>([&](int i) { return Step::rows(row + i * kRows, n); }, values, h.tokens, sums + n, lds);
+    if (n < size)
+      add_chunk<Step, kSteps>([&](int i) { return Step::rows(row + i * kRows, n, size - n); }, values, h.tokens,
+                              sums + n, lds);
+  }
+  return s;
+}
+
+// Decode, bound by the bytes of the rows: each is read front to back, as wide as its sums stay in the
+// second-level cache. Calls done(token, column, sums in lane order) for the columns [begin, end).
+template <class Step, class Done>
+void stream_rows(const Masked<Step>& h, const Element<Step>* rows, int64_t ld, int64_t begin, int64_t end, Done done) {
+  constexpr int64_t kSumBytes = 256 * 1024;
+  const int64_t most = std::max<int64_t>(kSumBytes / sizeof(float) / h.tokens / kChunk, 16) * kChunk;
+  const int64_t width = std::min(most, (end - begin + kChunk - 1) / kChunk * kChunk);
+  const int64_t lds = width + kChunk;  // not a multiple of the page: that would put all tokens in one cache set
+  std::vector<float> sums(h.tokens * lds);
+  for (int64_t n = begin; n < end; n += width) {
+    const int64_t size = std::min(width, end - n);
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    int64_t s = add_groups<Step, kStreams / Step::kRows>(h, 0, rows + n, ld, size, sums.data(), lds);
+    s = add_groups<Step, 4 / Step::kRows>(h, s, rows + n, ld, size, sums.data(), lds);
+    add_groups<Step, 1>(h, s, rows + n, ld, size, sums.data(), lds);
+    for (int64_t m = 0; m < h.tokens; m++)
+      for (int64_t i = 0; i < size; i += kChunk) done(m, n + i, load(sums.data() + m * lds + i));
+  }
+}
+
+// The values of kPanelTokens tokens at a time, [tiles, steps, kPanelTokens], zeros after the last token: the
+// order in which multiply_panels reads them.
+template <class Step>
+std::vector<typename Step::Value> in_tiles(const Masked<Step>& h) {
+  const int64_t tiles = (h.tokens + kPanelTokens - 1) / kPanelTokens;
+  std::vector<typename Step::Value> values(tiles * h.steps() * kPanelTokens);
+  for (int64_t m = 0; m < h.tokens; m++) {
+    auto* tile = values.data() + m / kPanelTokens * h.steps() * kPanelTokens + m % kPanelTokens;
+    for (int64_t s = 0; s < h.steps(); s++) tile[s * kPanelTokens] = h.values[s * h.tokens + m];
+  }
+  return values;
+}
+
+template <class Step, int kTokens>
+inline void panel_tile(const Chunk* panel, int64_t steps, const typename Step::Value* values, Chunk* sums) {
+  Chunk tile[kTokens] = {};
+  for (int64_t s = 0; s < steps; s++, values += kPanelTokens)
+    for (int m = 0; m < kTokens; m++) Step::multiply_add(tile[m], values[m], panel[s]);
+  for (int m = 0; m < kTokens; m++) sums[m] = tile[m];
+}
+
+// Prefill, bound by arithmetic: a panel of kChunk columns is gathered once and then meets every token from
+// the cache, with its sums in registers all the way.
+template <class Step, class Done>
+void multiply_panels(const Masked<Step>& h, const Element<Step>* rows, int64_t ld, int64_t begin, int64_t end,
+                     Done done) {
+  const int64_t steps = h.steps();
+  const auto values = in_tiles(h);
+  std::vector<Chunk> panel(steps);
+  for (int64_t n = begin; n < end; n += kChunk) {
+    for (int64_t s = 0; s < steps; s++) {
+      const Element<Step>* row[Step::kRows];
+      for (int i = 0; i < Step::kRows; i++) row[i] = rows + h.row(s, i) * ld;
+      panel[s] = Step::rows(row, n, std::min<int64_t>(kChunk, end - n));
+    }
+    for (int64_t first = 0; first < h.tokens; first += kPanelTokens) {
+      Chunk sums[kPanelTokens];
+      const int64_t count = std::min<int64_t>(kPanelTokens, h.tokens - first);
+      const auto* tile = values.data() + first * steps;
+      if (count > kPanelTokens / 2) panel_tile<Step, kPanelTokens>(panel.data(), steps, tile, sums);
+      else panel_tile<Step, kPanelTokens / 2>(panel.data(), steps, tile, sums);
+      for (int64_t m = 0; m < count; m++) done(first + m, n, sums[m]);
+    }
   }
 }
 

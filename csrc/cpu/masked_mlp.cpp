@@ -56,16 +56,15 @@ void mlp_block(const Mlp<T>& mlp, const T* x, int64_t tokens, T* y) {
   const int64_t ldg = chunks_of(mlp.neurons()) * kChunk;
   std::vector<float> g(tokens * ldg);
   const Neurons<T> neurons{g.data(), ldg, mlp.neurons(), mlp.activation};
-  for_regime<T>(tokens, [&](auto regime) {
-    using Masked = typename decltype(regime)::Masked;
-    const Matrix<T>& up = mlp.up_rows;
-    const Masked up_ranks(h.data(), mlp.B.rows, tokens, up.rows, {mlp.threshold, 1, nullptr});
+  for_step<T>(tokens, [&](auto step) {
+    using Ranks = Masked<decltype(step)>;
     const int64_t offset = mlp.gate_offset(), gate_count = mlp.gate_rows ? mlp.gate_rows->rows : 0;
-    const Masked gate_ranks(h.data() + offset, mlp.B.rows, tokens, gate_count, {mlp.threshold + offset, 1, nullptr});
-    for_column_slices(mlp.neurons(), (up.rows + gate_count) * tokens, [&](int64_t begin, int64_t end) {
-      if (!mlp.gate_rows) return sum_rows(up_ranks, up.data, up.ld, begin, end, neurons.activate_up(mlp.up_bias));
-      sum_rows(up_ranks, up.data, up.ld, begin, end, neurons.keep_up(mlp.up_bias));
-      sum_rows(gate_ranks, mlp.gate_rows->data, mlp.gate_rows->ld, begin, end, neurons.gate_up(mlp.gate_bias));
+    const Ranks up(h.data(), mlp.B.rows, tokens, mlp.up_rows.rows, {mlp.threshold, 1, nullptr});
+    const Ranks gate(h.data() + offset, mlp.B.rows, tokens, gate_count, {mlp.threshold + offset, 1, nullptr});
+    for_column_slices(mlp.neurons(), (mlp.up_rows.rows + gate_count) * tokens, [&](int64_t begin, int64_t end) {
+      if (!mlp.gate_rows) return sum_rows(up, mlp.up_rows, begin, end, neurons.activate_up(mlp.up_bias));
+      sum_rows(up, mlp.up_rows, begin, end, neurons.keep_up(mlp.up_bias));
+      sum_rows(gate, *mlp.gate_rows, begin, end, neurons.gate_up(mlp.gate_bias));
     });
   });
   expand<T>(g.data(), ldg, tokens, mlp.down_rows, mlp.down_mask, {y, mlp.down_rows.columns, mlp.down_bias});
