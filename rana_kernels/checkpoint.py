@@ -178,10 +178,10 @@ def _read_file(where: str, name: str, entry: object) -> File:
     # what escapes the directory here, or on another system, is no file of ours
     if pure.is_absolute() or pure.as_posix() != name or ".." in pure.parts or re.search(r"[\\:\0]", name):
         raise CheckpointError(f"{where}: {name[:200]!r} is not a path within the directory")
-    fine = isinstance(entry, dict) and set(entry) == {"bytes", "sha256"}
-    if not fine or type(entry["bytes"]) is not int or not re.fullmatch("[0-9a-f]{64}", str(entry["sha256"])):
+    size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    if type(size) is not int or not re.fullmatch("[0-9a-f]{64}", str(digest)):
         raise CheckpointError(f"{where}: {name!r} has {str(entry)[:200]}, wanted its bytes and sha256")
-    return File(entry["bytes"], entry["sha256"])
+    return File(size, str(digest))
 
 
 def _check_sizes(manifest: Manifest) -> None:
