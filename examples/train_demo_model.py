@@ -518,7 +518,7 @@ def train(
 ) -> None:
     """Train the model and write it to `--out`. The defaults made the checked-in one.
 
-    About forty minutes on two cores with AVX-512 bfloat16. Interrupt it at will: the same command
+    About 25 minutes on two idle cores with AVX-512 bfloat16. Interrupt it at will: the same command
     continues from the last checkpoint. To try the machinery in a minute:
 
     `python examples/train_demo_model.py train --steps 20 --out /tmp/tiny --work-dir /tmp/tiny-work`
