@@ -68,6 +68,18 @@ def plan_from_config(fields: dict[str, Any]) -> Plan:
         raise CheckpointError(f"config.json: {error}") from None
 
 
+def read_plan(directory: str | os.PathLike) -> Plan:
+    """The plan in config.json. CheckpointError where there is none."""
+    path = Path(directory) / "config.json"
+    config = strict_json(path.read_bytes(), str(path))
+    fields = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(fields, dict) or fields.get("quant_method") != METHOD:
+        raise CheckpointError(
+            f"{path} has no plan in quantization_config, wanted a compressed model's config"
+        )
+    return plan_from_config(fields)
+
+
 # the manifest
 
 

@@ -26,6 +26,7 @@ from rana_kernels.checkpoint import (
     attached_plan,
     plan_from_config,
     read_manifest,
+    read_plan,
     replacing,
     write_manifest,
 )
@@ -73,6 +74,7 @@ def load(
     manifest = read_manifest(directory)
     # the weights follow in the quantizer, which from_pretrained calls before it reads them
     manifest.verify(name for name in manifest.files if not name.endswith(".safetensors"))
+    read_plan(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         os.fspath(directory),
         dtype=dtype,
@@ -80,8 +82,6 @@ def load(
         use_safetensors=True,
         trust_remote_code=False,
     )
-    if not isinstance(getattr(model, "hf_quantizer", None), RanaQuantizer):
-        raise CheckpointError(f"{directory}: config.json has no plan, wanted a compressed model")
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,460 @@
+"""On disk and back: the same bits, or an error that says what is wrong. Never anything between."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import rana_kernels as rana
+from rana_kernels.checkpoint import MANIFEST, attached_plan, read_manifest, write_manifest
+from rana_kernels.headers import CheckpointError, read_header
+from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = "model.safetensors"
+THRESHOLD = "model.layers.0.mlp.threshold"
+
+
+def compressed(architecture: str = "Llama", dtype: torch.dtype = torch.float32, **sizes) -> nn.Module:
+    model = make_model(architecture, **sizes)
+    # not .to(dtype): it also rounds the rotary frequencies, which no loader does
+    model = type(model)._from_config(model.config, dtype=dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    rana.compress(model, [tokens()], flops_reduction=0.3, progress=False)
+    return model
+
+
+def written(model: nn.Module) -> list[int]:
+    return model.generate(tokens(1, 8), max_new_tokens=8, do_sample=False)[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return compressed(num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def original(model, tmp_path_factory) -> Path:
+    """A checkpoint to be copied, not changed."""
+    place = tmp_path_factory.mktemp("original") / "checkpoint"
+    rana.save(model, place)
+    return place
+
+
+@pytest.fixture
+def checkpoint(original, tmp_path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "checkpoint"))
+
+
+# the same bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("architecture", "tied"), [("Llama", True), ("Qwen2", False)])
+def test_a_round_trip_keeps_every_bit_twice(architecture, tied, dtype, tmp_path):
+    first = compressed(architecture, dtype, tie_word_embeddings=tied)
+    rana.save(first, tmp_path / "once")
+    second = rana.load(tmp_path / "once")
+    rana.save(second, tmp_path / "twice")
+    third = rana.load(tmp_path / "twice")
+    for model in (second, third):
+        assert_equal_states(first, model)
+        assert torch.equal(logits(first), logits(model)) and written(first) == written(model)
+        assert attached_plan(model) == attached_plan(first) and not model.training
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    same = [(tmp_path / d / WEIGHTS).read_bytes() for d in ("once", "twice")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
+@pytest.mark.parametrize("kind", ["rank", "neuron", "dense"])
+def test_every_kind_of_adapter_comes_back(kind, joint, tmp_path):
+    model = make_model("Qwen2")
+    rana.compress(model, [tokens()], plan=hand_plan(model, joint, o=kind, down=kind), progress=False)
+    rana.save(model, tmp_path / "out")
+    assert torch.equal(logits(model), logits(rana.load(tmp_path / "out")))
+
+
+def test_transformers_reads_and_writes_it_alone(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_equal_states(model, again)
+    assert again.hf_quantizer.is_serializable() and again.hf_quantizer.is_compileable
+    with pytest.raises(CheckpointError, match="has no rana.json.*from_pretrained reads"):
+        rana.load(tmp_path)
+
+
+def test_shards_come_back(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    write_manifest(tmp_path, model, attached_plan(model))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_equal_states(model, rana.load(tmp_path))
+
+
+def test_another_dtype_leaves_thresholds_alone(original):
+    model = rana.load(original, dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        wanted = torch.float32 if name.endswith(("threshold", "scale")) else torch.bfloat16
+        assert tensor.dtype == wanted, name
+    assert logits(model).isfinite().all()
+
+
+def test_the_manifest_says_what_it_is(model, original):
+    manifest = read_manifest(original)
+    on_disk = {path.name for path in original.iterdir()}
+    assert set(manifest.files) == on_disk - {MANIFEST}
+    assert manifest.facts["stored_bytes"] == sum((original / n).stat().st_size for n in manifest.files)
+    assert manifest.facts["compression"]["block_flops_reduction"] == attached_plan(model).reduction
+    assert manifest.facts["base"]["model_type"] == "llama"
+    assert manifest.facts["versions"]["rana_kernels"] == rana.__version__
+
+
+# damage
+
+
+def flips(path: Path, count: int) -> list[tuple[int, int]]:
+    """Positions all over a file, its first bytes among them, each with a bit."""
+    size = path.stat().st_size
+    places = sorted({*range(min(10, size)), *(i * size // count for i in range(count)), size - 1})
+    return [(place, 1 << (place % 8)) for place in places]
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", WEIGHTS])
+def test_every_flipped_bit_is_found(name, checkpoint):
+    path = checkpoint / name
+    whole = path.read_bytes()
+    for place, bit in flips(path, 150):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=f"{name} is damaged: its SHA-256"):
+            rana.load(checkpoint)
+
+
+def test_a_flipped_bit_of_the_manifest_is_found_or_harmless(model, checkpoint):
+    path = checkpoint / MANIFEST
+    whole, found = path.read_bytes(), 0
+    for place, bit in flips(path, 100):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+        try:
+            assert_equal_states(model, rana.load(checkpoint))
+        except CheckpointError:
+            found += 1
+    assert found > 50
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, MANIFEST])
+def test_every_truncation_is_found(name, checkpoint):
+    path = checkpoint / name
+    whole = path.read_bytes()
+    for length in {*range(12), *(i * len(whole) // 80 for i in range(80)), len(whole) - 2}:
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            rana.load(checkpoint)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="is missing|has no rana.json"):
+        rana.load(checkpoint)
+
+
+def test_transformers_alone_finds_damage_too(checkpoint):
+    path = checkpoint / WEIGHTS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_there_must_be_a_directory(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no such directory"):
+        rana.load(tmp_path / "nothing")
+
+
+# manifests that lie
+
+PATHS = ["../x", "/etc/passwd", "a/../../x", "./config.json", "a\\b", "C:x", "", "a//b"]
+
+
+def edit_manifest(checkpoint: Path, change: Callable[[dict], object]) -> None:
+    data = json.loads((checkpoint / MANIFEST).read_text())
+    change(data)
+    (checkpoint / MANIFEST).write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_paths_stay_within_the_directory(name, checkpoint):
+    entry = {"bytes": 1, "sha256": "0" * 64}
+    edit_manifest(checkpoint, lambda data: data["files"].update({name: entry}))
+    with pytest.raises(CheckpointError, match="is not a path within the directory"):
+        rana.load(checkpoint)
+
+
+LIES: dict[str, tuple[Callable[[dict], object], str]] = {
+    "newer": (lambda d: d.update(format=2), r"format is '2', this version .* reads 1: install"),
+    "true": (lambda d: d.update(format=True), "format is 'True'"),
+    "unversioned": (lambda d: d.pop("format"), "format is 'None'"),
+    "no files": (lambda d: d.update(files=[]), "wanted an object that lists config.json"),
+    "unlisted config": (lambda d: d["files"].pop("config.json"), "lists config.json"),
+    "unlisted weights": (lambda d: d["files"].pop(WEIGHTS), "does not list 'model.safetensors'"),
+    "no hash": (lambda d: d["files"][WEIGHTS].pop("sha256"), "wanted its bytes and sha256"),
+    "short hash": (lambda d: d["files"][WEIGHTS].update(sha256="ab"), "wanted its bytes and sha256"),
+    "size": (lambda d: d["files"][WEIGHTS].update(bytes=2**60), "wanted 1152921504606846976 by"),
+    "size of text": (lambda d: d["files"][WEIGHTS].update(bytes="9"), "wanted its bytes and sha256"),
+    "more files": (lambda d: d["files"].update(x=d["files"][WEIGHTS]), "x is missing"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), LIES.values(), ids=LIES.keys())
+def test_manifests_that_lie_are_refused(change, message, checkpoint):
+    edit_manifest(checkpoint, change)
+    with pytest.raises(CheckpointError, match=message):
+        rana.load(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 10**5, '{"format": 1, "format": 1}', "\xff", "null"])
+def test_what_is_no_manifest_is_refused(text, checkpoint):
+    (checkpoint / MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match="rana.json"):
+        rana.load(checkpoint)
+
+
+# weights that lie, under a manifest that agrees with them
+
+
+def split(path: Path) -> tuple[dict, bytes]:
+    """Header and data of a safetensors file."""
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), raw[end:]
+
+
+def join(header: dict | str, data: bytes) -> bytes:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def forge(checkpoint: Path, model: nn.Module, weights: bytes) -> None:
+    """What somebody who writes the hashes anew can do."""
+    (checkpoint / WEIGHTS).write_bytes(weights)
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint, model, attached_plan(model))
+
+
+def changed(**fields) -> Callable[[dict, bytes], bytes]:
+    def forgery(header: dict, data: bytes) -> bytes:
+        header[THRESHOLD] |= fields
+        return join(header, data)
+
+    return forgery
+
+
+def renamed(header: dict, data: bytes) -> bytes:
+    header["model.surplus"] = header.pop(THRESHOLD)
+    return join(header, data)
+
+
+def without_the_last(header: dict, data: bytes) -> bytes:
+    header.pop("__metadata__", None)
+    last = max(header, key=lambda name: header[name]["data_offsets"])
+    begin, _ = header.pop(last)["data_offsets"]
+    return join(header, data[:begin])
+
+
+def in_bfloat16(header: dict, data: bytes) -> bytes:
+    """The thresholds rounded: half as many bytes, and everything after them moved up."""
+    begin, end = header[THRESHOLD]["data_offsets"]
+    half = (end - begin) // 2
+    for name, entry in header.items():
+        if name != "__metadata__" and entry["data_offsets"][0] >= end:
+            entry["data_offsets"] = [offset - half for offset in entry["data_offsets"]]
+    header[THRESHOLD] |= {"dtype": "BF16", "data_offsets": [begin, begin + half]}
+    return join(header, data[: begin + half] + data[end:])
+
+
+def twice(header: dict, data: bytes) -> bytes:
+    text = json.dumps(header)
+    return join(text[:-1] + f', "{THRESHOLD}": {json.dumps(header[THRESHOLD])}}}', data)
+
+
+FORGERIES: dict[str, tuple[Callable[[dict, bytes], bytes], str]] = {
+    "length": (lambda h, d: (2**63).to_bytes(8, "little") + d, "the header claims 9223372036854775808"),
+    "empty": (lambda h, d: b"", "the header claims 0 bytes of a file of 0"),
+    "zeros": (lambda h, d: bytes(100), "the header claims 0"),
+    "list": (lambda h, d: join("[]", d), "the header is a list"),
+    "no JSON": (lambda h, d: join("{]", d), "is not JSON"),
+    "deep": (lambda h, d: join('{"a":' * 10**5, d), "is not JSON"),
+    "twice": (twice, "is there twice"),
+    "huge": (changed(shape=[2**40, 2**40]), r"takes \d+ bytes, data_offsets give"),
+    "negative": (changed(shape=[-1, -192]), "wanted lists of whole numbers"),
+    "text": (changed(shape="many"), "wanted lists of whole numbers"),
+    "dtype": (changed(dtype="F3"), "dtype is 'F3', wanted one of F64, F32"),
+    "offsets": (changed(data_offsets=[0, 384]), "overlaps the tensor before it|takes 384 bytes"),
+    "offset": (changed(data_offsets=[5]), "two of them for the offsets"),
+    "fields": (changed(code="x"), "wanted dtype, shape and data_offsets"),
+    "surplus": (renamed, "holds 'model.surplus', which the model of this plan has not"),
+    "missing": (without_the_last, "1 tensors are in no file"),
+    "shorter": (lambda h, d: join(h, d[:-4]), "truncated or damaged"),
+    "longer": (lambda h, d: join(h, d + b"more"), "truncated or damaged"),
+    "rounded": (in_bfloat16, r"threshold has dtype BF16, wanted torch.float32"),
+}
+
+
+@pytest.mark.parametrize(("forgery", "message"), FORGERIES.values(), ids=FORGERIES.keys())
+def test_forged_weights_are_refused_before_they_are_read(forgery, message, model, checkpoint, monkeypatch):
+    forge(checkpoint, model, forgery(*split(checkpoint / WEIGHTS)))
+    monkeypatch.setattr(transformers.PreTrainedModel, "_load_pretrained_model", None)
+    with pytest.raises(CheckpointError, match=message):
+        rana.load(checkpoint)
+
+
+def test_overlap_and_gap_are_told_apart(checkpoint):
+    header, data = split(checkpoint / WEIGHTS)
+    begin, end = header[THRESHOLD]["data_offsets"]
+    for shift, message in ((-4, "overlaps the tensor before it"), (4, "leaves a gap before it")):
+        entry = header[THRESHOLD] | {"data_offsets": [begin + shift, end + shift]}
+        (checkpoint / WEIGHTS).write_bytes(join(header | {THRESHOLD: entry}, data))
+        with pytest.raises(CheckpointError, match=message):
+            read_header(checkpoint / WEIGHTS)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_thresholds_must_be_finite(bad, model, checkpoint):
+    header, data = split(checkpoint / WEIGHTS)
+    begin, _ = header[THRESHOLD]["data_offsets"]
+    value = torch.tensor([bad]).numpy().tobytes()
+    forge(checkpoint, model, join(header, data[:begin] + value + data[begin + 4 :]))
+    with pytest.raises(ValueError, match=r"mlp: threshold has .*, wanted finite numbers >= 0"):
+        rana.load(checkpoint)
+
+
+def test_a_plan_of_another_shape_is_refused(model, checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    for change, message in [
+        ({"rank": 32, "live": 8.0}, "has shape .* by the plan"),
+        ({"in_features": 2**30}, "the plan does not fit|rank has"),
+        ({"threshold": "low"}, "threshold has 'low'"),
+    ]:
+        altered = json.loads(json.dumps(config))
+        altered["quantization_config"]["plan"]["adapters"][0] |= change
+        (checkpoint / "config.json").write_text(json.dumps(altered))
+        forge(checkpoint, model, (checkpoint / WEIGHTS).read_bytes())
+        with pytest.raises(CheckpointError, match=message):
+            rana.load(checkpoint)
+    del config["quantization_config"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    forge(checkpoint, model, (checkpoint / WEIGHTS).read_bytes())
+    with pytest.raises(CheckpointError, match="has no plan in quantization_config"):
+        rana.load(checkpoint)
+
+
+def test_an_index_cannot_reach_outside(model, tmp_path):
+    place = tmp_path / "checkpoint"
+    model.save_pretrained(place, max_shard_size="40KB")
+    shard = sorted(place.glob("*.safetensors"))[0]
+    shard.rename(tmp_path / shard.name)
+    index = place / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
+    write_manifest(place, model, attached_plan(model))
+    with pytest.raises(CheckpointError, match="refers to weights outside of it"):
+        rana.load(place)
+
+
+# writing
+
+
+def test_saving_replaces_a_checkpoint_and_nothing_else(model, checkpoint, tmp_path):
+    (checkpoint / "notes.txt").write_text("of the old one")
+    rana.save(model, checkpoint)
+    assert {path.name for path in checkpoint.iterdir()} == {*read_manifest(checkpoint).files, MANIFEST}
+    other = tmp_path / "thesis"
+    other.mkdir()
+    rana.save(model, other)  # an empty directory is no loss
+    (tmp_path / "file").write_text("")
+    (other / MANIFEST).unlink()
+    for place in (other, tmp_path / "file"):
+        with pytest.raises(FileExistsError, match="it is not overwritten"):
+            rana.save(model, place)
+    assert (other / WEIGHTS).exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "thesis", "file"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left")])
+def test_an_interrupted_save_leaves_the_old_one(error, model, checkpoint, monkeypatch):
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+
+    def interrupted(self, directory):
+        (Path(directory) / WEIGHTS).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", interrupted)
+    with pytest.raises(type(error) if isinstance(error, OSError) else error):
+        rana.save(model, checkpoint)
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint"]
+
+
+def test_a_failed_exchange_puts_the_old_one_back(model, checkpoint, monkeypatch):
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name == "new":
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        rana.save(model, checkpoint)
+    assert_equal_states(model, rana.load(checkpoint))
+
+
+def test_a_model_that_was_not_compressed_is_told_so(tmp_path):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not a compressed transformers model"):
+        rana.save(make_model(num_hidden_layers=1), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# other processes
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_without_the_package_transformers_stops(original):
+    """The empty `weight` of every adapted linear is what it trips over, instead of inventing weights."""
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM;"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1]); print('loaded')"
+    )
+    done = python(code, str(original))
+    assert done.returncode != 0 and "loaded" not in done.stdout
+    assert "RuntimeError" in done.stderr and "mismatch" in done.stderr
+
+
+def test_importing_the_package_is_enough_and_does_not_import_transformers(original):
+    code = (
+        "import sys, rana_kernels; assert 'transformers' not in sys.modules;"
+        "from transformers import AutoModelForCausalLM;"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(model.model.layers[0].mlp))"
+    )
+    done = python(code, str(original))
+    assert "RanaMLP" in done.stdout, done.stderr
+
+
+def test_the_package_works_without_transformers():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import rana_kernels as rana; rana.report()\n"
+        "try: rana.load('x')\n"
+        "except ImportError as error: print(error)"
+    )
+    done = python(code)
+    assert "rana_kernels.load needs transformers: pip install" in done.stdout, done.stderr
