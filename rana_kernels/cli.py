@@ -75,9 +75,6 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"rana: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("rana: interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 @app.command(
@@ -117,11 +114,21 @@ def compress(
     rows = read_rows(
         calibration, tokenizer, original.config.vocab_size, length=sequence_length, tokens=tokens
     )
-    stats = calibrate(original, rows.split(4), seed=seed, inputs=INPUTS[method.value])
+    progress = sys.stderr.isatty()
+    stats = calibrate(original, rows.split(4), seed=seed, inputs=INPUTS[method.value], progress=progress)
     unfinished = output.resolve().with_name(f"{output.resolve().name}.resume")
-    report = compress_model(
-        original, stats=stats, flops_reduction=flops_reduction, method=method.value, resume_dir=unfinished
-    )
+    try:
+        report = compress_model(
+            original,
+            stats=stats,
+            flops_reduction=flops_reduction,
+            method=method.value,
+            resume_dir=unfinished,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        print("rana: interrupted. The same command goes on from the last finished block", file=sys.stderr)
+        raise
     save(original, output, tokenizer)
     shutil.rmtree(unfinished)
     stored = read_manifest(output).facts["stored_bytes"]
@@ -156,7 +163,8 @@ def evaluate_model(
     )
     dense = None if against is None else _measure(_open_model(against, Dtype(_dtype_name(model))), rows)
     found = _measure(model, rows)
-    kept = evaluate.kept_rows(model, rows[: max(1, LIVE_TOKENS // rows.shape[1])])
+    some = rows[: max(1, LIVE_TOKENS // rows.shape[1])]
+    kept = evaluate.kept_rows(model, some, progress=sys.stderr.isatty())
     plan = attached_plan(model)
     assert plan is not None, "load gives models with a plan"
     live = {name: count.mean for name, count in kept.items()}
@@ -249,7 +257,7 @@ def _open_tokenizer(name: str | Path) -> Any:
 
 
 def _measure(model: Any, rows: torch.Tensor) -> dict[str, float]:
-    found = evaluate.perplexity(model, rows)
+    found = evaluate.perplexity(model, rows, progress=sys.stderr.isatty())
     half = max(1, min(64, rows.shape[1] // 2))
     return {**asdict(found), "decode_tokens_per_second": evaluate.decode_speed(model, rows[:1, :half], half)}
 

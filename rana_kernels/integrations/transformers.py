@@ -74,7 +74,7 @@ def load(
     manifest = read_manifest(directory)
     # the weights follow in the quantizer, which from_pretrained calls before it reads them
     manifest.verify(name for name in manifest.files if not name.endswith(".safetensors"))
-    read_plan(directory)
+    read_plan(directory)  # an error there is clearer than one from inside transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(
         os.fspath(directory),
         dtype=dtype,
