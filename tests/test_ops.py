@@ -450,6 +450,44 @@ def test_activations_over_the_whole_range(implementation, activation):
         torch.testing.assert_close(y.double(), wanted, rtol=2e-6, atol=1e-6)
 
 
+def every_number(dtype: torch.dtype, device: str) -> torch.Tensor:
+    """All finite numbers of a 16-bit dtype, the subnormal and the largest ones among them."""
+    numbers = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
+    return numbers[numbers.isfinite()]
+
+
+def assert_same_numbers(y: torch.Tensor, wanted: torch.Tensor) -> None:
+    # bfloat16 instructions of processors take its subnormals, below 1e-38, for 0
+    tiny = torch.finfo(torch.bfloat16).tiny if y.dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(y, wanted, rtol=0, atol=tiny)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("M", [1, 4, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_every_number_is_read_and_written(implementation, dtype, M):
+    numbers = every_number(dtype, implementation.device)
+    one = torch.ones(1, 1, dtype=dtype, device=implementation.device)
+    zero = torch.zeros((), device=implementation.device)
+    args = {"h": one.expand(M, 1), "rows": numbers[None], "threshold": zero}
+    assert_same_numbers(implementation("masked_linear", args), numbers.expand(M, -1))
+    for some in numbers.split(500)[::16]:
+        args = {"x": some[:M, None], "B": one, "rows": one, "threshold": zero}
+        assert_same_numbers(implementation("masked_lowrank_linear", args), some[:M, None])
+        args = {"x": one.expand(M, 1), "B": some[:, None], "rows": torch.eye(500).to(one), "threshold": zero}
+        assert_same_numbers(implementation("masked_lowrank_linear", args), some.expand(M, -1))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("M", [1, 5, 40])
+@pytest.mark.parametrize("added, wanted", [(15.0, 65504.0), (16.0, INF)], ids=["rounds_down", "overflows"])
+def test_sums_beyond_float16_are_infinite(implementation, added, wanted, M):
+    h = torch.ones(M, 2, dtype=torch.float16, device=implementation.device)
+    rows = torch.tensor([[65504.0], [added]], dtype=torch.float16, device=implementation.device)
+    args = {"h": h, "rows": rows, "threshold": torch.zeros((), device=implementation.device)}
+    assert (implementation("masked_linear", args) == wanted).all()
+
+
 OTHERS = {"random": None, "zero": 0.0, "huge": 6e4, "inf": INF, "nan": NAN}
 
 
