@@ -79,6 +79,9 @@ LOWRANK += [(129, 8, 33), (0, 4, 8), (8, 0, 4), (8, 4, 0)]
 MLP = [(1, 1, 1, 1), (7, 3, 9, 5), (16, 16, 32, 16), (33, 17, 65, 31), (64, 48, 130, 70), (31, 64, 100, 33)]
 MLP += [(0, 4, 8, 4), (8, 0, 6, 4), (8, 4, 0, 4), (8, 4, 6, 0)]
 LEADS = [(1,), (5,), (33,), (), (16,), (2, 1), (150,), (0,), (2, 3), (64,), (2, 0, 3)]
+# past the sizes at which a CPU backend splits its work: long inputs, wide outputs, many neurons
+LONG = [(3, 66000), (30, 4500)], [(4200, 30, 70)], [(33, 17, 4500, 31)]
+LONG_LEADS = [(1,), (2,), (16,), (20,), (40,)]
 # projections and MLPs of models of 0.1 to 1 billion weights, with R = 0.4 K
 REAL_LINEAR = [(1536, 576), (4096, 2048)]
 REAL_LOWRANK = [(576, 240, 1536), (2048, 816, 5632), (768, 304, 3001)]
@@ -111,7 +114,7 @@ def _cases(linear, lowrank, mlp, leads) -> list[Case]:
     return cases
 
 
-CASES = _cases(LINEAR, LOWRANK, MLP, LEADS)
+CASES = _cases(LINEAR, LOWRANK, MLP, LEADS) + _cases(*LONG, LONG_LEADS)
 # enough for each instruction set
 FEW_CASES = [c for c in CASES if zlib.crc32(c.id.encode()) % 6 == 0]
 REAL_CASES = _cases(REAL_LINEAR, REAL_LOWRANK, REAL_MLP, REAL_LEADS)

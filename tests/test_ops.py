@@ -507,7 +507,7 @@ def test_a_row_does_not_depend_on_the_others(implementation, case, dtype, M):
 
 WIDE = {
     "masked_linear": Case("masked_linear", 512, 1000),
-    "masked_lowrank_linear": Case("masked_lowrank_linear", 256, 1000, 512),
+    "masked_lowrank_linear": Case("masked_lowrank_linear", 256, 1000, 4200),
     "masked_mlp": Case("masked_mlp", 256, 500, 300, 1000, gate="shared"),
 }
 
