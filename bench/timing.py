@@ -37,18 +37,18 @@ def interleave(contenders: dict[str, Callable[[], object]], threads: int, rounds
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for index in range(-1, rounds):  # round -1 warms up
+        for _ in range(1 + rounds):  # the first round warms up
             for name, run in contenders.items():
                 begin = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - begin)
-            loop = LOOPS[index % len(LOOPS)]
-            streams[loop].append(bandwidth(loop, threads))
+            for loop in LOOPS:
+                streams[loop].append(bandwidth(loop, threads))
     finally:
         torch.set_num_threads(before)
     return Round(
         {name: _summary(values[1:]) for name, values in seconds.items()},
-        max(statistics.median(values) for values in streams.values()),
+        max(statistics.median(values[1:]) for values in streams.values()),
     )
 
 

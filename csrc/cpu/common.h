@@ -18,11 +18,11 @@ using rana::ScalarType;
 using rana::Tensor;
 
 // Up to this many tokens the masked h stays float32; above it, it is rounded where pairs are faster.
-constexpr int64_t kExactTokens = 4;
+constexpr int64_t kExactTokens = 16;
 // Up to this many tokens the rows are streamed; above it they are gathered in panels.
 constexpr int64_t kStreamTokens = 32;
 // Longer inputs are worked off in blocks, so that temporaries do not grow with them.
-constexpr int64_t kBlockTokens = 128;
+constexpr int64_t kBlockTokens = 256;
 // Weights a thread should have to itself before splitting the work pays for waking it.
 constexpr int64_t kThreadWeights = 32 * 1024;
 

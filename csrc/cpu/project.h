@@ -4,6 +4,8 @@
 // every thread count, and a token's do not depend on the other tokens.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace {
@@ -60,28 +62,31 @@ void dot_token(const T* B, int64_t ldb, const T* x, int64_t size, int64_t begin,
 template <int kRows, int kTokens, class T>
 void dot_tile(const T* B, int64_t ldb, const T* x, int64_t ldx, int64_t size, float* h, int64_t ldh) {
   Vec sums[kTokens][kRows] = {};
-  const auto step = [&](auto load_at) {
+  const auto step = [&](int64_t k, auto load_at) {
     typename Operand<T>::type v[kTokens];
-    for (int m = 0; m < kTokens; m++) v[m] = load_at(x + m * ldx);
+    for (int m = 0; m < kTokens; m++) v[m] = load_at(x + m * ldx + k);
     for (int r = 0; r < kRows; r++) {
-      const auto w = load_at(B + r * ldb);
+      const auto w = load_at(B + r * ldb + k);
       for (int m = 0; m < kTokens; m++) sums[m][r] = multiply_add(sums[m][r], v[m], w);
     }
   };
   int64_t k = 0;
-  for (; k + kChunk <= size; k += kChunk) step([k](const T* row) { return load_operand(row + k); });
-  if (k < size) step([k, size](const T* row) { return load_operand_first(row + k, size - k); });
+  for (; k + kChunk <= size; k += kChunk) step(k, [](const T* p) { return load_operand(p); });
+  if (k < size) step(k, [count = size - k](const T* p) { return load_operand_first(p, count); });
   for (int m = 0; m < kTokens; m++)
     for (int r = 0; r < kRows; r++) h[m * ldh + r] = sum(sums[m][r]);
 }
 
 template <int kRows, class T>
 void dot_tokens(const T* B, int64_t ldb, const T* x, int64_t ldx, int64_t tokens, int64_t size, float* h, int64_t ldh) {
-  for (; tokens >= kTileTokens; tokens -= kTileTokens, x += kTileTokens * ldx, h += kTileTokens * ldh)
-    dot_tile<kRows, kTileTokens>(B, ldb, x, ldx, size, h, ldh);
-  if (tokens == 3) dot_tile<kRows, 3>(B, ldb, x, ldx, size, h, ldh);
-  if (tokens == 2) dot_tile<kRows, 2>(B, ldb, x, ldx, size, h, ldh);
-  if (tokens == 1) dot_tile<kRows, 1>(B, ldb, x, ldx, size, h, ldh);
+  int64_t m = 0;
+  const auto tile = [&](auto count) {
+    dot_tile<kRows, count()>(B, ldb, x + m * ldx, ldx, size, h + m * ldh, ldh);
+    m += count();
+  };
+  while (m + kTileTokens <= tokens) tile(std::integral_constant<int, kTileTokens>{});
+  if (m + 2 <= tokens) tile(std::integral_constant<int, 2>{});
+  if (m < tokens) tile(std::integral_constant<int, 1>{});
 }
 
 template <int kRows, class T>

@@ -47,11 +47,19 @@ inline V load_bytes(const void* p) {
   return v;
 }
 
-inline float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; i++) total += v[i];
-  return total;
+template <int kCount>
+using Floats __attribute__((vector_size(4 * kCount))) = float;
+
+// Sum of the lanes, halves first.
+template <int kCount>
+inline float sum_lanes(Floats<kCount> v) {
+  Floats<kCount / 2> halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  if constexpr (kCount == 2) return halves[0][0] + halves[1][0];
+  else return sum_lanes<kCount / 2>(halves[0] + halves[1]);
 }
+
+inline float sum(Vec v) { return sum_lanes<kLanes>(v); }
 
 // ---- widening: kChunk elements at p, in lane order ----
 
