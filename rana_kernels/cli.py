@@ -16,10 +16,14 @@ from typing import Annotated, Any
 
 import rich
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
+
+try:
+    import transformers
+except ModuleNotFoundError:  # optional for the package, not for its commands
+    sys.exit("rana: the commands need transformers: pip install rana_kernels[transformers]")
 
 from rana_kernels import evaluate, info
 from rana_kernels.allocate import INPUTS
