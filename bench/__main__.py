@@ -1,4 +1,4 @@
-"""`python -m bench`: the tests of the ops, then every kernel against its baselines: a table and a CSV file."""
+"""`python -m bench`: the tests of the ops, then every kernel against its baselines, in a table and a CSV."""
 
 import csv
 import platform

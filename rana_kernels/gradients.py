@@ -21,6 +21,11 @@ def _product(grad: Tensor, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Ten
     return grad @ rows.T, z.T @ grad, grad.sum(0)
 
 
+def _affine(z: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    y = z @ rows
+    return y if bias is None else y + bias.to(y.dtype)
+
+
 def _activation_gradient(grad: Tensor, h: Tensor, activation: str) -> Tensor:
     aten = torch.ops.aten
     match activation:
@@ -71,45 +76,37 @@ def masked_lowrank_linear(ctx, grad: Tensor):
 
 def masked_mlp(ctx, grad: Tensor):
     (
-        x,
-        B,
-        up_rows,
-        gate_rows,
-        threshold,
-        up_bias,
-        gate_bias,
-        down_rows,
-        down_scale,
-        down_threshold,
-        down_bias,
-    ) = ctx.saved_tensors
+        x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
+        down_rows, down_scale, down_threshold, down_bias,
+    ) = ctx.saved_tensors  # fmt: skip
     wide_x, wide_B, up, down = _flat(x), _flat(B), _flat(up_rows), _flat(down_rows)
-    gate = None if gate_rows is None else _flat(gate_rows)
+    # what gate reads: the last rows of B, or none of them
+    gate = up[:0] if gate_rows is None else _flat(gate_rows)
+    first = B.shape[0] - gate.shape[0]
     h = wide_x @ wide_B.T
     mask = keep(h, threshold)
-    z = h * mask
-    z_up, z_gate = z[:, : up.shape[0]], z[:, B.shape[0] - (0 if gate is None else gate.shape[0]) :]
+    z_up, z_gate = (h * mask)[:, : up.shape[0]], (h * mask)[:, first:]
 
-    pre_up = z_up @ up + (0 if up_bias is None else up_bias.to(z.dtype))
-    pre_gate = None if gate is None else z_gate @ gate + (0 if gate_bias is None else gate_bias.to(z.dtype))
-    acted = activate(pre_up if pre_gate is None else pre_gate, ctx.activation)
-    g = acted if pre_gate is None else acted * pre_up
+    pre_up = _affine(z_up, up, up_bias)
+    pre_gate = pre_up if gate_rows is None else _affine(z_gate, gate, gate_bias)
+    acted = activate(pre_gate, ctx.activation)
+    g = acted if gate_rows is None else acted * pre_up
     mask_g = keep(g, down_threshold, down_scale)
 
     grad_g, grad_down, grad_down_bias = _product(_flat(grad), g * mask_g, down)
     grad_g = grad_g * mask_g
     grad_gate = grad_gate_bias = None
-    grad_z = torch.zeros_like(z)
-    if pre_gate is None:
+    grad_h = torch.zeros_like(h)
+    if gate_rows is None:
         grad_pre_up = _activation_gradient(grad_g, pre_up, ctx.activation)
     else:
         grad_pre_up = grad_g * acted
         grad_pre_gate = _activation_gradient(grad_g * pre_up, pre_gate, ctx.activation)
         grad_z_gate, grad_gate, grad_gate_bias = _product(grad_pre_gate, z_gate, gate)
-        grad_z[:, B.shape[0] - gate.shape[0] :] += grad_z_gate
+        grad_h[:, first:] += grad_z_gate
     grad_z_up, grad_up, grad_up_bias = _product(grad_pre_up, z_up, up)
-    grad_z[:, : up.shape[0]] += grad_z_up
-    grad_h = grad_z * mask
+    grad_h[:, : up.shape[0]] += grad_z_up
+    grad_h = grad_h * mask
     return *_like(
         [grad_h @ wide_B, grad_h.T @ wide_x, grad_up, grad_gate, None, grad_up_bias, grad_gate_bias,
          grad_down, None, None, grad_down_bias],

@@ -36,19 +36,18 @@ def masked_linear(
     h: Tensor, rows: Tensor, threshold: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     checks.masked_linear(h, rows, threshold, scale, bias)
-    wide_h, wide_rows, wide_bias = _widen(h, rows, bias)
+    wide_h = _widen(h)
     z = torch.where(keep(wide_h, threshold, scale), wide_h, 0)
-    y = z @ wide_rows
-    return (y if wide_bias is None else y + wide_bias).to(h.dtype)
+    y = z @ _widen(rows)
+    return (y if bias is None else y + _widen(bias)).to(h.dtype)
 
 
 def masked_lowrank_linear(
     x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     checks.masked_lowrank_linear(x, B, rows, threshold, bias)
-    wide_x, wide_B, wide_rows, wide_bias = _widen(x, B, rows, bias)
-    h = wide_x @ wide_B.T
-    return masked_linear(h, wide_rows, threshold, None, wide_bias).to(x.dtype)
+    h = _widen(x) @ _widen(B).T
+    return masked_linear(h, _widen(rows), threshold, None, _widen_optional(bias)).to(x.dtype)
 
 
 def masked_mlp(
@@ -69,23 +68,22 @@ def masked_mlp(
         x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
         down_rows, down_scale, down_threshold, down_bias, activation,
     )  # fmt: skip
-    wide_x, wide_B, up, gate, down = _widen(x, B, up_rows, gate_rows, down_rows)
-    bias_up, bias_gate, bias_down = _widen(up_bias, gate_bias, down_bias)
-    ranks = up_rows.shape[0]
-    h = masked_lowrank_linear(wide_x, wide_B[:ranks], up, threshold[:ranks], bias_up)
-    if gate is None:
+    wide_x, wide_B, ranks = _widen(x), _widen(B), up_rows.shape[0]
+    bias_up, bias_gate, bias_down = (_widen_optional(bias) for bias in (up_bias, gate_bias, down_bias))
+    h = masked_lowrank_linear(wide_x, wide_B[:ranks], _widen(up_rows), threshold[:ranks], bias_up)
+    if gate_rows is None:
         g = activate(h, activation)
     else:
         # shared ranks: gate reads the rows of B that up reads; separate ranks: the rows below them
         last = slice(B.shape[0] - gate_rows.shape[0], None)
-        g = (
-            activate(
-                masked_lowrank_linear(wide_x, wide_B[last], gate, threshold[last], bias_gate), activation
-            )
-            * h
-        )
-    return masked_linear(g, down, down_threshold, down_scale, bias_down).to(x.dtype)
+        gate = masked_lowrank_linear(wide_x, wide_B[last], _widen(gate_rows), threshold[last], bias_gate)
+        g = activate(gate, activation) * h
+    return masked_linear(g, _widen(down_rows), down_threshold, down_scale, bias_down).to(x.dtype)
 
 
-def _widen(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.to(checks.wide_dtype(t.dtype)) for t in tensors]
+def _widen(t: Tensor) -> Tensor:
+    return t.to(checks.wide_dtype(t.dtype))
+
+
+def _widen_optional(t: Tensor | None) -> Tensor | None:
+    return None if t is None else _widen(t)
