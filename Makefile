@@ -44,9 +44,20 @@ test-slow: build
 
 bench: build
 	$(BIN)/python -m bench
+	$(BIN)/python -m bench.plot
 
+# The op libraries once more, instrumented, in a copy of the package that the tests then import.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 sanitize: build
-	$(BIN)/python -m tests.sanitize
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	    $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	for isa in baseline $$($(BIN)/python -c "from rana_kernels import backends; print(backends.instruction_set())"); do \
+	    RANA_CPU_ISA=$$isa LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    PYTHONPATH=build/sanitize/lib:. \
+	    $(BIN)/pytest -q --import-mode=append tests/test_ops.py tests/test_ops_properties.py \
+	    -m "not slow and not gpu" -k "not compile and not export" || exit 1; \
+	done
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

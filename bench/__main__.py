@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.kernels import DECODE, PREFILL, Case
+from bench.kernels import DECODE, DENSITY, PREFILL, Case
 from bench.timing import Round, interleave
 from rana_kernels import backends
 
@@ -46,9 +46,8 @@ def main(
     torch.manual_seed(0)
     rows = []
     with torch.inference_mode():
-        for case in track(
-            [c for c in [*DECODE, *PREFILL] if re.search(only, c.name)], "timing", console=console
-        ):
+        cases = [case for case in (*DECODE, *DENSITY, *PREFILL) if re.search(only, case.name)]
+        for case in track(cases, "timing", console=console):
             contenders = case.contenders()
             for count in threads or sorted({1, torch.get_num_threads()}):
                 measured = interleave(contenders.calls, count, rounds)

@@ -206,6 +206,8 @@ DECODE: list[Case] = [
     Mlp(4096, 11008, 2464, 1377, 6164, 1, "bf16"),
     Mlp(2048, 8192, 1152, 842, 4587, 1, "bf16"),
 ]
+# the same layer at other densities, for the plot
+DENSITY: list[Case] = [Lowrank(4096, 11008, 2464, live, 1, "bf16") for live in (123, 616, 1232, 1848, 2464)]
 PREFILL: list[Case] = [
     Lowrank(4096, 11008, 2464, 1377, M, dtype) for dtype in ("bf16", "fp32") for M in (16, 64, 256)
 ]

@@ -244,9 +244,7 @@ def step_rows(recipe: Recipe, rows: Tensor, step: int) -> Tensor:
 def token_losses(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
     """Return the losses in nats, float32 [n * (T - 1)], of predicting each next token of [n, T]."""
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
-    )
+    return F.cross_entropy(logits.float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
 
 
 def train_step(
@@ -494,9 +492,7 @@ def train(
             show_default="build/demo_model",
         ),
     ] = REPOSITORY / "build" / "demo_model",
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Discard the checkpoint and start again.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the checkpoint and start again.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1400,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2.5e-3,
     warmup_steps: Annotated[int, typer.Option(help="Steps of rising learning rate.")] = 150,
