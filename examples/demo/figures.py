@@ -133,6 +133,8 @@ def density(results: Results, theme: Theme) -> Figure:
     panels = figure.subplots(1, len(sweeps), sharey=True, squeeze=False)[0]
     for axes, sweep in zip(panels, sweeps, strict=True):
         _density_panel(axes, sweep, theme)
+    # one scale for all: the panels share their axis
+    panels[0].set_ylim(0, 1.08 * max(sweep.dense.median for sweep in sweeps))
     panels[0].set_ylabel("time (µs)")
     _legend(figure, panels[0])
     return figure
@@ -147,7 +149,7 @@ def _density_panel(axes: Axes, sweep: DensitySweep, theme: Theme) -> None:
     axes.plot(shares, [p.rana.median for p in sweep.points], "o-", color=theme.paper, label="RaNA")
     low, high = [p.rana.p20 for p in sweep.points], [p.rana.p80 for p in sweep.points]
     axes.fill_between(shares, low, high, color=theme.paper, alpha=0.25, linewidth=0)
-    axes.set(xlabel="live share of the ranks", ylim=(0, dense * 1.15))
+    axes.set_xlabel("live share of the ranks")
     axes.set_title(f"{sweep.threads} thread" + "s" * (sweep.threads > 1))
 
 
