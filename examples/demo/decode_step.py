@@ -84,7 +84,10 @@ def time_block(shape: BlockShape, keep: float, rounds: int) -> list[DecodeStep]:
         blocks = {"dense": DenseBlock(shape), "rana": RanaBlock(shape, keep, x)}
         _check(blocks["rana"], x)
         nbytes = {name: block.read_bytes for name, block in blocks.items()}
-        contenders = {name: [partial(b, x) for b in rotation(block)] for name, block in blocks.items()}
+        contenders = {
+            name: [partial(copy, x) for copy in rotation(block, nbytes[name])]
+            for name, block in blocks.items()
+        }
     steps = []
     for threads in thread_counts():
         dense, rana = measure(contenders, nbytes, threads, rounds).values()
@@ -99,13 +102,15 @@ def sweep_density(
     """One rank adapter K -> N, of the size that comes to `keep` at `LIVE_SHARE`, at several densities."""
     with torch.inference_mode():
         x, dense, adapter = torch.randn(1, K, dtype=DTYPE), _linear(K, N), _rank_adapter(K, N, keep)
-        h, copies = _rank_values(x, adapter.B), rotation(adapter)
+        h, rank = _rank_values(x, adapter.B), len(adapter.rows)
         thresholds = {density: _threshold(h, density) for density in densities}
-    contenders = {"dense": [partial(d, x) for d in rotation(dense)]}
+        nbytes = {"dense": BYTES * K * N} | {d: BYTES * rank * (K + d * N) for d in densities}
+        contenders = {"dense": [partial(copy, x) for copy in rotation(dense, nbytes["dense"])]}
+        copies = rotation(adapter, min(nbytes.values()))
     for density, threshold in thresholds.items():
-        contenders[density] = [partial(ops.masked_lowrank_linear, x, a.B, a.rows, threshold) for a in copies]
-    rank = len(adapter.rows)
-    nbytes = {"dense": BYTES * K * N} | {d: BYTES * rank * (K + d * N) for d in densities}
+        contenders[density] = [
+            partial(ops.masked_lowrank_linear, x, copy.B, copy.rows, threshold) for copy in copies
+        ]
     sweeps = []
     for threads in thread_counts():
         timed = measure(contenders, nbytes, threads, rounds)

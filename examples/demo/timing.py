@@ -25,9 +25,8 @@ def thread_counts() -> list[int]:
     return sorted({1, torch.get_num_threads()})
 
 
-def rotation(module: nn.Module) -> list[nn.Module]:
-    """The module and copies of it: at least four times the last cache together."""
-    nbytes = sum(p.numel() * p.element_size() for p in module.parameters())
+def rotation(module: nn.Module, nbytes: float) -> list[nn.Module]:
+    """The module and copies of it, so many that `nbytes` read from each are four times the last cache."""
     count = max(2, math.ceil(4 * _last_cache() / nbytes))
     return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
 
@@ -35,7 +34,8 @@ def rotation(module: nn.Module) -> list[nn.Module]:
 def measure(
     contenders: dict[object, list[Step]], nbytes: dict[object, float], threads: int, rounds: int
 ) -> dict[object, Timing]:
-    """Time one step of each contender a round, each round from the next of its copies.
+    """Time one step of each contender a round, each from its next copy. Contenders may share copies: no
+    two in a row read the same one.
 
     `nbytes`: what a step of each must read.
     """
@@ -44,8 +44,8 @@ def measure(
         for steps in contenders.values():
             steps[0]()
         for turn in range(rounds):
-            for name, steps in contenders.items():
-                step = steps[turn % len(steps)]
+            for place, (name, steps) in enumerate(contenders.items()):
+                step = steps[(turn + place) % len(steps)]
                 started = time.perf_counter()
                 step()
                 seconds[name].append(time.perf_counter() - started)
