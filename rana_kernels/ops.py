@@ -8,7 +8,8 @@
 The mask is one rule everywhere: keep `h_i` unless `|h_i|·scale_i < threshold_i` (RaNA, arXiv
 2503.18216, section 3; `threshold` is the square root of the paper's t for ranks, where scale is 1).
 It is decided on the float32 value of `h`. x, B, rows and bias share a dtype (float32, bfloat16 or
-float16), sums are float32, and y is rounded once. Rows of a weight must be contiguous.
+float16), sums are float32, and y is rounded once; with more than 16 tokens the masked `h` may be rounded
+to that dtype as well. Weights must be finite, and their rows contiguous.
 
 The ops are functional, deterministic, differentiable (the mask counts as a constant), and opaque to
 torch.compile. Implementations live in `rana_kernels.backends`; the plain PyTorch one is the spec.
