@@ -28,7 +28,7 @@ $(VENV)/built: $(VENV)/ready $(SOURCES)
 	touch $@
 
 $(VENV)/lint: $(VENV)/ready
-	$(BIN)/pip install -q ruff mypy "clang-format==23.1.5"
+	$(BIN)/pip install -q "ruff==0.17.5" "mypy==2.4.1" "clang-format==23.1.5"
 	touch $@
 
 build: $(VENV)/built
