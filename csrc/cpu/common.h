@@ -33,9 +33,6 @@ struct Matrix {
 
   Matrix(const Tensor& t)
       : data(static_cast<const T*>(t.const_data_ptr())), rows(t.size(0)), columns(t.size(1)), ld(t.stride(0)) {}
-  Matrix(const T* data, int64_t rows, int64_t columns, int64_t ld) : data(data), rows(rows), columns(columns), ld(ld) {}
-
-  Matrix rows_from(int64_t first, int64_t count) const { return {data + first * ld, count, columns, ld}; }
 };
 
 // A small argument (input, bias, threshold), made contiguous if it is not.
@@ -124,6 +121,13 @@ void for_column_slices(int64_t columns, int64_t rows, F f) {
            [&](int64_t begin, int64_t end) { f(begin * kChunk, std::min(end * kChunk, columns)); });
 }
 
+// A chunk of sums plus the bias of its columns: those from n on, `count` to the end. `bias` may be null.
+template <class T>
+Chunk add_bias(Chunk sums, const T* bias, int64_t n, int64_t count) {
+  const Chunk b = bias ? load_first(bias + n, count) : Chunk{};
+  return {sums.lo + b.lo, sums.hi + b.hi};
+}
+
 // Adds the bias to finished sums and rounds them into y [tokens, columns].
 template <class T>
 struct Output {
@@ -132,9 +136,7 @@ struct Output {
   const T* bias;
 
   void operator()(int64_t m, int64_t n, Chunk sums) const {
-    const int64_t count = columns - n;
-    const Chunk b = bias ? load_first(bias + n, count) : Chunk{};
-    store_first(y + m * columns + n, {sums.lo + b.lo, sums.hi + b.hi}, count);
+    store_first(y + m * columns + n, add_bias(sums, bias, n, columns - n), columns - n);
   }
 };
 

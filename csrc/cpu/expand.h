@@ -103,7 +103,7 @@ template <class Step, class Done>
 void stream_rows(const Masked<Step>& h, const Element<Step>* rows, int64_t ld, int64_t begin, int64_t end, Done done) {
   constexpr int64_t kSumBytes = 256 * 1024;
   const int64_t most = std::max<int64_t>(kSumBytes / sizeof(float) / h.tokens / kChunk, 16) * kChunk;
-  const int64_t width = std::min(most, (end - begin + kChunk - 1) / kChunk * kChunk);
+  const int64_t width = std::min(most, chunks_of(end - begin) * kChunk);
   const int64_t lds = width + kChunk;  // not a multiple of the page: that would put all tokens in one cache set
   std::vector<float> sums(h.tokens * lds);
   for (int64_t n = begin; n < end; n += width) {

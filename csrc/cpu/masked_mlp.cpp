@@ -26,23 +26,20 @@ struct Neurons {
   int64_t ldg, neurons;
   Activation activation;
 
-  static Chunk add(Chunk sums, const T* bias, int64_t n, int64_t count) {
-    const Chunk b = bias ? load_first(bias + n, count) : Chunk{};
-    return {sums.lo + b.lo, sums.hi + b.hi};
-  }
   Chunk activate(Chunk c) const { return {activation(c.lo), activation(c.hi)}; }
 
   auto keep_up(const T* bias) const {
-    return [=, *this](int64_t m, int64_t n, Chunk sums) { store(g + m * ldg + n, add(sums, bias, n, neurons - n)); };
+    return
+        [=, *this](int64_t m, int64_t n, Chunk sums) { store(g + m * ldg + n, add_bias(sums, bias, n, neurons - n)); };
   }
   auto activate_up(const T* bias) const {
     return [=, *this](int64_t m, int64_t n, Chunk sums) {
-      store_natural<T>(g + m * ldg + n, activate(add(sums, bias, n, neurons - n)), kChunk);
+      store_natural<T>(g + m * ldg + n, activate(add_bias(sums, bias, n, neurons - n)), kChunk);
     };
   }
   auto gate_up(const T* bias) const {
     return [=, *this](int64_t m, int64_t n, Chunk sums) {
-      const Chunk up = load(g + m * ldg + n), gate = activate(add(sums, bias, n, neurons - n));
+      const Chunk up = load(g + m * ldg + n), gate = activate(add_bias(sums, bias, n, neurons - n));
       store_natural<T>(g + m * ldg + n, {up.lo * gate.lo, up.hi * gate.hi}, kChunk);
     };
   }
