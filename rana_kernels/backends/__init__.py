@@ -1,22 +1,23 @@
-"""Who serves the ops. Compiled libraries override the plain PyTorch reference on their device.
+"""Who serves the ops: compiled libraries, else Triton (for CUDA tensors), else the PyTorch reference.
 
 State is asked of torch's dispatcher, never remembered: a library is loaded or it is not. A library
-that is absent leaves its device to the reference; one that is present and does not load raises.
+that is absent leaves its device to the next in line; one that is present and does not load raises.
 """
 
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from rana_kernels import ops
-from rana_kernels.backends import reference
+from rana_kernels.backends import reference, triton
 
-NAMES = ("auto", "reference", "cpu")
+NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 _PACKAGE = Path(__file__).parent.parent
+# registrations live as long as these objects
+_registered: list[torch.library.Library] = []
 
 
 def instruction_set() -> str:
@@ -41,45 +42,49 @@ def _processor_flags() -> set[str]:
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
-def cpu_library() -> Path:
-    """Where the compiled CPU ops for this processor are, if they were built."""
-    return _PACKAGE / f"_cpu_{instruction_set()}.abi3.so"
+def library(device: str) -> Path:
+    """Where the compiled ops for `device` ("cpu" or "cuda") are, if they were built."""
+    name = f"_cpu_{instruction_set()}" if device == "cpu" else "_cuda"
+    return _PACKAGE / f"{name}.abi3.so"
 
 
 def load_libraries() -> None:
     """Load the compiled ops that are there. Called once, when the package is imported."""
-    library = cpu_library()
-    if not library.exists():
-        return
+    for device in ("cpu", "cuda"):
+        if library(device).exists():
+            _load(library(device))
+        elif device == "cuda" and triton.available():
+            _registered.append(triton.register(ops.SCHEMAS, "CUDA"))
+
+
+def _load(path: Path) -> None:
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(path)
     except OSError as error:
         raise ImportError(
-            f"rana_kernels: {library.name} does not load with torch {torch.__version__}: {error}\n"
+            f"rana_kernels: {path.name} does not load with torch {torch.__version__}: {error}\n"
             "Build the package again (pip install --no-build-isolation .), or delete that file: "
-            "the ops then run on plain PyTorch."
+            "another backend then serves the ops."
         ) from error
 
 
 class use_backend:
-    """Choose who serves the ops: `"auto"`, `"reference"` (plain PyTorch) or `"cpu"` (compiled).
+    """Choose who serves the ops: `"auto"`, `"reference"` (plain PyTorch), `"cpu"`, `"cuda"` or `"triton"`.
 
-    Takes effect at once, for the whole process; as a context manager, until the block ends.
-    For debugging, tests and comparisons. `RANA_BACKEND` chooses at import.
+    Takes effect at once, for the whole process; as a context manager, until the block ends. A backend
+    takes over its own device and leaves the other as it is: `"triton"` serves CUDA tensors, and under
+    `TRITON_INTERPRET=1` CPU tensors as well. For debugging, tests and comparisons. `RANA_BACKEND`
+    chooses at import.
 
-    Raises ValueError for an unknown name, RuntimeError where the compiled library was not built.
+    Raises ValueError for an unknown name, RuntimeError where that backend is not installed.
     """
 
     def __init__(self, name: str):
         if name not in NAMES:
             raise ValueError(f"unknown backend {name!r}, wanted one of {', '.join(NAMES)}")
-        if name == "cpu" and not cpu_library().exists():
-            raise RuntimeError(
-                f"the cpu backend was not built ({cpu_library().name} is missing): install the package "
-                "where a C++ compiler and torch are at hand, pip install --no-build-isolation ."
-            )
+        _require(name)
         self._before = _Override.current
-        _Override.install(reference if name == "reference" else None)
+        _Override.install(name if name in _OVERRIDES else None)
 
     def __enter__(self) -> "use_backend":
         return self
@@ -88,32 +93,51 @@ class use_backend:
         _Override.install(self._before)
 
 
+def _require(name: str) -> None:
+    if name in ("cpu", "cuda") and not library(name).exists():
+        tools = {"cpu": "a C++ compiler and torch are", "cuda": "nvcc, a C++ compiler and torch are"}[name]
+        raise RuntimeError(
+            f"the {name} backend was not built ({library(name).name} is missing): install the package "
+            f"where {tools} at hand, pip install --no-build-isolation ."
+        )
+    if name == "triton" and not triton.available():
+        raise RuntimeError("the triton backend needs the triton package: pip install triton")
+
+
+def _register_reference() -> torch.library.Library:
+    library = torch.library.Library("rana", "IMPL")
+    for name in ops.SCHEMAS:
+        for key in ("CPU", "CUDA"):
+            library.impl(name, getattr(reference, name), key)
+    return library
+
+
+def _register_triton() -> torch.library.Library:
+    keys = ("CUDA", "CPU") if triton.interpreted() else ("CUDA",)
+    return triton.register(ops.SCHEMAS, *keys)
+
+
+# the backends in Python; the compiled ones are what remains when no override hides them
+_OVERRIDES = {"reference": _register_reference, "triton": _register_triton}
+
+
 class _Override:
     """Registrations that hide those of the compiled libraries while they live."""
 
-    current: object | None = None
+    current: str | None = None
     _library: torch.library.Library | None = None
 
     @classmethod
-    def install(cls, backend: object | None) -> None:
-        if backend is cls.current:
+    def install(cls, name: str | None) -> None:
+        if name == cls.current:
             return
         if cls._library is not None:
             cls._library._destroy()
-        cls._library = _register(backend) if backend is not None else None
-        cls.current = backend
-
-
-def _register(backend: object) -> torch.library.Library:
-    library = torch.library.Library("rana", "IMPL")
-    with warnings.catch_warnings():
-        # torch warns of an overridden kernel; overriding it is what was asked for
-        warnings.simplefilter("ignore", UserWarning)
-        for name in ops.SCHEMAS:
-            kernel: Callable = getattr(backend, name)
-            for key in ("CPU", "CUDA"):
-                library.impl(name, kernel, key)
-    return library
+        with warnings.catch_warnings():
+            # torch warns of an overridden kernel; overriding it is what was asked for
+            warnings.simplefilter("ignore", UserWarning)
+            cls._library = _OVERRIDES[name]() if name is not None else None
+        cls.current = name
 
 
 def serving() -> dict[str, dict[str, str]]:
@@ -130,4 +154,5 @@ def _server(op: str, key: str) -> str:
         return "reference"
     table = torch._C._dispatch_dump(op)
     line = next(line for line in table.splitlines() if line.startswith(f"{key}:"))
-    return next((b for b in ("cpu", "cuda", "triton") if f"csrc/{b}/" in line), "reference")
+    homes = {"cpu": "csrc/cpu/", "cuda": "csrc/cuda/", "triton": "backends/triton/"}
+    return next((backend for backend, home in homes.items() if home in line), "reference")
