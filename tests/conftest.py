@@ -4,12 +4,14 @@ import contextlib
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from unittest import mock
 
 import pytest
 import torch
 
 import rana_kernels.ops  # noqa: F401 - defines torch.ops.rana
-from rana_kernels.backends import reference
+from rana_kernels.backends import reference, triton
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,40 @@ def _registered(op: str) -> Callable:
     return getattr(torch.ops.rana, op).default
 
 
+def _triton(programs: int | None = None) -> Callable:
+    """The Triton backend; `programs`: how many of its programs run at the same time, if not as the card says."""
+
+    def find(op: str) -> Callable:
+        function = getattr(import_module(f"rana_kernels.backends.triton.{op}"), op)
+        decode = import_module("rana_kernels.backends.triton.configurations").Decode
+
+        def call(*args) -> torch.Tensor:
+            with mock.patch.object(decode, "seats", lambda self, device: programs):
+                return function(*args)
+
+        return function if programs is None else call
+
+    return find
+
+
 # a backend joins every test by a line here
 IMPLEMENTATIONS = [
     Implementation("reference", "cpu", lambda op: getattr(reference, op)),
     Implementation("registered", "cpu", _registered),
     Implementation("registered_cuda", "cuda", _registered),
+    Implementation("triton_cuda", "cuda", _triton()),
 ]
+if triton.interpreted():
+    # one program runs a whole kernel, barriers and all; several run it phase by phase
+    IMPLEMENTATIONS += [
+        Implementation("triton_whole", "cpu", _triton(programs=1)),
+        Implementation("triton_phases", "cpu", _triton(programs=5)),
+    ]
 
 
 def _here(implementation: Implementation) -> bool:
+    if implementation.name.startswith("triton") and not triton.available():
+        return False
     return implementation.device == "cpu" or torch.cuda.is_available()
 
 

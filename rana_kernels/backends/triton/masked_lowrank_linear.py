@@ -1,0 +1,75 @@
+"""`masked_lowrank_linear` in Triton: one launch for decoding, two products for prefill."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rana_kernels import checks
+from rana_kernels.backends.triton import configurations, products
+from rana_kernels.backends.triton.launch import list_size, packed, run, scratch, seated, tokens_of
+from rana_kernels.backends.triton.phases import expand, finish, grid_barrier, project
+
+
+@triton.jit
+def kernel(
+    x, B, rows, threshold, bias, y, h, sums, kept_r, kept_h, M, K, R, N, stride_B, stride_rows, state,
+    PER_ROW: tl.constexpr, M_PAD: tl.constexpr, PROJECT_R: tl.constexpr, PROJECT_K: tl.constexpr,
+    SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, THREADS: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """All phases, or the one that PHASE numbers."""
+    if PHASE == 0 or PHASE == 1:
+        project(x, B, h, M, K, R, stride_B, M_PAD, PROJECT_R, PROJECT_K)
+    if PHASE == 0:
+        grid_barrier(state)
+    if PHASE == 0 or PHASE == 2:
+        expand(
+            h, rows, threshold, None, sums, kept_r, kept_h, M, R, N, R, stride_rows,
+            PER_ROW, SHARES, M_PAD, BLOCK_R, BLOCK_N, CHUNK, THREADS,
+        )  # fmt: skip
+    if PHASE == 0:
+        grid_barrier(state)
+    if PHASE == 0 or PHASE == 3:
+        finish(sums, bias, y, M, N, SHARES)
+
+
+def masked_lowrank_linear(
+    x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    checks.masked_lowrank_linear(x, B, rows, threshold, bias)
+    tokens = tokens_of("masked_lowrank_linear", "x", x)
+    threshold, bias = threshold.contiguous(), packed(bias)
+    if len(tokens) == 0 or rows.shape[1] == 0:
+        y = x.new_empty(len(tokens), rows.shape[1])
+    elif configurations.decodes(len(tokens), tokens.dtype):
+        y = _decode(tokens, B, rows, threshold, bias)
+    else:
+        y = _prefill(tokens, B, rows, threshold, bias)
+    return y.view(*x.shape[:-1], rows.shape[1])
+
+
+def _decode(x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
+    (M, K), (R, N) = x.shape, rows.shape
+    config = configurations.decode("masked_lowrank_linear", M, R * (K + N), x.dtype, x.device)
+    project_r, project_k = config.blocks(K, x.itemsize)
+    cut = config.cut(R, N, x.itemsize, x.device)
+    programs = seated(config, max(cut.items, triton.cdiv(R, project_r)), x.device)
+    lists = [list_size(M, programs)] * 2
+    h, sums, kept_r, kept_h = scratch(x.device, M * R, cut.shares * M * N, *lists)
+    y = x.new_empty(M, N)
+    run(
+        kernel, 3, programs, config, x.device,
+        x, B, rows, threshold, bias, y, h, sums, kept_r.view(torch.int32), kept_h,
+        M, K, R, N, B.stride(0), rows.stride(0),
+        PER_ROW=threshold.dim() == 1, M_PAD=configurations.padded(M),
+        PROJECT_R=project_r, PROJECT_K=project_k,
+        SHARES=cut.shares, BLOCK_R=cut.rows, BLOCK_N=cut.columns,
+    )  # fmt: skip
+    return y
+
+
+def _prefill(x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
+    size = B.numel() + rows.numel()
+    config = configurations.prefill("masked_lowrank_linear", len(x), size, x.dtype, x.device)
+    return products.expand(products.project(x, B, threshold, config), rows, bias, config)

@@ -1,0 +1,136 @@
+"""`masked_mlp` in Triton: one launch for decoding, three products for prefill."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rana_kernels import checks
+from rana_kernels.backends.triton import configurations, products
+from rana_kernels.backends.triton.launch import list_size, packed, run, scratch, seated, tokens_of
+from rana_kernels.backends.triton.phases import expand, finish, finish_neurons, grid_barrier, project
+
+
+@triton.jit
+def kernel(
+    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_scale, down_threshold, down_bias,
+    y, h, up_sums, gate_sums, g, down_sums, kept_r, kept_h,
+    M, K, S, R_UP, R_GATE, I, N, stride_B, stride_up, stride_gate, stride_down, state,
+    DOWN_PER_ROW: tl.constexpr, ACTIVATION: tl.constexpr, M_PAD: tl.constexpr,
+    PROJECT_R: tl.constexpr, PROJECT_K: tl.constexpr,
+    SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+    DOWN_SHARES: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, THREADS: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """All phases, or the one that PHASE numbers."""
+    if PHASE == 0 or PHASE == 1:
+        project(x, B, h, M, K, S, stride_B, M_PAD, PROJECT_R, PROJECT_K)
+    if PHASE == 0:
+        grid_barrier(state)
+    if PHASE == 0 or PHASE == 2:
+        expand(
+            h, up_rows, threshold, None, up_sums, kept_r, kept_h, M, R_UP, I, S, stride_up,
+            True, SHARES, M_PAD, BLOCK_R, BLOCK_I, CHUNK, THREADS,
+        )  # fmt: skip
+        if gate_rows is not None:
+            # shared ranks: gate reads the h that up reads; separate ranks: those after it
+            expand(
+                h + S - R_GATE, gate_rows, threshold + S - R_GATE, None, gate_sums, kept_r, kept_h,
+                M, R_GATE, I, S, stride_gate,
+                True, SHARES, M_PAD, BLOCK_R, BLOCK_I, CHUNK, THREADS,
+            )  # fmt: skip
+    if PHASE == 0:
+        grid_barrier(state)
+    if PHASE == 0 or PHASE == 3:
+        finish_neurons(up_sums, gate_sums, up_bias, gate_bias, g, M, I, SHARES, ACTIVATION)
+    if PHASE == 0:
+        grid_barrier(state)
+    if PHASE == 0 or PHASE == 4:
+        expand(
+            g, down_rows, down_threshold, down_scale, down_sums, kept_r, kept_h, M, I, N, I, stride_down,
+            DOWN_PER_ROW, DOWN_SHARES, M_PAD, BLOCK_DOWN, BLOCK_N, CHUNK, THREADS,
+        )  # fmt: skip
+    if PHASE == 0:
+        grid_barrier(state)
+    if PHASE == 0 or PHASE == 5:
+        finish(down_sums, down_bias, y, M, N, DOWN_SHARES)
+
+
+def masked_mlp(
+    x: Tensor,
+    B: Tensor,
+    up_rows: Tensor,
+    gate_rows: Tensor | None,
+    threshold: Tensor,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    down_rows: Tensor,
+    down_scale: Tensor,
+    down_threshold: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    checks.masked_mlp(
+        x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
+        down_rows, down_scale, down_threshold, down_bias, activation,
+    )  # fmt: skip
+    tokens, N = tokens_of("masked_mlp", "x", x), down_rows.shape[1]
+    if len(tokens) == 0 or N == 0:
+        return x.new_empty(*x.shape[:-1], N)
+    form = _decode if configurations.decodes(len(tokens), tokens.dtype) else _prefill
+    y = form(
+        tokens, B, up_rows, gate_rows, threshold.contiguous(), packed(up_bias), packed(gate_bias),
+        down_rows, down_scale.contiguous(), down_threshold.contiguous(), packed(down_bias), activation,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], N)
+
+
+def _size(B: Tensor, up_rows: Tensor, gate_rows: Tensor | None, down_rows: Tensor) -> int:
+    gate = 0 if gate_rows is None else gate_rows.numel()
+    return B.numel() + up_rows.numel() + gate + down_rows.numel()
+
+
+def _decode(
+    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
+    down_rows, down_scale, down_threshold, down_bias, activation,
+):  # fmt: skip
+    (M, K), S, (R_up, I), N = x.shape, len(B), up_rows.shape, down_rows.shape[1]  # noqa: E741
+    R_gate, gate_stride = (0, 0) if gate_rows is None else (len(gate_rows), gate_rows.stride(0))
+    size = _size(B, up_rows, gate_rows, down_rows)
+    config = configurations.decode("masked_mlp", M, size, x.dtype, x.device)
+    project_r, project_k = config.blocks(K, x.itemsize)
+    cut = config.cut(max(R_up, R_gate), I, x.itemsize, x.device)
+    down = config.cut(I, N, x.itemsize, x.device)
+    programs = seated(config, max(triton.cdiv(S, project_r), cut.items, down.items), x.device)
+    h, up_sums, gate_sums, g, down_sums, kept_r, kept_h = scratch(
+        x.device, M * S, cut.shares * M * I, cut.shares * M * I, M * I, down.shares * M * N,
+        *[list_size(M, programs)] * 2,
+    )  # fmt: skip
+    y = x.new_empty(M, N)
+    run(
+        kernel, 5, programs, config, x.device,
+        x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
+        down_rows, down_scale, down_threshold, down_bias,
+        y, h, up_sums, None if gate_rows is None else gate_sums, g, down_sums, kept_r.view(torch.int32), kept_h,
+        M, K, S, R_up, R_gate, I, N, B.stride(0), up_rows.stride(0), gate_stride, down_rows.stride(0),
+        DOWN_PER_ROW=down_threshold.dim() == 1, ACTIVATION=activation, M_PAD=configurations.padded(M),
+        PROJECT_R=project_r, PROJECT_K=project_k,
+        SHARES=cut.shares, BLOCK_R=cut.rows, BLOCK_I=cut.columns,
+        DOWN_SHARES=down.shares, BLOCK_DOWN=down.rows, BLOCK_N=down.columns,
+    )  # fmt: skip
+    return y
+
+
+def _prefill(
+    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
+    down_rows, down_scale, down_threshold, down_bias, activation,
+):  # fmt: skip
+    size = _size(B, up_rows, gate_rows, down_rows)
+    config = configurations.prefill("masked_mlp", len(x), size, x.dtype, x.device)
+    z = products.project(x, B, threshold, config)
+    first_gate = 0 if gate_rows is None else len(B) - len(gate_rows)
+    g = products.neurons(
+        z[:, : len(up_rows)], z[:, first_gate:], up_rows, gate_rows, up_bias, gate_bias,
+        down_threshold, down_scale, activation, config,
+    )  # fmt: skip
+    return products.expand(g, down_rows, down_bias, config)

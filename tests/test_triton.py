@@ -1,0 +1,201 @@
+"""The Triton backend where no card is: interpreted, compiled for cards, and how problems are cut up."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rana_kernels import backends, ops
+from rana_kernels.backends import triton as backend
+
+pytestmark = pytest.mark.skipif(not backend.available(), reason="the triton package is not installed")
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+# Who serves
+
+
+def test_importing_the_package_does_not_import_triton():
+    child = python("import rana_kernels, sys; assert 'triton' not in sys.modules, 'imported'")
+    assert child.returncode == 0, child.stderr
+
+
+def test_the_package_works_without_triton():
+    code = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'triton': raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == 'triton' else real(name, package)
+import rana_kernels
+from rana_kernels import backends
+assert 'triton' not in {s for served in backends.serving().values() for s in served.values()}
+try: rana_kernels.use_backend('triton')
+except RuntimeError as error: print(error)
+"""
+    child = python(code)
+    assert child.returncode == 0 and "pip install triton" in child.stdout, child.stderr
+
+
+def test_triton_serves_cuda_where_no_compiled_library_does():
+    served = {s["cuda"] for s in backends.serving().values()}
+    assert served == {"cuda" if backends.library("cuda").exists() else "triton"}
+
+
+def test_triton_leaves_the_cpu_alone_unless_interpreted():
+    before = backends.serving()
+    with backends.use_backend("triton"):
+        assert {s["cuda"] for s in backends.serving().values()} == {"triton"}
+        assert all(backends.serving()[op]["cpu"] == before[op]["cpu"] for op in ops.SCHEMAS)
+    assert backends.serving() == before
+
+
+def test_the_environment_chooses_triton_for_the_cpu():
+    code = "from rana_kernels import backends; print(backends.serving())"
+    child = python(code, RANA_BACKEND="triton", TRITON_INTERPRET="1")
+    assert child.stdout.count("'triton'") == 2 * len(ops.SCHEMAS), child.stderr
+
+
+# The kernels in the interpreter
+
+
+@pytest.mark.parametrize("programs", ["triton_whole", "triton_phases"])
+def test_interpreted(programs):
+    """The shared tests of the ops, in a process that interprets: one program, or phase by phase."""
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "interpreted or isa", "-k", programs]
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "tests/test_ops.py"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
+    assert re.search(r"[1-9]\d\d passed", child.stdout), child.stdout[-500:]
+
+
+# The kernels compiled for cards
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    if backend.interpreted():
+        pytest.skip("the interpreter does not compile")
+    from tests.triton_compile import compile_all
+
+    return compile_all
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_fit_the_card(compiled, capability):
+    from tests.triton_compile import CARDS
+
+    rows = compiled((capability,), ("1B",))
+    assert {r.kernel.split(".")[0] for r in rows} == {*ops.SCHEMAS, "products"}
+    for r in rows:
+        assert r.local == 0, f"spills: {r}"
+        residents = 2 if r.streams else 1
+        assert residents * (r.shared + 1024) <= CARDS[capability][1] + 1024, f"too much shared memory: {r}"
+        assert r.registers * r.threads * residents <= 65536, f"too many registers: {r}"
+        assert r.narrow == 0, f"streams by less than 16 bytes: {r}"
+        assert r.streams or r.kernel.startswith("products"), f"streams nothing: {r}"
+
+
+@pytest.mark.parametrize("tokens, launches", [(1, 1), (16, 1), (200, {"masked_mlp": 2})])
+def test_launches(compiled, tokens, launches):
+    """One for decoding. For prefill, those besides cuBLAS: a mask in an epilogue, the neurons."""
+    from importlib import import_module
+
+    from tests.triton_compile import calls, compiling
+
+    for op, arguments in calls("1B", tokens, torch.bfloat16):
+        with compiling(90) as noted:
+            getattr(import_module(f"rana_kernels.backends.triton.{op}"), op)(*arguments)
+        wanted = launches if isinstance(launches, int) else launches.get(op, 1)
+        assert len(noted) == wanted, (op, [name for name, _ in noted])
+
+
+# How problems are cut up
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def configurations(monkeypatch, tmp_path):
+    from rana_kernels.backends.triton import configurations
+
+    class Card:
+        name, multi_processor_count = "NVIDIA Test 1", 132
+
+    monkeypatch.setattr(configurations, "_properties", lambda device: Card)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    configurations._tables.cache_clear()
+    yield configurations
+    configurations._tables.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M", [1, 2, 16])
+@pytest.mark.parametrize("N", [1, 64, 576, 2048, 4096, 5632, 11008, 28672, 128256])
+def test_work_is_dealt_out_evenly(configurations, N, M, dtype):
+    config = configurations.decode_rule(M, dtype)
+    cut = config.cut(4096, N, dtype.itemsize, CUDA)
+    assert cut.rows * cut.columns == config.warps * 32 * config.in_flight // dtype.itemsize
+    assert cut.items % cut.shares == 0 and (cut.items // cut.shares) * cut.columns >= N
+    rounds = -(-cut.items // config.seats(CUDA))
+    assert N < 2048 or cut.items / (rounds * config.seats(CUDA)) > 0.85
+
+
+def test_a_table_of_the_card_comes_before_the_rule(configurations):
+    key = configurations.key("masked_linear", 1, 4096 * 4096, torch.bfloat16)
+    path = configurations.own_table("nvidia-test-1")
+    path.parent.mkdir(parents=True)
+    mine = {"warps": 8, "residents": 1, "in_flight": 64, "columns": 256}
+    path.write_text(json.dumps({"configurations": {key: mine}}))
+    found = configurations.decode("masked_linear", 1, 4096 * 4096, torch.bfloat16, CUDA)
+    assert found == configurations.Decode(**mine)
+    other = configurations.decode("masked_linear", 1, 64 * 64, torch.bfloat16, CUDA)
+    assert other == configurations.decode_rule(1, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", '{"configurations": {"a": {"warps": 3, "residents": 1, "in_flight": 64, "columns": 64}}}',
+     '{"configurations": {"a": {"warps": "4"}}}', '{"configurations": 7}',
+     '{"configurations": {"a": {"warps": 4, "residents": 1, "in_flight": 64, "columns": 64, "x": 1}}}'],
+)  # fmt: skip
+def test_a_broken_table_is_an_error(configurations, text):
+    path = configurations.own_table("nvidia-test-1")
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(RuntimeError, match=r"nvidia-test-1\.json is not a table .*rana tune"):
+        configurations.decode("masked_linear", 1, 4096, torch.bfloat16, CUDA)
+
+
+def test_candidates_are_valid_and_start_with_the_rule(configurations):
+    for M, rule in (
+        (1, configurations.decode_rule(1, torch.bfloat16)),
+        (512, configurations.prefill_rule(torch.bfloat16)),
+    ):
+        tried = list(configurations.candidates(M, torch.bfloat16))
+        assert tried[0] == rule and len(tried) == len(set(tried)) > 10
+        for candidate in tried:
+            configurations._check(candidate)
