@@ -493,7 +493,7 @@ def train(
         ),
     ] = REPOSITORY / "build" / "demo_model",
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard the checkpoint and start again.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1400,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2600,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2.5e-3,
     warmup_steps: Annotated[int, typer.Option(help="Steps of rising learning rate.")] = 150,
     cosine_steps: Annotated[
