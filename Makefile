@@ -4,23 +4,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
 
-.PHONY: help build demo test test-slow lint format bench sanitize clean
+.PHONY: help build demo test test-slow lint format bench gpu compile-check sanitize clean
 
 help:
 	@echo "make demo      compress the checked-in model, generate from it, time it, write build/demo/report.html"
 	@echo "make test      the test-suite           make test-slow  large shapes too"
 	@echo "make bench     kernel benchmarks        make sanitize   the tests of the ops under ASan and UBSan"
 	@echo "make lint      ruff, clang-format, mypy make format     apply the formatters"
+	@echo "make gpu       on a machine with a card: build, test there, time there (PYTHON=... that has torch)"
+	@echo "make compile-check  compile the Triton kernels for cards that are not here; what they use"
 	@echo "make build     .venv with the package compiled in it (what the others start from)"
 
 # torch comes first and alone: the machine's default source may be the CPU build, and nothing later
-# may trade it for another one
+# may trade it for another one. Triton is pinned because the tests compare what it compiles to; its
+# interpreter does not know numpy 2.4.
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -U pip "setuptools>=77" wheel
 	$(BIN)/pip install -q "torch==2.13.0"
-	$(BIN)/pip install -q ninja pybind11 numpy rich safetensors typer transformers matplotlib \
-	    hypothesis pytest pytest-benchmark
+	$(BIN)/pip install -q ninja pybind11 rich safetensors typer transformers matplotlib \
+	    hypothesis pytest pytest-benchmark "numpy<2.4"
+	$(BIN)/pip install -q --no-deps "triton==3.6.0"
 	touch $@
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)
@@ -45,6 +49,14 @@ test-slow: build
 bench: build
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.plot
+
+# With the Python that has torch for CUDA, and nothing from a network.
+gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m bench.gpu $(ARGS)
+
+compile-check: build
+	$(BIN)/python -m tests.triton_compile
 
 # The op libraries once more, instrumented, in a copy of the package that the tests then import.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer

@@ -224,6 +224,44 @@ def generate(
         print(prompt + continuation)
 
 
+@app.command(
+    "tune",
+    epilog="""\b
+Example:
+  rana tune llama-rana --text train.txt
+The table is used from then on, by every model with layers of those sizes.""",
+)
+def tune_kernels(
+    directory: Checkpoint,
+    text: Annotated[Path, typer.Option(help="Text (UTF-8), or a .safetensors with input_ids [n, T].")],
+    tokens: Annotated[
+        list[int], typer.Option(min=1, help="Tokens a step may have; give it several times for several.")
+    ] = [1, 2, 16, 64, 512],  # noqa: B006 - typer wants a list
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="JSON file; default: where the package looks for your tables."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how the Triton kernels run fastest on this card, for the layers of a model."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("tuning needs a CUDA device, and this machine has none")
+    from rana_kernels.backends.triton import configurations
+    from rana_kernels.backends.triton.tune import tune, write
+
+    model: Any = load(directory, device=_device())
+    length = max(tokens)
+    rows = read_rows(text, _open_tokenizer(directory), model.config.vocab_size, length=length, tokens=length)
+    choices = tune(model, rows[:1].to(model.device), tokens, progress=sys.stderr.isatty())
+    card = configurations.card(model.device)
+    write(path := output or configurations.own_table(card), card, choices)
+    if as_json:
+        shown = {k: c._asdict() | {"configuration": asdict(c.configuration)} for k, c in choices.items()}
+        _print_json({"table": str(path), "choices": shown})
+    else:
+        _show_tuning(choices, path)
+
+
 @app.command("info")
 def show_info(as_json: AsJson = False) -> None:
     """Say which backend serves each op, with what instruction set, threads and versions."""
@@ -292,6 +330,13 @@ def _show_evaluation(found: dict[str, float], dense: dict[str, float] | None) ->
         if numbers is not None:
             rates = (numbers["tokens_per_second"], numbers["decode_tokens_per_second"])
             table.add_row(name, f"{numbers['perplexity']:.4f}", *(f"{rate:.1f}" for rate in rates))
+    _out().print(table)
+
+
+def _show_tuning(choices: dict[str, Any], path: Path) -> None:
+    table = Table("problem", "µs", "µs by the rule", "configuration", title=f"written to {path}")
+    for key, (configuration, best, rule) in choices.items():
+        table.add_row(key, f"{best:.1f}", f"{rule:.1f}", str(configuration))
     _out().print(table)
 
 

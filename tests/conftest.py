@@ -31,7 +31,7 @@ def _registered(op: str) -> Callable:
 
 
 def _triton(programs: int | None = None) -> Callable:
-    """The Triton backend; `programs`: how many of its programs run at the same time, if not as the card says."""
+    """The Triton backend; `programs`: how many of them run at a time, if not as the card says."""
 
     def find(op: str) -> Callable:
         function = getattr(import_module(f"rana_kernels.backends.triton.{op}"), op)

@@ -77,10 +77,21 @@ def test_the_environment_chooses_triton_for_the_cpu():
 # The kernels in the interpreter
 
 
-@pytest.mark.parametrize("programs", ["triton_whole", "triton_phases"])
-def test_interpreted(programs):
-    """The shared tests of the ops, in a process that interprets: one program, or phase by phase."""
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "interpreted or isa", "-k", programs]
+# what of tests/test_ops.py is interpreted: (marker, expression). All of it would take half an hour
+SLOW = "not whole_range and not every_number"
+SELECTIONS = {
+    "all phases in one program": ("isa", f"triton_whole and {SLOW}"),
+    "phase by phase in several": ("isa", f"triton_phases and {SLOW}"),
+    "one token among others": ("not slow", "triton_phases and float16 and depend_on and (5 or 33)"),
+    "layouts": ("not slow", "triton_phases and float16 and any_strides and not 40"),
+    "infinities": ("not slow", "triton_whole and infinity"),
+}
+
+
+@pytest.mark.parametrize("marker, expression", SELECTIONS.values(), ids=SELECTIONS)
+def test_interpreted(marker, expression):
+    """The shared tests of the ops, in a process that interprets."""
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", marker, "-k", expression]
     child = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "tests/test_ops.py"],
         cwd=ROOT,
@@ -89,7 +100,7 @@ def test_interpreted(programs):
         text=True,
     )
     assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
-    assert re.search(r"[1-9]\d\d passed", child.stdout), child.stdout[-500:]
+    assert re.search(r"[1-9]\d+ passed", child.stdout), child.stdout[-500:]
 
 
 # The kernels compiled for cards
@@ -106,7 +117,7 @@ def compiled():
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_fit_the_card(compiled, capability):
-    from tests.triton_compile import CARDS
+    from tests.triton_compile import CARDS, PINNED, triton
 
     rows = compiled((capability,), ("1B",))
     assert {r.kernel.split(".")[0] for r in rows} == {*ops.SCHEMAS, "products"}
@@ -116,6 +127,8 @@ def test_kernels_fit_the_card(compiled, capability):
         assert residents * (r.shared + 1024) <= CARDS[capability][1] + 1024, f"too much shared memory: {r}"
         assert r.registers * r.threads * residents <= 65536, f"too many registers: {r}"
         assert r.narrow == 0, f"streams by less than 16 bytes: {r}"
+        if triton.__version__ == PINNED and r.tokens == 1:
+            assert r.registers <= 144, f"more registers than when this was written: {r}"
         assert r.streams or r.kernel.startswith("products"), f"streams nothing: {r}"
 
 
@@ -164,15 +177,24 @@ def test_work_is_dealt_out_evenly(configurations, N, M, dtype):
     assert N < 2048 or cut.items / (rounds * config.seats(CUDA)) > 0.85
 
 
+def on_a_card(*shape: int) -> torch.Tensor:
+    """A tensor that says it is on a card, for what looks at no more than that."""
+
+    class There(torch.Tensor):
+        device = CUDA
+
+    return torch.empty(shape, dtype=torch.bfloat16).as_subclass(There)
+
+
 def test_a_table_of_the_card_comes_before_the_rule(configurations):
     key = configurations.key("masked_linear", 1, 4096 * 4096, torch.bfloat16)
     path = configurations.own_table("nvidia-test-1")
     path.parent.mkdir(parents=True)
     mine = {"warps": 8, "residents": 1, "in_flight": 64, "columns": 256}
     path.write_text(json.dumps({"configurations": {key: mine}}))
-    found = configurations.decode("masked_linear", 1, 4096 * 4096, torch.bfloat16, CUDA)
+    found = configurations.decode("masked_linear", on_a_card(1, 4096), on_a_card(4096, 4096))
     assert found == configurations.Decode(**mine)
-    other = configurations.decode("masked_linear", 1, 64 * 64, torch.bfloat16, CUDA)
+    other = configurations.decode("masked_linear", on_a_card(1, 64), on_a_card(64, 64))
     assert other == configurations.decode_rule(1, torch.bfloat16)
 
 
@@ -187,7 +209,7 @@ def test_a_broken_table_is_an_error(configurations, text):
     path.parent.mkdir(parents=True)
     path.write_text(text)
     with pytest.raises(RuntimeError, match=r"nvidia-test-1\.json is not a table .*rana tune"):
-        configurations.decode("masked_linear", 1, 4096, torch.bfloat16, CUDA)
+        configurations.decode("masked_linear", on_a_card(1, 64), on_a_card(64, 64))
 
 
 def test_candidates_are_valid_and_start_with_the_rule(configurations):

@@ -7,6 +7,7 @@ tables that come with the package are in `tables/`, one file a card.
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 _WIDTHS = (2048, 1024, 512, 256, 128, 64)
 _MOST_SHARES = 64
+_tried: dict[str, dict] = {}
 _SHIPPED = Path(__file__).parent / "tables"
 
 
@@ -54,7 +57,7 @@ class Decode:
     def cut(self, R: int, N: int, itemsize: int, device: torch.device) -> "Cut":
         """How R rows of N are dealt out, so that tiles × shares keep every program busy."""
         rows, columns = self.blocks(N, itemsize)
-        tiles, programs = triton.cdiv(N, columns), self.seats(device)
+        tiles, programs = max(1, triton.cdiv(N, columns)), self.seats(device)
 
         def busy(shares: int) -> float:
             rounds = triton.cdiv(tiles * shares, programs)
@@ -87,7 +90,7 @@ class Prefill:
 
 def _waste(width: int, columns: int) -> float:
     padded = triton.cdiv(width, columns) * columns
-    return 1 - width / padded if padded else 0.0
+    return (padded - width) / padded if padded else 0.0
 
 
 def decodes(M: int, dtype: torch.dtype) -> bool:
@@ -95,19 +98,20 @@ def decodes(M: int, dtype: torch.dtype) -> bool:
 
     Without tensor cores the multiplications of float32 take as long as its bytes from 16 tokens on.
     """
-    return M <= (16 if dtype == torch.float32 else 64)
+    most = 16 if dtype == torch.float32 else 64
+    return most >= M
 
 
-def decode(op: str, M: int, size: int, dtype: torch.dtype, device: torch.device) -> Decode:
-    """For so few tokens, and `size` weights in all."""
-    found = table(device).get(key(op, M, size, dtype))
-    return Decode(**found) if found else decode_rule(M, dtype)
+def decode(op: str, x: Tensor, *matrices: Tensor | None) -> Decode:
+    """For an op on so few tokens x [M, K] and these weights."""
+    found = table(x.device).get(key(op, len(x), size(*matrices), x.dtype))
+    return Decode(**found) if found else decode_rule(len(x), x.dtype)
 
 
-def prefill(op: str, M: int, size: int, dtype: torch.dtype, device: torch.device) -> Prefill:
+def prefill(op: str, x: Tensor, *matrices: Tensor | None) -> Prefill:
     """For more tokens."""
-    found = table(device).get(key(op, M, size, dtype))
-    return Prefill(**found) if found else prefill_rule(dtype)
+    found = table(x.device).get(key(op, len(x), size(*matrices), x.dtype))
+    return Prefill(**found) if found else prefill_rule(x.dtype)
 
 
 def decode_rule(M: int, dtype: torch.dtype) -> Decode:
@@ -132,10 +136,15 @@ def padded(M: int) -> int:
     return 1 if M == 1 else max(16, triton.next_power_of_2(M))
 
 
-def key(op: str, M: int, size: int, dtype: torch.dtype) -> str:
+def size(*matrices: Tensor | None) -> int:
+    """Weights of a problem, by which it is looked up."""
+    return sum(m.numel() for m in matrices if m is not None)
+
+
+def key(op: str, M: int, weights: int, dtype: torch.dtype) -> str:
     """The bucket of a problem: tokens and weights to the next power of two, and the dtype's bytes."""
     tokens = padded(M) if decodes(M, dtype) else min(4096, triton.next_power_of_2(M))
-    return f"{op} M{tokens} weights2^{max(1, size - 1).bit_length()} bytes{dtype.itemsize}"
+    return f"{op} M{tokens} weights2^{max(1, weights - 1).bit_length()} bytes{dtype.itemsize}"
 
 
 @cache
@@ -145,7 +154,18 @@ def _properties(device: torch.device):
 
 def table(device: torch.device) -> dict[str, dict]:
     """The measured configurations for a card, {key: fields}: the user's own, else the package's."""
-    return _tables(card(device)) if device.type == "cuda" else {}
+    measured = _tables(card(device)) if device.type == "cuda" else {}
+    return {**measured, **_tried}
+
+
+@contextmanager
+def trying(key: str, configuration: Decode | Prefill) -> Iterator[None]:
+    """Within the block, this configuration comes before any table: for measuring it."""
+    _tried[key] = asdict(configuration)
+    try:
+        yield
+    finally:
+        del _tried[key]
 
 
 def card(device: torch.device) -> str:

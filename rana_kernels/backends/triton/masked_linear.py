@@ -15,7 +15,8 @@ from rana_kernels.backends.triton.phases import expand, finish, grid_barrier
 def kernel(
     h, rows, threshold, scale, bias, y, sums, kept_r, kept_h, M, R, N, stride_rows, state,
     PER_ROW: tl.constexpr, M_PAD: tl.constexpr, SHARES: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr, PHASE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, THREADS: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """All phases, or the one that PHASE numbers."""
     if PHASE == 0 or PHASE == 1:
@@ -40,14 +41,14 @@ def masked_linear(
     elif configurations.decodes(len(tokens), tokens.dtype):
         y = _decode(tokens, rows, threshold, scale, bias)
     else:
-        config = configurations.prefill("masked_linear", len(tokens), rows.numel(), h.dtype, h.device)
+        config = configurations.prefill("masked_linear", tokens, rows)
         y = products.masked_product(tokens, rows, threshold, scale, bias, config)
     return y.view(*h.shape[:-1], rows.shape[1])
 
 
 def _decode(h: Tensor, rows: Tensor, threshold: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     (M, R), N = h.shape, rows.shape[1]
-    config = configurations.decode("masked_linear", M, rows.numel(), h.dtype, h.device)
+    config = configurations.decode("masked_linear", h, rows)
     cut = config.cut(R, N, h.itemsize, h.device)
     programs = seated(config, cut.items, h.device)
     sums, kept_r, kept_h = scratch(h.device, cut.shares * M * N, *[list_size(M, programs)] * 2)

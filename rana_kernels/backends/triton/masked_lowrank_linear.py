@@ -51,7 +51,7 @@ def masked_lowrank_linear(
 
 def _decode(x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
     (M, K), (R, N) = x.shape, rows.shape
-    config = configurations.decode("masked_lowrank_linear", M, R * (K + N), x.dtype, x.device)
+    config = configurations.decode("masked_lowrank_linear", x, B, rows)
     project_r, project_k = config.blocks(K, x.itemsize)
     cut = config.cut(R, N, x.itemsize, x.device)
     programs = seated(config, max(cut.items, triton.cdiv(R, project_r)), x.device)
@@ -70,6 +70,5 @@ def _decode(x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor 
 
 
 def _prefill(x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
-    size = B.numel() + rows.numel()
-    config = configurations.prefill("masked_lowrank_linear", len(x), size, x.dtype, x.device)
+    config = configurations.prefill("masked_lowrank_linear", x, B, rows)
     return products.expand(products.project(x, B, threshold, config), rows, bias, config)

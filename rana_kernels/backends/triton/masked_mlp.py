@@ -15,7 +15,7 @@ from rana_kernels.backends.triton.phases import expand, finish, finish_neurons, 
 def kernel(
     x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_scale, down_threshold, down_bias,
     y, h, up_sums, gate_sums, g, down_sums, kept_r, kept_h,
-    M, K, S, R_UP, R_GATE, I, N, stride_B, stride_up, stride_gate, stride_down, state,
+    M, K, S, R_UP, R_GATE, I, N, stride_B, stride_up, stride_gate, stride_down, state,  # noqa: E741
     DOWN_PER_ROW: tl.constexpr, ACTIVATION: tl.constexpr, M_PAD: tl.constexpr,
     PROJECT_R: tl.constexpr, PROJECT_K: tl.constexpr,
     SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -85,19 +85,13 @@ def masked_mlp(
     return y.view(*x.shape[:-1], N)
 
 
-def _size(B: Tensor, up_rows: Tensor, gate_rows: Tensor | None, down_rows: Tensor) -> int:
-    gate = 0 if gate_rows is None else gate_rows.numel()
-    return B.numel() + up_rows.numel() + gate + down_rows.numel()
-
-
 def _decode(
     x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
     down_rows, down_scale, down_threshold, down_bias, activation,
 ):  # fmt: skip
     (M, K), S, (R_up, I), N = x.shape, len(B), up_rows.shape, down_rows.shape[1]  # noqa: E741
     R_gate, gate_stride = (0, 0) if gate_rows is None else (len(gate_rows), gate_rows.stride(0))
-    size = _size(B, up_rows, gate_rows, down_rows)
-    config = configurations.decode("masked_mlp", M, size, x.dtype, x.device)
+    config = configurations.decode("masked_mlp", x, B, up_rows, gate_rows, down_rows)
     project_r, project_k = config.blocks(K, x.itemsize)
     cut = config.cut(max(R_up, R_gate), I, x.itemsize, x.device)
     down = config.cut(I, N, x.itemsize, x.device)
@@ -111,7 +105,8 @@ def _decode(
         kernel, 5, programs, config, x.device,
         x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
         down_rows, down_scale, down_threshold, down_bias,
-        y, h, up_sums, None if gate_rows is None else gate_sums, g, down_sums, kept_r.view(torch.int32), kept_h,
+        y, h, up_sums, None if gate_rows is None else gate_sums, g, down_sums,
+        kept_r.view(torch.int32), kept_h,
         M, K, S, R_up, R_gate, I, N, B.stride(0), up_rows.stride(0), gate_stride, down_rows.stride(0),
         DOWN_PER_ROW=down_threshold.dim() == 1, ACTIVATION=activation, M_PAD=configurations.padded(M),
         PROJECT_R=project_r, PROJECT_K=project_k,
@@ -125,8 +120,7 @@ def _prefill(
     x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
     down_rows, down_scale, down_threshold, down_bias, activation,
 ):  # fmt: skip
-    size = _size(B, up_rows, gate_rows, down_rows)
-    config = configurations.prefill("masked_mlp", len(x), size, x.dtype, x.device)
+    config = configurations.prefill("masked_mlp", x, B, up_rows, gate_rows, down_rows)
     z = products.project(x, B, threshold, config)
     first_gate = 0 if gate_rows is None else len(B) - len(gate_rows)
     g = products.neurons(

@@ -76,7 +76,8 @@ def project(x, B, h, M, K, R, stride_B, M_PAD: tl.constexpr, BLOCK_R: tl.constex
 def expand(
     h, rows, threshold, scale, sums, kept_r, kept_h, M, R, N, stride_h, stride_rows,
     PER_ROW: tl.constexpr, SHARES: tl.constexpr,
-    M_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
+    M_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """sums [SHARES, M, N]: for each share of the rows, the kept ones times their h [M, R].
 
@@ -91,7 +92,8 @@ def expand(
         out = sums + share * M * N
         if M_PAD == 1:
             total = _expand_one(
-                h, rows, threshold, scale, kept_r + tl.program_id(0) * CHUNK, kept_h + tl.program_id(0) * CHUNK,
+                h, rows, threshold, scale,
+                kept_r + tl.program_id(0) * CHUNK, kept_h + tl.program_id(0) * CHUNK,
                 n, share, R, N, stride_rows, PER_ROW, SHARES, BLOCK_R, BLOCK_N, CHUNK, THREADS,
             )  # fmt: skip
             tl.store(out + n, total, mask=n < N)

@@ -1,0 +1,387 @@
+"""`python -m bench.gpu`: the tests that need a card, then the ops against their baselines, on that card.
+
+Each contender is captured in one CUDA graph that calls it on copy after copy of its weights, so many
+that they leave the card's cache between two uses. What is timed are replays; a call is a replay's time
+over the number of copies. Nothing is timed unless the tests pass.
+"""
+
+import csv
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from bench import peers
+from rana_kernels import backends, ops
+from rana_kernels.backends import triton, use_backend
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# (K, N, I, R) of the MLPs of these models; R stored ranks as for keep 0.56
+MODELS = {
+    "Llama-2-7B": (4096, 4096, 11008, 2464),
+    "Llama-3-8B": (4096, 4096, 14336, 2560),
+    "Llama-3.2-1B": (2048, 2048, 8192, 1232),
+}
+DENSITIES = (1.0, 0.5, 0.25, 0.1)
+TOKENS = (1, 2, 4, 8, 16, 64, 512)
+DEVICE = "cuda"
+CACHES = 3  # times the card's cache that the copies of a weight take
+Call = Callable[[], Tensor]
+console = Console(width=None if sys.stdout.isatty() else 160)
+
+
+@dataclass
+class Problem:
+    """One op at one size. `contenders` by name: each is one call for each copy of its weights.
+
+    bytes    of weights that ours must read, with the masks as they are
+    flops    multiply-adds of ours, twice
+    """
+
+    op: str
+    model: str
+    density: float
+    M: int
+    dtype: str
+    bytes: float
+    contenders: dict[str, list[Call]] = field(default_factory=dict)
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Only this model, of: " + ", ".join(MODELS))] = "",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    peer_dir: Annotated[Path | None, typer.Option(help="Folder with checkouts RaNA/ and TEAL/.")] = None,
+    tests: Annotated[bool, typer.Option(help="Run the tests first; without them nothing is written.")] = True,
+    seconds: Annotated[
+        float, typer.Option(help="Time for the benchmarks; what is left out is said.")
+    ] = 200.0,
+    output: Annotated[Path | None, typer.Option(help="CSV; default bench/results/<card>.csv.")] = None,
+) -> None:
+    """Test and time the ops on this machine's card; without one, run the tests in the interpreter.
+
+    Example:  python -m bench.gpu --only Llama-2-7B --peer-dir ../checkouts
+    """
+    if not torch.cuda.is_available():
+        console.print("no CUDA device: the tests run in Triton's interpreter, and nothing is timed")
+        raise typer.Exit(run_tests())
+    console.print(conditions())
+    if tests and (code := run_tests()) != 0:
+        console.print("[red]the tests fail: no numbers")
+        raise typer.Exit(code)
+    rows = measure(only, dtype, peer_dir, seconds)
+    show(rows)
+    if tests:
+        write(output or RESULTS / f"{card()}.csv", rows)
+
+
+def pytest_arguments() -> list[list[str]]:
+    """What to test, as arguments of pytest. Triton compiles for every shape: there a sample must do."""
+    if not torch.cuda.is_available():
+        return [["-m", "not slow", "tests/test_triton.py", "tests/test_triton_tune.py"]]
+    commands = [["-m", "gpu and not slow", "tests/test_gpu.py"]]
+    if triton.available():
+        commands.append(["-m", "gpu and isa", "-k", "triton_cuda", "tests/test_ops.py"])
+    if backends.library("cuda").exists():
+        commands.append(["-m", "gpu and not slow", "-k", "registered_cuda", "tests/test_ops.py"])
+    return commands
+
+
+def run_tests() -> int:
+    """Run them side by side, print what they say one after another; 0 if all pass."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    running = [
+        subprocess.Popen([*pytest, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for command in pytest_arguments()
+    ]
+    for child in running:
+        console.print(child.communicate()[0], markup=False, highlight=False)
+    return max(child.returncode for child in running)
+
+
+@torch.inference_mode()
+def measure(only: str, dtype: str, peer_dir: Path | None, seconds: float) -> list[dict[str, object]]:
+    torch.manual_seed(0)
+    rows, ends, left_out = [], time.monotonic() + seconds, 0
+    copy, read = bandwidths()
+    console.print(f"this card: copies at {copy:.0f} GB/s, reads at {read:.0f} GB/s")
+    # the most telling first, in case time runs out: one token, then several, then many
+    models = [model for model in MODELS if only in ("", model)]
+    grid = [(M, model, dtype) for M in TOKENS for model in models]
+    if any(peers.found(peer_dir)) and dtype != "fp16":
+        grid = [(1, model, "fp16") for model in models] + grid  # theirs take one token, in float16
+    for M, model, dtype in track(grid, "timing", console=console):
+        if time.monotonic() > ends:
+            left_out += 1
+            continue
+        for problem in problems(model, M, dtype, peer_dir):
+            rows.append(row(problem, copy, read))
+    if left_out:
+        console.print(f"[yellow]out of time: {left_out} of {len(grid)} groups were not run")
+    return rows
+
+
+def problems(model: str, M: int, dtype: str, peer_dir: Path | None) -> Iterator[Problem]:
+    K, N, neurons, R = MODELS[model]
+    for build in (partial(lowrank, K, neurons, R), partial(masked, neurons, N), partial(mlp, K, neurons, R)):
+        yield from build(model, M, dtype, peer_dir)
+
+
+def lowrank(
+    K: int, N: int, R: int, model: str, M: int, dtype: str, peer_dir: Path | None
+) -> Iterator[Problem]:
+    """The up projection: K -> N with R stored ranks."""
+    x = torch.randn(M, K, device=DEVICE).to(DTYPES[dtype])
+    pairs = copies(lambda: (weight(R, K, dtype), weight(R, N, dtype)))
+    scores = [(x.float() @ B.float().T).abs() for B, _ in pairs]
+    dense = [partial(F.linear, x, W) for (W,) in copies(lambda: (weight(N, K, dtype),))]
+    for density in DENSITIES:
+        thresholds = [threshold_keeping(density, s) for s in scores]
+        live = wanted_rows(scores[0] >= thresholds[0])
+        problem = Problem("masked_lowrank_linear", model, density, M, dtype, x.itemsize * (R * K + live * N))
+        static = max(16, round((R * K + density * R * N) / (K + N)))
+        problem.contenders = {
+            "dense": dense,
+            "static": [
+                partial(lambda A, B: F.linear(F.linear(x, B), A), A, B)
+                for A, B in copies(lambda: (weight(N, static, dtype), weight(static, K, dtype)))  # noqa: B023
+            ],
+            "masked in torch": [
+                partial(lambda B, rows, t: masked_in_torch(F.linear(x, B), rows, t), B, rows, t)
+                for (B, rows), t in zip(pairs, thresholds, strict=True)
+            ],
+            **ours(
+                lambda pair, t: ops.masked_lowrank_linear(x, *pair, t), zip(pairs, thresholds, strict=True)
+            ),
+        }
+        if M == 1 and dtype == "fp16":
+            for name, checkout in peers.found(peer_dir):
+                if name == "RaNA":
+                    build = peers.rana_lowrank(checkout)
+                    problem.contenders[name] = [
+                        build(x, B, rows, float(t)) for (B, rows), t in zip(pairs, thresholds, strict=True)
+                    ]
+        yield problem
+
+
+def masked(R: int, N: int, model: str, M: int, dtype: str, peer_dir: Path | None) -> Iterator[Problem]:
+    """The down projection: R neurons -> N."""
+    h = torch.randn(M, R, device=DEVICE).to(DTYPES[dtype])
+    weights = [rows for (rows,) in copies(lambda: (weight(R, N, dtype),))]
+    scale = torch.ones(R, device=DEVICE)
+    for density in DENSITIES:
+        t = threshold_keeping(density, h.float().abs())
+        live = wanted_rows(h.float().abs() >= t)
+        problem = Problem("masked_linear", model, density, M, dtype, h.itemsize * live * N)
+        problem.contenders = {
+            "dense": [partial(torch.mm, h, rows) for rows in weights],
+            "masked in torch": [partial(masked_in_torch, h, rows, t) for rows in weights],
+            **ours(lambda rows: ops.masked_linear(h, rows, t, scale), ((rows,) for rows in weights)),  # noqa: B023
+        }
+        if M == 1 and dtype == "fp16":
+            for name, checkout in peers.found(peer_dir):
+                build = peers.rana_neurons(checkout) if name == "RaNA" else peers.teal_neurons(checkout)
+                problem.contenders[name] = [build(h, rows, float(t)) for rows in weights]
+        yield problem
+
+
+def mlp(
+    K: int, neurons: int, R: int, model: str, M: int, dtype: str, peer_dir: Path | None
+) -> Iterator[Problem]:
+    """The whole MLP, gated; ranks and neurons at the same density."""
+    x = torch.randn(M, K, device=DEVICE).to(DTYPES[dtype])
+    adapters = copies(
+        lambda: (
+            weight(2 * R, K, dtype),
+            weight(R, neurons, dtype),
+            weight(R, neurons, dtype),
+            weight(neurons, K, dtype),
+        )
+    )
+    dense = [
+        partial(lambda up, gate, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down), *weights)
+        for weights in copies(
+            lambda: (*(weight(neurons, K, dtype) for _ in range(2)), weight(K, neurons, dtype))
+        )
+    ]
+    scale = torch.ones(neurons, device=DEVICE)
+    for density in DENSITIES:
+        calls, live = [], (0.0, 0.0)
+        for B, up, gate, down in adapters:
+            h = (x.float() @ B.float().T).abs()
+            t = threshold_keeping(density, h)
+            z = torch.where(h < t, 0, x.float() @ B.float().T)
+            g = (F.silu(z[:, R:] @ gate.float()) * (z[:, :R] @ up.float())).abs()
+            down_t = threshold_keeping(density, g)
+            live = (wanted_rows(h >= t), wanted_rows(g >= down_t))
+            calls.append((B, up, gate, t.expand(2 * R).contiguous(), down, down_t))
+        touched = 2 * R * K + live[0] * neurons + live[1] * K
+        problem = Problem("masked_mlp", model, density, M, dtype, x.itemsize * touched)
+        problem.contenders = {
+            "dense": dense,
+            **ours(
+                lambda B, up, gate, t, down, down_t: ops.masked_mlp(
+                    x, B, up, gate, t, None, None, down, scale, down_t, None, "silu"
+                ),
+                calls,
+            ),
+        }
+        yield problem
+
+
+def ours(call: Callable[..., Tensor], weights: Iterator[tuple] | list[tuple]) -> dict[str, list[Call]]:
+    """The op served by each backend that is here: {"rana cuda": calls, "rana triton": calls}."""
+
+    def served(backend: str, arguments: tuple) -> Tensor:
+        with use_backend(backend):
+            return call(*arguments)
+
+    here = [
+        b
+        for b in ("cuda", "triton")
+        if (backends.library("cuda").exists() if b == "cuda" else triton.available())
+    ]
+    prepared = list(weights)
+    return {f"rana {b}": [partial(served, b, arguments) for arguments in prepared] for b in here}
+
+
+def masked_in_torch(h: Tensor, rows: Tensor, threshold: Tensor) -> Tensor:
+    return torch.mm(torch.where(h.abs() < threshold, 0, h), rows)
+
+
+def weight(rows: int, columns: int, dtype: str) -> Tensor:
+    return torch.empty(rows, columns, dtype=DTYPES[dtype], device=DEVICE).normal_(std=columns**-0.5)
+
+
+def copies(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """So many fresh sets of weights that together they are some times the card's cache."""
+    first = make()
+    size = sum(t.nbytes for t in first)
+    return [first, *(make() for _ in range(math.ceil(CACHES * cache_bytes() / size)))]
+
+
+def cache_bytes() -> int:
+    return torch.cuda.get_device_properties(0).L2_cache_size
+
+
+def threshold_keeping(density: float, scores: Tensor) -> Tensor:
+    """The threshold, [] float32, that a share `density` of the scores reaches, and none of them meets."""
+    if density >= 1:
+        return torch.zeros((), device=DEVICE)
+    ordered, dropped = scores.float().flatten().sort().values, round((1 - density) * scores.numel())
+    return (ordered[dropped - 1] + ordered[dropped]) / 2
+
+
+def wanted_rows(kept: Tensor) -> float:
+    """How many rows a decode step has to read for the kept [M, R]: those that some token wants."""
+    return float(kept.any(0).sum())
+
+
+def graph(calls: list[Call]) -> torch.cuda.CUDAGraph:
+    for call in calls:  # compiles, and warms the libraries up
+        call()
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for call in calls:
+            call()
+    return captured
+
+
+def microseconds(contenders: dict[str, list[Call]], rounds: int = 15) -> dict[str, list[float]]:
+    """Microseconds a call of each contender, round by round, the contenders taking turns; sorted."""
+    graphs = {name: graph(calls) for name, calls in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(1 + rounds):
+        for name, captured in graphs.items():
+            begin.record()
+            captured.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(1e3 * begin.elapsed_time(end) / len(contenders[name]))
+    return {name: sorted(values[1:]) for name, values in times.items()}
+
+
+def bandwidths() -> tuple[float, float]:
+    """GB/s of a copy (bytes read and written) and of a read, the best that torch does of 1 GiB."""
+    source = torch.ones(2**28, device=DEVICE)
+    target = torch.empty_like(source)
+    times = microseconds({"copy": [lambda: target.copy_(source)], "read": [lambda: source.sum()]})
+    return 2 * source.nbytes / times["copy"][0] / 1e3, source.nbytes / times["read"][0] / 1e3
+
+
+def row(problem: Problem, copy: float, read: float) -> dict[str, object]:
+    times = microseconds(problem.contenders)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    facts = {"op": problem.op, "model": problem.model, "density": problem.density, "M": problem.M}
+    facts |= {"dtype": problem.dtype, "MB": round(problem.bytes / 1e6, 3)}
+    for name, values in times.items():
+        facts[f"{name} us"] = round(medians[name], 2)
+        if name.startswith("rana "):
+            gigabytes = problem.bytes / medians[name] / 1e3
+            facts[f"{name} p20"] = round(values[len(values) // 5], 2)
+            facts[f"{name} p80"] = round(values[4 * len(values) // 5], 2)
+            facts[f"{name} % of copy"] = round(100 * gigabytes / copy, 1)
+            facts[f"{name} x dense"] = round(medians["dense"] / medians[name], 2)
+    return facts | {"copy GB/s": round(copy), "read GB/s": round(read)}
+
+
+def show(rows: list[dict[str, object]]) -> None:
+    names = list(dict.fromkeys(name for entry in rows for name in entry))
+    shown = [n for n in names if not n.endswith((" p20", " p80", "GB/s"))]
+    table = Table(*shown, title=f"rana ops on {card()} (medians, microseconds a call inside a CUDA graph)")
+    for entry in rows:
+        table.add_row(*(str(entry.get(name, "")) for name in shown))
+    console.print(table)
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    """CSV with card, versions and revision on its first line, replaced in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(".partial")
+    with partial_path.open("w", newline="") as file:
+        file.write(f"# {conditions()}\n")
+        names = list(dict.fromkeys(name for entry in rows for name in entry))
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    partial_path.replace(path)
+    console.print(f"wrote {path}")
+
+
+def conditions() -> str:
+    describe = ["git", "describe", "--always", "--dirty"]
+    revision = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}"
+    if triton.available():
+        from importlib.metadata import version
+
+        versions += f", triton {version('triton')}"
+    served = sorted({s["cuda"] for s in backends.serving().values()})
+    return f"{card()}, served by {served}, {versions}, {date.today()}, revision {revision or 'unknown'}"
+
+
+def card() -> str:
+    return "-".join(torch.cuda.get_device_name(0).lower().split())
+
+
+if __name__ == "__main__":
+    typer.run(main)

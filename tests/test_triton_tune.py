@@ -1,0 +1,76 @@
+"""`rana tune`, on a small model in Triton's interpreter, with a clock that prefers what the test says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rana_kernels.backends import triton
+
+pytestmark = pytest.mark.skipif(not triton.available(), reason="the triton package is not installed")
+ROOT = Path(__file__).parent.parent
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch, transformers
+import rana_kernels as rana
+from rana_kernels.backends.triton import configurations
+from rana_kernels.backends.triton.configurations import Decode, Prefill
+from rana_kernels.backends.triton.tune import microseconds, record, tune, write
+
+torch.manual_seed(0)
+config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=2, num_key_value_heads=1)
+model = transformers.LlamaForCausalLM(config).eval()
+ids = torch.randint(64, (4, 80))
+rana.compress(model, [ids], flops_reduction=0.4, method="paper")
+
+calls = record(model, ids[:1, :5])
+assert {op for group in calls.values() for op, _ in group} == {"masked_lowrank_linear", "masked_mlp"}
+assert all(len(group) == 2 for group in calls.values()), "the two layers are two copies of a problem"
+
+tried = set()
+def clock(group):
+    (op, args), *_ = group
+    M = args[0].numel() // args[0].shape[-1]
+    config = (configurations.decode if configurations.decodes(M, args[0].dtype) else configurations.prefill)(
+        op, args[0].reshape(M, -1), *(t for t in args[1:] if torch.is_tensor(t) and t.dim() == 2))
+    tried.add(config)
+    if isinstance(config, Decode) and config.warps == 8 and config.residents == 2:
+        raise RuntimeError("out of resources")
+    wanted = Decode(8, 1, 64, 256), Prefill(64, 64, 64, 4, 3, False)
+    return 1.0 if config in wanted else 2.0
+
+before = configurations.table(model.device)
+choices = tune(model, ids[:1], (1, 80), time=clock, progress=False)
+assert configurations.table(model.device) == before, "what was tried is forgotten"
+assert len(tried) > 40
+write(Path(sys.argv[1]), "no-card", choices)
+write(Path(sys.argv[1]), "no-card", {})  # adds nothing, loses nothing
+print(json.dumps({key: list(c)[1:] for key, c in choices.items()}))
+"""
+
+
+def test_the_fastest_configuration_is_written(tmp_path):
+    path = tmp_path / "no-card.json"
+    child = subprocess.run(
+        [sys.executable, "-c", SCRIPT, path],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-3000:]
+    table = json.loads(path.read_text())
+    assert table["card"] == "no-card" and table["triton"] and table["torch"]
+    found = table["configurations"]
+    assert len(found) == 4, "two ops, one token and eighty"
+    for key, fields in found.items():
+        one = " M1 " in key
+        wanted = {"warps": 8, "residents": 1, "in_flight": 64, "columns": 256} if one else {"block_m": 64}
+        assert wanted.items() <= fields.items(), key
+    assert json.loads(child.stdout.splitlines()[-1]) == dict.fromkeys(found, [1.0, 2.0])
