@@ -17,8 +17,6 @@ from typing import Annotated, Any
 import rich
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 try:
     import transformers
@@ -31,8 +29,7 @@ from rana_kernels.calibrate import calibrate
 from rana_kernels.checkpoint import attached_plan, check_target, read_manifest
 from rana_kernels.compress import compress as compress_model
 from rana_kernels.integrations.transformers import load, save
-from rana_kernels.measure import CompressReport
-from rana_kernels.plan import Adapter, Plan
+from rana_kernels.tables import show_compression, show_evaluation, show_tuning
 from rana_kernels.tokens import read_rows
 
 app = typer.Typer(
@@ -140,7 +137,7 @@ def compress(
         found = {"directory": str(output), "tokens": stats.tokens, "stored_bytes": stored}
         _print_json({**found, **json.loads(report.to_json())})
     else:
-        _show_compression(report, output, stored)
+        show_compression(report, output, stored)
 
 
 @app.command(
@@ -180,8 +177,7 @@ def evaluate_model(
         ]
         _print_json({"model": found, "dense": dense, "adapters": adapters})
     else:
-        _show_evaluation(found, dense)
-        _out().print(_rank_table(plan, live))
+        show_evaluation(found, dense, plan, live)
 
 
 @app.command(
@@ -259,7 +255,7 @@ def tune_kernels(
         shown = {k: c._asdict() | {"configuration": asdict(c.configuration)} for k, c in choices.items()}
         _print_json({"table": str(path), "choices": shown})
     else:
-        _show_tuning(choices, path)
+        show_tuning(choices, path)
 
 
 @app.command("info")
@@ -306,56 +302,3 @@ def _measure(model: Any, rows: torch.Tensor) -> dict[str, float]:
 
 def _print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, indent=1, allow_nan=False))
-
-
-def _out() -> Console:
-    return Console(file=sys.stdout)
-
-
-def _show_compression(report: CompressReport, output: Path, stored: int) -> None:
-    console = _out()
-    console.print(_rank_table(report.plan, {}))
-    blocks, whole = report.block_flops_reduction, report.model_flops_reduction
-    before, after = report.bytes_before / 1e6, report.bytes_after / 1e6
-    console.print(
-        f"{blocks:.1%} fewer FLOPs in the blocks' linears, {whole:.1%} with lm_head. {before:.1f} MB of "
-        f"weights became {after:.1f}; {stored / 1e6:.1f} MB written to {output}",
-        highlight=False,
-    )
-
-
-def _show_evaluation(found: dict[str, float], dense: dict[str, float] | None) -> None:
-    table = Table("", "perplexity", "tokens/s", "tokens/s, writing one by one")
-    for name, numbers in (("compressed", found), ("dense", dense)):
-        if numbers is not None:
-            rates = (numbers["tokens_per_second"], numbers["decode_tokens_per_second"])
-            table.add_row(name, f"{numbers['perplexity']:.4f}", *(f"{rate:.1f}" for rate in rates))
-    _out().print(table)
-
-
-def _show_tuning(choices: dict[str, Any], path: Path) -> None:
-    table = Table("problem", "µs", "µs by the rule", "configuration", title=f"written to {path}")
-    for key, (configuration, best, rule) in choices.items():
-        table.add_row(key, f"{best:.1f}", f"{rule:.1f}", str(configuration))
-    _out().print(table)
-
-
-def _rank_table(plan: Plan, live: dict[str, float]) -> Table:
-    """Kept of stored rows: a line a layer. `live` has measured means; without one, the plan's is shown."""
-    layers: dict[str, dict[str, str]] = {}
-    for adapter in plan.adapters:
-        layer, column = _place(adapter)
-        kept = live.get(adapter.names[0], adapter.live)
-        shown = "dense" if adapter.kind == "dense" else f"{kept:.0f}/{adapter.rank}"
-        layers.setdefault(layer, {})[column] = shown
-    columns = list(dict.fromkeys(column for cells in layers.values() for column in cells))
-    table = Table("layer", *columns, title="Rows kept of rows stored, mean over tokens", title_justify="left")
-    for layer, cells in layers.items():
-        table.add_row(layer, *(cells.get(column, "") for column in columns))
-    return table
-
-
-def _place(adapter: Adapter) -> tuple[str, str]:
-    """Its row and column in a table: "3" and "q k v"."""
-    layer = next((part for part in adapter.names[0].split(".") if part.isdigit()), "")
-    return layer, " ".join(name.rpartition(".")[2].removesuffix("_proj") for name in adapter.names)
