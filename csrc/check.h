@@ -94,4 +94,61 @@ class Check {
   torch::stable::DeviceIndex device_;
 };
 
+inline int64_t last_size(const Tensor& t) { return t.size(t.dim() - 1); }
+
+// ---- the ops, argument by argument ----
+
+inline void check_masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshold,
+                                const OptionalTensor& scale, const OptionalTensor& bias) {
+  const Check check("masked_linear", "h", h);
+  const int64_t ranks = last_size(h);
+  check.matrix("rows", rows, ranks, -1);
+  check.threshold("threshold", threshold, ranks);
+  check.scale("scale", scale, ranks);
+  check.bias("bias", bias, rows.size(1));
+}
+
+inline void check_masked_lowrank_linear(const Tensor& x, const Tensor& B, const Tensor& rows, const Tensor& threshold,
+                                        const OptionalTensor& bias) {
+  const Check check("masked_lowrank_linear", "x", x);
+  check.matrix("B", B, -1, last_size(x));
+  check.matrix("rows", rows, B.size(0), -1);
+  check.threshold("threshold", threshold, B.size(0));
+  check.bias("bias", bias, rows.size(1));
+}
+
+inline void check_ranks(const Check& check, const Tensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows) {
+  const std::string ranks = std::to_string(B.size(0)) + " rows";
+  const int64_t up = up_rows.size(0);
+  if (!gate_rows && B.size(0) != up) check.fail("B", ranks, std::to_string(up) + ", the rows of up_rows");
+  if (!gate_rows) return;
+  const int64_t gate = gate_rows->size(0);
+  if (B.size(0) != up + gate && !(B.size(0) == up && up == gate))
+    check.fail("B", ranks,
+               std::to_string(up + gate) + " (up's " + std::to_string(up) + " over gate's " + std::to_string(gate) +
+                   "), or as many as up_rows and gate_rows each (shared ranks)");
+}
+
+// `known`: whether the backend has the activation of that name
+inline void check_masked_mlp(const Tensor& x, const Tensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows,
+                             const Tensor& threshold, const OptionalTensor& up_bias, const OptionalTensor& gate_bias,
+                             const Tensor& down_rows, const Tensor& down_scale, const Tensor& down_threshold,
+                             const OptionalTensor& down_bias, const std::string& activation, bool known) {
+  const Check check("masked_mlp", "x", x);
+  check.matrix("B", B, -1, last_size(x));
+  check.matrix("up_rows", up_rows, -1, -1);
+  const int64_t neurons = up_rows.size(1);
+  if (gate_rows) check.matrix("gate_rows", *gate_rows, -1, neurons);
+  check_ranks(check, B, up_rows, gate_rows);
+  if (!gate_rows && gate_bias) check.fail("gate_bias", "a value", "None, because gate_rows is None");
+  check.thresholds("threshold", threshold, B.size(0));
+  check.bias("up_bias", up_bias, neurons);
+  check.bias("gate_bias", gate_bias, neurons);
+  check.matrix("down_rows", down_rows, neurons, -1);
+  check.thresholds("down_scale", down_scale, neurons);
+  check.threshold("down_threshold", down_threshold, neurons);
+  check.bias("down_bias", down_bias, down_rows.size(1));
+  if (!known) check.fail("activation", "'" + activation + "'", "one of silu, gelu, gelu_tanh, relu, relu2");
+}
+
 }  // namespace rana

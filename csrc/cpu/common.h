@@ -2,20 +2,25 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
 #include "../check.h"
+#include "../tensors.h"
 #include "expand.h"
 #include "project.h"
 
 namespace {
 
-using rana::Check;
+using rana::data_of;
+using rana::empty_output;
+using rana::last_size;
 using rana::OptionalTensor;
+using rana::Packed;
+using rana::packed;
 using rana::ScalarType;
 using rana::Tensor;
+using rana::tokens_of;
 
 // Up to this many tokens the masked h stays float32; above it, it is rounded where pairs are faster.
 constexpr int64_t kExactTokens = 16;
@@ -34,38 +39,6 @@ struct Matrix {
   Matrix(const Tensor& t)
       : data(static_cast<const T*>(t.const_data_ptr())), rows(t.size(0)), columns(t.size(1)), ld(t.stride(0)) {}
 };
-
-// A small argument (input, bias, threshold), made contiguous if it is not.
-template <class T>
-struct Packed {
-  Tensor tensor;
-  const T* data;
-
-  Packed(const Tensor& t)
-      : tensor(torch::stable::contiguous(t)), data(static_cast<const T*>(tensor.const_data_ptr())) {}
-};
-
-template <class T>
-std::optional<Packed<T>> packed(const OptionalTensor& t) {
-  return t ? std::optional<Packed<T>>(*t) : std::nullopt;
-}
-
-template <class T>
-const T* data_of(const std::optional<Packed<T>>& t) {
-  return t ? t->data : nullptr;
-}
-
-inline int64_t tokens_of(const Tensor& t) {
-  int64_t tokens = 1;
-  for (int64_t d = 0; d + 1 < t.dim(); d++) tokens *= t.size(d);
-  return tokens;
-}
-
-inline Tensor empty_output(const Tensor& input, int64_t columns) {
-  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
-  sizes.back() = columns;
-  return torch::stable::new_empty(input, sizes);
-}
 
 // Calls f with a value of the element type of `dtype`, which Check has found to be one of these.
 template <class F>

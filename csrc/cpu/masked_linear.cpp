@@ -9,14 +9,8 @@ void widen(const T* h, int64_t size, float* wide) {
 
 Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshold, const OptionalTensor& scale,
                      const OptionalTensor& bias) {
-  const Check check("masked_linear", "h", h);
-  const int64_t ranks = h.size(h.dim() - 1);
-  check.matrix("rows", rows, ranks, -1);
-  check.threshold("threshold", threshold, ranks);
-  check.scale("scale", scale, ranks);
-  const int64_t columns = rows.size(1);
-  check.bias("bias", bias, columns);
-
+  rana::check_masked_linear(h, rows, threshold, scale, bias);
+  const int64_t ranks = last_size(h), columns = rows.size(1);
   Tensor y = empty_output(h, columns);
   const Packed<float> t(threshold);
   const auto s = packed<float>(scale);

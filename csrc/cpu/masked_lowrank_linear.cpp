@@ -4,15 +4,8 @@ namespace {
 
 Tensor masked_lowrank_linear(const Tensor& x, const Tensor& B, const Tensor& rows, const Tensor& threshold,
                              const OptionalTensor& bias) {
-  const Check check("masked_lowrank_linear", "x", x);
-  const int64_t size = x.size(x.dim() - 1);
-  check.matrix("B", B, -1, size);
-  const int64_t ranks = B.size(0);
-  check.matrix("rows", rows, ranks, -1);
-  check.threshold("threshold", threshold, ranks);
-  const int64_t columns = rows.size(1);
-  check.bias("bias", bias, columns);
-
+  rana::check_masked_lowrank_linear(x, B, rows, threshold, bias);
+  const int64_t size = last_size(x), ranks = B.size(0), columns = rows.size(1);
   Tensor y = empty_output(x, columns);
   const Packed<float> t(threshold);
   const Mask mask{t.data, threshold.dim(), nullptr};

@@ -67,41 +67,14 @@ void mlp_block(const Mlp<T>& mlp, const T* x, int64_t tokens, T* y) {
   expand<T>(g.data(), ldg, tokens, mlp.down_rows, mlp.down_mask, {y, mlp.down_rows.columns, mlp.down_bias});
 }
 
-void check_ranks(const Check& check, const Tensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows) {
-  const std::string ranks = std::to_string(B.size(0)) + " rows";
-  const int64_t up = up_rows.size(0);
-  if (!gate_rows && B.size(0) != up) check.fail("B", ranks, std::to_string(up) + ", the rows of up_rows");
-  if (!gate_rows) return;
-  const int64_t gate = gate_rows->size(0);
-  if (B.size(0) != up + gate && !(B.size(0) == up && up == gate))
-    check.fail("B", ranks,
-               std::to_string(up + gate) + " (up's " + std::to_string(up) + " over gate's " + std::to_string(gate) +
-                   "), or as many as up_rows and gate_rows each (shared ranks)");
-}
-
 Tensor masked_mlp(const Tensor& x, const Tensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows,
                   const Tensor& threshold, const OptionalTensor& up_bias, const OptionalTensor& gate_bias,
                   const Tensor& down_rows, const Tensor& down_scale, const Tensor& down_threshold,
                   const OptionalTensor& down_bias, std::string activation) {
-  const Check check("masked_mlp", "x", x);
-  const int64_t size = x.size(x.dim() - 1);
-  check.matrix("B", B, -1, size);
-  check.matrix("up_rows", up_rows, -1, -1);
-  const int64_t neurons = up_rows.size(1);
-  if (gate_rows) check.matrix("gate_rows", *gate_rows, -1, neurons);
-  check_ranks(check, B, up_rows, gate_rows);
-  if (!gate_rows && gate_bias) check.fail("gate_bias", "a value", "None, because gate_rows is None");
-  check.thresholds("threshold", threshold, B.size(0));
-  check.bias("up_bias", up_bias, neurons);
-  check.bias("gate_bias", gate_bias, neurons);
-  check.matrix("down_rows", down_rows, neurons, -1);
-  check.thresholds("down_scale", down_scale, neurons);
-  check.threshold("down_threshold", down_threshold, neurons);
-  const int64_t columns = down_rows.size(1);
-  check.bias("down_bias", down_bias, columns);
   const Activation function = find_activation(activation);
-  if (!function) check.fail("activation", "'" + activation + "'", "one of silu, gelu, gelu_tanh, relu, relu2");
-
+  rana::check_masked_mlp(x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_scale, down_threshold,
+                         down_bias, activation, function != nullptr);
+  const int64_t size = last_size(x), columns = down_rows.size(1);
   Tensor y = empty_output(x, columns);
   const Packed<float> t(threshold), down_t(down_threshold), down_s(down_scale);
   for_dtype(x.scalar_type(), [&](auto element) {

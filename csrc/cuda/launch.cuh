@@ -1,0 +1,250 @@
+// From torch's tensors to a launch on torch's current stream.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <functional>
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "../check.h"
+#include "../tensors.h"
+#include "expand.cuh"
+#include "plan.h"
+#include "project.cuh"
+
+// Only a torch with CUDA has this one; declared weak, the library loads on any torch.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace {
+
+using rana::data_of;
+using rana::empty_output;
+using rana::last_size;
+using rana::OptionalTensor;
+using rana::Packed;
+using rana::packed;
+using rana::ScalarType;
+using rana::Tensor;
+using rana::tokens_of;
+
+[[noreturn]] inline void fail(const char* op, const std::string& what) {
+  throw std::runtime_error(std::string("rana::") + op + ": " + what);
+}
+
+inline void check_cuda(const char* op, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is reported here, not by the next call of somebody else
+  fail(op, std::string("CUDA says: ") + cudaGetErrorString(error));
+}
+
+struct Block {
+  int threads;
+  size_t shared_bytes;
+};
+
+// An op on the device of its input: made current while this lives, its card, its stream.
+class Device {
+ public:
+  Device(const char* op, const Tensor& input) : op(op), guard_(input.get_device_index()) {
+    if (!aoti_torch_get_current_cuda_stream) fail(op, "this torch was built without CUDA");
+    void* stream = nullptr;
+    if (aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream)) fail(op, "torch has no CUDA stream");
+    stream_ = static_cast<cudaStream_t>(stream);
+    card_ = find_card();
+  }
+
+  const char* const op;
+
+  Card card() const { return card_; }
+  Tuning tuning() const { return tuning_of(card_); }
+
+  // Runs kernel(arguments...); `together`: all blocks at once, so that they can wait for one another.
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, Block block, bool together,
+              Arguments&&... arguments) const {
+    cudaLaunchAttribute cooperative;
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = together;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(block.threads);
+    config.dynamicSmemBytes = block.shared_bytes;
+    config.stream = stream_;
+    config.attrs = &cooperative;
+    config.numAttrs = 1;
+    check_cuda(op, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+  }
+
+  int current() const {
+    int device = 0;
+    check_cuda(op, cudaGetDevice(&device));
+    return device;
+  }
+
+ private:
+  int attribute(cudaDeviceAttr name, int device) const {
+    int value = 0;
+    check_cuda(op, cudaDeviceGetAttribute(&value, name, device));
+    return value;
+  }
+
+  Card find_card() const {
+    static std::mutex lock;
+    static std::map<int, Card> known;
+    const std::lock_guard<std::mutex> hold(lock);
+    const int device = current();
+    Card& card = known[device];
+    if (!card.processors) {
+      const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                             attribute(cudaDevAttrComputeCapabilityMinor, device);
+      if (capability < 80)
+        fail(op, "the card has compute capability " + std::to_string(capability / 10) + "." +
+                     std::to_string(capability % 10) + ", wanted 8.0 or later");
+      card = {capability, attribute(cudaDevAttrMultiProcessorCount, device)};
+    }
+    return card;
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+  Card card_;
+};
+
+// A kernel with grid barriers: a grid of at most as many blocks as run at once.
+template <class Op>
+class Kernel {
+ public:
+  Kernel(const Device& device, void (*kernel)(Op), Block block)
+      : device_(device), kernel_(kernel), block_(block), blocks_(find_blocks()) {}
+
+  int blocks() const { return blocks_; }
+  void launch(int64_t most_blocks, const Op& op) const {
+    device_.launch(kernel_, std::clamp<int64_t>(most_blocks, 1, blocks_), block_, true, op);
+  }
+
+ private:
+  int find_blocks() const {
+    static std::mutex lock;
+    static std::map<std::pair<void (*)(Op), int>, int> known;
+    const std::lock_guard<std::mutex> hold(lock);
+    int& blocks = known[{kernel_, device_.current()}];
+    if (!blocks) {
+      int fit = 0;
+      check_cuda(device_.op,
+                 cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel_, block_.threads, block_.shared_bytes));
+      if (!fit) fail(device_.op, "the card has no room for a block of the kernel");
+      blocks = std::min(fit, device_.tuning().blocks) * device_.card().processors;
+    }
+    return blocks;
+  }
+
+  const Device& device_;
+  void (*kernel_)(Op);
+  Block block_;
+  int blocks_;
+};
+
+// Scratch memory: one allocation by torch, in pieces that each start on 16 bytes.
+class Workspace {
+ public:
+  // `piece` will point at `count` elements once `allocate` was called.
+  template <class E>
+  void add(E*& piece, int64_t count) {
+    assign_.push_back([&piece, start = bytes_](char* memory) { piece = reinterpret_cast<E*>(memory + start); });
+    bytes_ += ceil_div(std::max<int64_t>(count, 1) * int64_t(sizeof(E)), 16) * 16;
+  }
+  // The memory lives as long as the tensor returned: torch hands it out again in the order of the stream.
+  Tensor allocate(const Tensor& like) {
+    Tensor memory = torch::stable::new_empty(like, {bytes_ / int64_t(sizeof(float))}, ScalarType::Float);
+    for (const auto& assign : assign_) assign(static_cast<char*>(memory.mutable_data_ptr()));
+    return memory;
+  }
+
+ private:
+  int64_t bytes_ = 0;
+  std::vector<std::function<void(char*)>> assign_;
+};
+
+template <class T>
+bool on_16_bytes(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+template <class T>
+Matrix<T> matrix(const Tensor& t) {
+  const auto* data = static_cast<const T*>(t.const_data_ptr());
+  const int64_t rows = t.size(0), columns = t.size(1), ld = t.stride(0);
+  const bool wide = on_16_bytes(data) && columns % kPacket<T> == 0 && (rows < 2 || ld % kPacket<T> == 0);
+  return {data, rows, columns, ld, wide};
+}
+
+// A block of a decode kernel. Its phases use the same shared memory, one after the other.
+template <class T, int kTokens>
+constexpr Block kBlock{kThreads<kTokens>, std::max({sizeof(Partials<kTokens>), sizeof(WarpSums<T, kTokens>),
+                                                    kTokens == 1 ? sizeof(SharedList) : sizeof(List<kTokens>)})};
+
+// The parts of an op as its kernel gets them. What is scratch memory is still to be allocated.
+
+template <class T>
+Projection<T> projection(const Packed<T>& x, int64_t tokens, const Tensor& B) {
+  Matrix<T> weights = matrix<T>(B);
+  weights.wide = weights.wide && on_16_bytes(x.data);
+  return {{x.data, weights.columns, int(tokens)}, weights, 1, nullptr};
+}
+
+template <class H, class T>
+Expansion<H, T> expansion(const Values<H>& h, const Matrix<T>& rows) {
+  return {h, rows, int(ceil_div(rows.columns, kTile<T>)), 1, nullptr};
+}
+
+template <class T>
+Output<T> output(const std::optional<Packed<T>>& bias, Tensor& y) {
+  return {data_of(bias), static_cast<T*>(y.mutable_data_ptr()), nullptr};
+}
+
+// Splits the rows so that `blocks` blocks are busy.
+template <class H, class T>
+void cut(Expansion<H, T>& e, int64_t blocks, Tuning tuning) {
+  e.splits = splits_of(e.rows.rows, e.tiles, blocks, tuning.part_rows);
+}
+
+template <class H, class T>
+void add_sums(Workspace& workspace, Expansion<H, T>& e, int64_t tokens) {
+  workspace.add(e.sums, e.splits * tokens * e.rows.columns);
+}
+
+// How many blocks have something to do.
+template <int kTokens, class T>
+int64_t items(const Projection<T>& projection) {
+  return ceil_div(projection.B.rows * projection.warps_a_row, kWarps<kTokens>);
+}
+template <class H, class T>
+int64_t items(const Expansion<H, T>& e) {
+  return int64_t(e.tiles) * e.splits;
+}
+
+// Calls f with a value of the element type of `dtype`, which the checks have found to be one of these.
+template <class F>
+void for_dtype(ScalarType dtype, F f) {
+  if (dtype == ScalarType::Float) f(float{});
+  else if (dtype == ScalarType::BFloat16) f(bfloat16{});
+  else f(half{});
+}
+
+// Calls f with the number of tokens of the kernel for `tokens` tokens, a constant.
+template <class F>
+void for_tokens(int64_t tokens, F f) {
+  switch (tokens_compiled(tokens)) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    default: return f(std::integral_constant<int, 8>{});
+  }
+}
+
+}  // namespace

@@ -1,0 +1,73 @@
+// Many tokens: dense products by torch (cuBLAS), with masks of our own between them.
+//
+// The first product leaves float32, so that the mask is decided on it; the masked values are rounded once to
+// the type of the weights for the second. In float32, torch's setting for TF32 applies to both.
+#pragma once
+
+#include <array>
+
+#include "launch.cuh"
+
+namespace {
+
+inline Tensor call(const char* name, const char* overload, StableIValue* stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// a @ b in float32, of matrices of any element type
+inline Tensor wide_product(const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(a), from(b), 0};
+  if (a.scalar_type() == ScalarType::Float) return call("aten::mm", "", stack.data());
+  stack[2] = from(ScalarType::Float);
+  return call("aten::mm", "dtype", stack.data());
+}
+
+// z @ rows + bias in the shape of an output for `input`
+inline Tensor last_product(const Tensor& z, const Tensor& rows, const OptionalTensor& bias, const Tensor& input) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(z), from(torch::stable::transpose(rows, 0, 1)), from(bias)};
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = rows.size(1);
+  return torch::stable::reshape(call("aten::linear", "", stack.data()), sizes);
+}
+
+// x [..., K] as [tokens, K]
+inline Tensor tokens_in_rows(const Tensor& x) { return torch::stable::reshape(x, {tokens_of(x), last_size(x)}); }
+
+// Calls f(i) for all i < count.
+template <class F>
+__device__ void for_each(int64_t count, F f) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x)
+    f(i);
+}
+
+constexpr Block kPlainBlock{512, 0};
+
+inline int blocks_for_each(const Device& device, int64_t count) {
+  return int(std::clamp<int64_t>(ceil_div(count, kPlainBlock.threads), 1, 4 * device.card().processors));
+}
+
+// z = m ⊙ h, [tokens, rows]
+template <class H, class T>
+__global__ void __launch_bounds__(kPlainBlock.threads) mask_kernel(const Values<H> h, int64_t tokens, T* z) {
+  for_each(tokens * h.rows, [&](int64_t i) {
+    const int64_t row = i % h.rows;
+    const float value = h.value(i / h.rows, row);
+    z[i] = T(h.mask.keeps(value, row) ? value : 0.0f);
+  });
+}
+
+template <class H, class T>
+Tensor masked(const Device& device, const Tensor& h, const Mask& mask, ScalarType dtype) {
+  const Packed<H> input(h);
+  const int64_t tokens = h.size(0), rows = h.size(1);
+  Tensor z = torch::stable::new_empty(h, {tokens, rows}, dtype);
+  if (rows > 0)
+    device.launch(mask_kernel<H, T>, blocks_for_each(device, tokens * rows), kPlainBlock, false,
+                  Values<H>{input.data, rows, rows, mask}, tokens, static_cast<T*>(z.mutable_data_ptr()));
+  return z;
+}
+
+}  // namespace
