@@ -23,8 +23,12 @@ from rana_kernels.split import ROUNDING, Split, best_split, smallest_budget, thr
 # the inputs whose statistics a method reads
 INPUTS = {"paper": ("qkv", "mlp"), "static": ("qkv", "mlp", "down")}
 
-# the search of algorithm 2: shares of up, gate and down in an MLP's budget, in eighteenths
-SHARES = tuple(s for s in product(range(3, 10), repeat=3) if sum(s) == 18)
+# the search of algorithm 2: shares of gate, up and down in an MLP's budget, in eighteenths; where one
+# linear is both gate and up, or there is no gate, of that linear and down
+SHARES = {
+    3: tuple(s for s in product(range(3, 10), repeat=3) if sum(s) == 18),
+    2: tuple((s, 18 - s) for s in range(5, 16)),
+}
 MLP_TOKENS = 1024  # of the sample: the search runs the MLP once for each combination
 
 
@@ -54,8 +58,8 @@ def keep_for(model: nn.Module, blocks: Iterable[Block], flops_reduction: float, 
     for block in blocks:
         cost = {name: linear_of(model, name).weight.numel() for name in block.linears}
         total += sum(cost.values())
-        adapted += sum(cost.values()) - cost[block.o]
-        for names in (block.qkv, (block.up,), (block.gate,)):
+        adapted += sum(cost.values()) - cost.get(block.o, 0)
+        for names in filter(None, (block.qkv, *((name,) for name in block.expanding))):
             K = linear_of(model, names[0]).in_features
             dense = sum(cost[name] for name in names)
             smallest = max(smallest, smallest_budget(K, dense // K) / dense)
@@ -73,10 +77,13 @@ def plan_layer(layer: Layer, keep: float, method: str) -> list[Adapter]:
     linear_plan: Callable[[Layer, tuple[str, ...], float], Adapter]
     linear_plan = rank_adapter if method == "paper" else static_adapter
     block = layer.block
-    qkv, dense = linear_plan(layer, block.qkv, keep), dense_adapter(layer, block.o)
+    attention = [linear_plan(layer, block.qkv, keep)] if block.qkv else []
+    attention += [dense_adapter(layer, block.o)] if block.o else []
+    if not block.down:
+        return attention
     if method == "paper":
-        return [qkv, dense, *_paper_mlp(layer, keep)]
-    return [qkv, dense, *(linear_plan(layer, (n,), keep) for n in (block.gate, block.up, block.down))]
+        return [*attention, *_paper_mlp(layer, keep)]
+    return [*attention, *(linear_plan(layer, (n,), keep) for n in (*block.expanding, block.down))]
 
 
 def rank_adapter(layer: Layer, names: tuple[str, ...], keep: float) -> Adapter:
@@ -123,35 +130,34 @@ def _paper_mlp(layer: Layer, keep: float) -> list[Adapter]:
     """Algorithm 2: try every way to share the MLP's budget, keep the one with the least output error."""
     block = layer.block
     some = slice(None, None, -(-len(layer.sample("mlp")) // MLP_TOKENS))
-    up, gate = _Expanded(layer, block.up, keep, some), _Expanded(layer, block.gate, keep, some)
+    linears = (*block.expanding, block.down)
+    unit = keep * sum(layer.weight((name,)).numel() for name in linears) / 18
+    expanding = [_Expanded(layer, name, unit, some) for name in block.expanding]
     exact = layer.sample("down")[some]
     down, scale = layer.weight((block.down,)).float(), layer.scale(block.down)
-    best = (math.inf, 6, 6, 6)
-    for up_share, gate_share, down_share in SHARES:
-        if not (up.affords(up_share) and gate.affords(gate_share) and _share(keep, down_share) <= 1):
+    best, best_error = (18 // len(linears),) * len(linears), math.inf
+    for shares in SHARES[len(linears)]:
+        live = shares[-1] * unit / down.shape[0]
+        if live > down.shape[1] or not all(e.affords(s) for e, s in zip(expanding, shares, strict=False)):
             continue
-        g = layer.act(gate.output(gate_share)) * up.output(up_share)
-        threshold, _ = threshold_for(g.abs() * scale, _share(keep, down_share) * g.shape[1])
+        g = layer.neurons(*(e.output(s) for e, s in zip(expanding, shares, strict=False)))
+        threshold, _ = threshold_for(g.abs() * scale, live)
         dropped = exact - torch.where(g.abs() * scale < threshold, 0, g)
         error = float((dropped @ down.T).square().sum())
-        if error < best[0]:
-            best = (error, up_share, gate_share, down_share)
-    _, up_share, gate_share, down_share = best
-    g = layer.act(gate.output(gate_share)) * up.output(up_share)
-    neurons = neuron_adapter(layer, block.down, _share(keep, down_share) * g.shape[1], g)
-    return [gate.adapter(gate_share), up.adapter(up_share), neurons]
-
-
-def _share(keep: float, share: int) -> float:
-    """The keep of one of three equally dense linears that gets `share` eighteenths of their budget."""
-    return 3 * keep * share / 18
+        if error < best_error:
+            best, best_error = shares, error
+    chosen = list(zip(expanding, best, strict=False))
+    g = layer.neurons(*(e.output(s) for e, s in chosen))
+    neurons = neuron_adapter(layer, block.down, best[-1] * unit / down.shape[0], g)
+    return [*(e.adapter(s) for e, s in chosen), neurons]
 
 
 class _Expanded:
-    """One of up and gate at every share of the budget: its split, and its output on `some` tokens."""
+    """One of gate and up (or both in one) at every share of the MLP's budget, of `unit` multiply-adds
+    each: its split, and its output on `some` tokens."""
 
-    def __init__(self, layer: Layer, name: str, keep: float, some: slice) -> None:
-        self.layer, self.name, self.keep, self.some = layer, name, keep, some
+    def __init__(self, layer: Layer, name: str, unit: float, some: slice) -> None:
+        self.layer, self.name, self.unit, self.some = layer, name, unit, some
         self.h, self.factors = layer.rank_values((name,)), layer.factors((name,))
         self.N, self.K = layer.weight((name,)).shape
         self._splits: dict[int, Split] = {}
@@ -159,7 +165,7 @@ class _Expanded:
 
     def affords(self, share: int) -> bool:
         least = smallest_budget(self.K, self.N) * (1 - ROUNDING)
-        return least <= self._budget(share) <= self.K * self.N
+        return least <= share * self.unit <= self.K * self.N
 
     def adapter(self, share: int) -> Adapter:
         split = self._split(share)
@@ -175,10 +181,7 @@ class _Expanded:
             self._outputs[share] = y if bias is None else y + bias
         return self._outputs[share]
 
-    def _budget(self, share: int) -> float:
-        return _share(self.keep, share) * self.K * self.N
-
     def _split(self, share: int) -> Split:
         if share not in self._splits:
-            self._splits[share] = best_split(self.h, self.K, self.N, self._budget(share))
+            self._splits[share] = best_split(self.h, self.K, self.N, share * self.unit)
         return self._splits[share]

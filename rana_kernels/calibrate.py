@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from rana_kernels.models import Block, decoder_name, find_blocks
+from rana_kernels.models import Block, decoder_name, find_blocks, is_described
 
 INPUTS = ("qkv", "o", "mlp", "down")
 
@@ -53,7 +53,7 @@ class Stats:
     def require(self, names: Iterable[str]) -> None:
         """Raise as `of` does unless each of `names` was collected in every block."""
         for block in find_blocks(self.model):
-            for name in names:
+            for name in set(names) & set(block.inputs):
                 self.of(block.index, name)
 
 
@@ -126,6 +126,7 @@ def calibrate(
     sampler, digest = _Sampler(sample_tokens, seed), hashlib.sha256(f"{sample_tokens} {seed}".encode())
     decoder = model.get_submodule(decoder_name(model))
     device = next(decoder.parameters()).device
+    no_cache = {} if is_described(model) else {"use_cache": False}
     with _collecting(model, find_blocks(model), wanted, batch, stats), torch.no_grad():
         for kwargs in _batches(calibration, progress):
             ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
@@ -134,7 +135,8 @@ def calibrate(
             )
             digest.update(ids.flatten()[batch.tokens.to(ids.device)].to("cpu", torch.int64).numpy().tobytes())
             batch.keep, batch.take = sampler.select(int(batch.tokens.sum()))
-            decoder(**{key: _to(value, device) for key, value in kwargs.items()}, use_cache=False)
+            kwargs = {key: _to(value, device) for key, value in kwargs.items()}
+            decoder(kwargs.pop("input_ids"), **kwargs, **no_cache)
     if sampler.seen == 0:
         raise ValueError("calibrate: the calibration holds no tokens, wanted an iterable of input_ids")
     stats.tokens, stats.digest = sampler.seen, digest.hexdigest()
@@ -195,7 +197,7 @@ def _collecting(model: nn.Module, blocks: list[Block], wanted: tuple[str, ...], 
     hooks, training = [], [module for module in model.modules() if module.training]
     try:
         for block in blocks:
-            for name in wanted:
+            for name in (name for name in wanted if name in block.inputs):
                 reader = block.inputs[name][0]
                 hook = _hook((block.index, name), reader, batch, stats)
                 hooks.append(model.get_submodule(reader).register_forward_pre_hook(hook))

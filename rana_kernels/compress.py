@@ -5,9 +5,10 @@ there are never two copies of the model. Only linears are replaced: embeddings, 
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from os import PathLike
+from typing import Any
 
 from rich.progress import track
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from rana_kernels.fill import block_tensors
 from rana_kernels.install import build_block, check_plan, swap
 from rana_kernels.layer import Layer, linear_of
 from rana_kernels.measure import AdapterReport, CompressReport, measure, model_bytes, model_flops_reduction
-from rana_kernels.models import Block, find_blocks
+from rana_kernels.models import Block, describe, find_blocks
 from rana_kernels.plan import Adapter, Plan
 from rana_kernels.resume import ResumeDir, fingerprint
 from rana_kernels.split import threshold_for
@@ -33,6 +34,7 @@ def compress(
     method: str = "paper",
     plan: Plan | None = None,
     stats: Stats | None = None,
+    patterns: Mapping[str, Any] | None = None,
     resume_dir: str | PathLike | None = None,
     progress: bool = True,
 ) -> CompressReport:
@@ -41,12 +43,16 @@ def compress(
     calibration       as in `calibrate`; not needed where `stats` are given
     flops_reduction   share of the block linears' FLOPs to save, by `method`; or else a `plan`, whose
                       missing thresholds are chosen from the token sample
+    patterns          for a model of an architecture that is not known: which of its linears is what, by
+                      the fields of `rana_kernels.models.Architecture`. Its forward takes token ids first
     resume_dir        finished blocks are kept here; the same call after an interruption goes on from
                       them (load the original model again first)
 
     Raises ValueError for arguments that do not fit together or the model, before it is touched.
     """
     started = time.monotonic()
+    if patterns is not None:
+        describe(model, patterns)
     choose = _chooser(model, flops_reduction, method, plan)
     stats = _stats(model, calibration, stats, method, plan, progress)
     blocks = find_blocks(model)
@@ -62,7 +68,8 @@ def compress(
         measured += reports
     asked = plan or Plan((), method, flops_reduction)
     done = asked.with_adapters(tuple(adapters))
-    attach_plan(model, done)  # so that model.save_pretrained writes what can be loaded
+    if hasattr(model, "config"):
+        attach_plan(model, done)  # so that model.save_pretrained writes what can be loaded
     return CompressReport(
         plan=done,
         adapters=measured,
@@ -157,7 +164,7 @@ def _with_threshold(layer: Layer, adapter: Adapter) -> Adapter:
 
 def _put(model: nn.Module, block: Block, adapters: list[Adapter], tensors: dict[str, Tensor]) -> None:
     """Build the block's modules without memory and give them their tensors."""
-    weight = linear_of(model, block.qkv[0]).weight
+    weight = linear_of(model, block.linears[0]).weight
     modules = build_block(block, adapters, "meta", weight.dtype)
     for name, module in modules.items():
         prefix = f"{name}."

@@ -12,7 +12,7 @@ def block_tensors(layer: Layer, adapters: list[Adapter]) -> dict[str, Tensor]:
     """Everything that the modules of `install.build_block` hold, computed from the layer's weights."""
     block = layer.block
     tensors: dict[str, Tensor] = {}
-    fused = {block.up, block.gate, block.down} if is_fused(block, adapters) else set()
+    fused = {*block.expanding, block.down} if is_fused(block, adapters) else set()
     if fused:
         tensors |= _mlp_tensors(layer, adapters)
     for adapter in adapters:
@@ -66,12 +66,13 @@ def _mlp_tensors(layer: Layer, adapters: list[Adapter]) -> dict[str, Tensor]:
     """Up's ranks over gate's, or the ranks that they share; the rows stay with each linear's name."""
     block = layer.block
     by_name = {name: adapter for adapter in adapters for name in adapter.names}
-    up, gate, down = by_name[block.up], by_name[block.gate], by_name[block.down]
-    tensors = _neuron_tensors(layer, down)
-    stack = [up] if up is gate else [up, gate]
+    tensors = _neuron_tensors(layer, by_name[block.down])
+    # up's ranks first
+    stack = list(dict.fromkeys(by_name[name] for name in reversed(block.expanding)))
     tensors[f"{block.mlp}.B"] = torch.cat([layer.factors(a.names).B[: a.rank] for a in stack])
     tensors[f"{block.mlp}.threshold"] = torch.cat([_threshold(a, layer.factors(a.names).B) for a in stack])
-    for name, adapter in ((block.up, up), (block.gate, gate)):
+    for name in block.expanding:
+        adapter = by_name[name]
         parts = layer.factors(adapter.names).rows[: adapter.rank].split(adapter.out_features, dim=1)
         tensors[f"{name}.rows"] = parts[adapter.names.index(name)].clone()
         bias = layer.bias(adapter.names)

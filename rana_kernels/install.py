@@ -19,7 +19,7 @@ def install(model: nn.Module, plan: Plan) -> None:
     Raises ValueError if the plan is not of this model, before anything is replaced.
     """
     for block, adapters in check_plan(model, plan):
-        like = linear_of(model, block.qkv[0]).weight
+        like = linear_of(model, block.linears[0]).weight
         swap(model, build_block(block, adapters, like.device, like.dtype))
 
 
@@ -70,9 +70,10 @@ def _check_adapter(model: nn.Module, block: Block, adapter: Adapter) -> None:
 def is_fused(block: Block, adapters: list[Adapter]) -> bool:
     """Whether one RanaMLP can do all of the block's MLP: up and gate rank adapters (each its own, or
     joint), down a neuron adapter, and an activation that the op has."""
+    if not block.mlp or block.activation is None:
+        return False
     kind = {name: adapter.kind for adapter in adapters for name in adapter.names}
-    kinds = (kind[block.up], kind[block.gate], kind[block.down])
-    return kinds == ("rank", "rank", "neuron") and block.activation is not None
+    return {kind[name] for name in block.expanding} == {"rank"} and kind[block.down] == "neuron"
 
 
 def build_block(
@@ -81,7 +82,7 @@ def build_block(
     """The modules that replace linears of one block, empty, by full name."""
     place = {"device": device, "dtype": dtype}
     modules: dict[str, nn.Module] = {}
-    fused = {block.up, block.gate, block.down} if is_fused(block, adapters) else set()
+    fused = {*block.expanding, block.down} if is_fused(block, adapters) else set()
     if fused:
         modules[block.mlp] = _build_mlp(block, adapters, place)
     for adapter in adapters:
@@ -100,7 +101,7 @@ def build_block(
 
 def _build_mlp(block: Block, adapters: list[Adapter], place: dict) -> RanaMLP:
     by_name = {name: adapter for adapter in adapters for name in adapter.names}
-    up, gate, down = by_name[block.up], by_name[block.gate], by_name[block.down]
+    up, gate, down = by_name[block.up], by_name.get(block.gate), by_name[block.down]
     up_name, gate_name, down_name = (n.rpartition(".")[2] for n in (block.up, block.gate, block.down))
     assert block.activation is not None, "is_fused says so"
     return RanaMLP(
@@ -108,10 +109,10 @@ def _build_mlp(block: Block, adapters: list[Adapter], place: dict) -> RanaMLP:
         down.in_features,
         down.width,
         up.rank,
-        gate.rank,
+        gate.rank if gate else None,
         block.activation,
         joint=up is gate,
-        bias=(up.bias, gate.bias, down.bias),
+        bias=(up.bias, gate is not None and gate.bias, down.bias),
         names=(up_name, gate_name, down_name),
         **place,
     )

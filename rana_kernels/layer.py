@@ -4,13 +4,32 @@ Allocation and compression both ask for factors. Going through a model block by 
 `Layer` for each decomposes every linear once and holds the factors of one block at a time.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rana_kernels.backends import reference
 from rana_kernels.calibrate import Stats
 from rana_kernels.decompose import Factors, decompose
 from rana_kernels.models import Block
+
+
+@dataclass(frozen=True)
+class Linear:
+    """What a linear layer computes, whichever way it stores it: weight [N, K] · bias [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
 
 
 class Layer:
@@ -21,7 +40,7 @@ class Layer:
         self._factors: dict[tuple[str, ...], Factors] = {}
         self._samples: dict[str, Tensor] = {}
 
-    def linear(self, name: str) -> nn.Linear:
+    def linear(self, name: str) -> Linear:
         return linear_of(self.model, name)
 
     def weight(self, names: tuple[str, ...]) -> Tensor:
@@ -68,7 +87,20 @@ class Layer:
         return self.weight((name,)).float().norm(dim=0)
 
     def act(self, h: Tensor) -> Tensor:
-        return self.model.get_submodule(self.block.act)(h)
+        if self.block.act:
+            return self.model.get_submodule(self.block.act)(h)
+        assert self.block.activation is not None, "find_blocks and describe see to it"
+        return reference.activate(h, self.block.activation)
+
+    def neurons(self, *expanded: Tensor) -> Tensor:
+        """What down reads, from the outputs of `block.expanding`."""
+        if len(expanded) == 2:
+            gate, up = expanded
+        elif self.block.gate:
+            gate, up = expanded[0].chunk(2, dim=-1)
+        else:
+            return self.act(expanded[0])
+        return self.act(gate) * up
 
     def dense(self, name: str, x: Tensor) -> Tensor:
         """The linear as it is, in float32."""
@@ -77,18 +109,21 @@ class Layer:
 
     def _down_input(self) -> Tensor:
         x = self.sample("mlp")
-        return self.act(self.dense(self.block.gate, x)) * self.dense(self.block.up, x)
+        return self.neurons(*(self.dense(name, x) for name in self.block.expanding))
 
 
-def linear_of(model: nn.Module, name: str) -> nn.Linear:
+def linear_of(model: nn.Module, name: str) -> Linear:
     """The linear `name` of `model`; ValueError if it is not there or no longer a plain linear."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{type(model).__name__} has no module {name!r}") from None
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # of transformers: W transposed
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return Linear(weight.T, module.bias)  # type: ignore[arg-type]
     if not isinstance(module, nn.Linear):
         raise ValueError(
             f"{name} is a {type(module).__name__}, wanted torch.nn.Linear: an adapted model cannot be "
             "compressed again, start from the original"
         )
-    return module
+    return Linear(module.weight, module.bias)

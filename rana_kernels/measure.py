@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rana_kernels.backends import reference
 from rana_kernels.layer import Layer
+from rana_kernels.models import find_blocks
 from rana_kernels.plan import Adapter, Plan
 
 SPECTRUM_POINTS = 64
@@ -91,7 +93,15 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def model_flops_reduction(model: nn.Module, plan: Plan) -> float:
-    """The reduction with lm_head in the account, where the model has one."""
+    """The reduction with lm_head in the account, where the model has one, and the experts that a token
+    goes through."""
     head = getattr(model, "lm_head", None)
     flops = 2 * head.weight.numel() if head is not None else 0
+    flops += sum(_expert_flops(model, block.experts) for block in find_blocks(model) if block.experts)
     return 1 - (plan.flops + flops) / (plan.dense_flops + flops)
+
+
+def _expert_flops(model: nn.Module, name: str) -> float:
+    experts, config = model.get_submodule(name), cast(Any, model.config)
+    count = getattr(config, "num_local_experts", None) or config.num_experts
+    return 2 * sum(p.numel() for p in experts.parameters()) * config.num_experts_per_tok / count

@@ -254,7 +254,8 @@ class RanaMLP(_Adapter):
 
     B [S, K] and threshold [S] stack the ranks of up over those of gate, or, when `joint`, both read
     the same S ranks. The children keep the names that the linears had (`names`: up, gate, down) and
-    hold `rows`, `bias` and, for down, `scale` and `threshold`. `gate_rank=None`: an ungated MLP.
+    hold `rows`, `bias` and, for down, `scale` and `threshold`. `gate_rank=None`: an ungated MLP. The
+    same name for up and gate: one linear that computed both, gate's outputs first; `joint`, then.
     Raises ValueError for an unknown activation, or ranks that differ although they are shared.
     """
 
@@ -279,14 +280,14 @@ class RanaMLP(_Adapter):
         if joint and up_rank != gate_rank:
             raise ValueError(f"RanaMLP: joint ranks are {up_rank} and {gate_rank}, wanted the same number")
         self.activation, self.names = activation, names
-        self.gate_rank = gate_rank
+        self.gate_rank, packed = gate_rank, gate_rank is not None and names[0] == names[1]
         place = {"device": device, "dtype": dtype}
         stacked = up_rank if joint else up_rank + (gate_rank or 0)
         self.B = _empty(stacked, in_features, **place)
         self._register_float32("threshold", stacked, device)
         up, gate, down = names
-        self.add_module(up, _Rows(in_features, neurons, up_rank, bias[0], **place))
-        if gate_rank is not None:
+        self.add_module(up, _Rows(in_features, neurons * (1 + packed), up_rank, bias[0], **place))
+        if gate_rank is not None and not packed:
             self.add_module(gate, _Rows(in_features, neurons, gate_rank, bias[1], **place))
         self.add_module(down, _NeuronRows(neurons, out_features, bias[2], **place))
 
@@ -294,7 +295,13 @@ class RanaMLP(_Adapter):
         """B and all that follows it in the signature of `masked_mlp`."""
         up, gate, down = self.names
         up_rows, up_bias = getattr(self, up)()
-        gate_rows, gate_bias = (None, None) if self.gate_rank is None else getattr(self, gate)()
+        if self.gate_rank is None:
+            gate_rows = gate_bias = None
+        elif gate == up:
+            gate_rows, up_rows = up_rows.chunk(2, dim=1)
+            gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
+        else:
+            gate_rows, gate_bias = getattr(self, gate)()
         down_rows, scale, down_threshold, down_bias = getattr(self, down)()
         up_and_gate = (self.B, up_rows, gate_rows, self.threshold, up_bias, gate_bias)
         return *up_and_gate, down_rows, scale, down_threshold, down_bias

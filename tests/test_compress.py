@@ -6,30 +6,26 @@ import json
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from rana_kernels.allocate import plan
 from rana_kernels.calibrate import INPUTS, calibrate
 from rana_kernels.compress import compress
 from rana_kernels.decompose import decompose
+from rana_kernels.layer import linear_of
 from rana_kernels.live import count_live
 from rana_kernels.models import find_blocks
 from rana_kernels.modules import RanaMLP, RanaReceiver
 from rana_kernels.plan import Adapter, Plan
 from rana_kernels.split import best_split, threshold_for
+from tests.architectures import MODELS
 
-ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3")
-SIZES = {
-    "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "tie_word_embeddings": True,
-}  # fmt: skip
+ARCHITECTURES = tuple(MODELS)
 
 
 def make_model(architecture: str = "Llama", **sizes) -> nn.Module:
     torch.manual_seed(0)
-    config = getattr(transformers, architecture + ("TextConfig" if architecture == "Gemma3" else "Config"))
-    model = getattr(transformers, f"{architecture}ForCausalLM")(config(**{**SIZES, **sizes})).eval()
+    model = MODELS[architecture].build(**sizes).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)
@@ -49,11 +45,10 @@ def hand_plan(model: nn.Module, joint: bool = False, o: str = "dense", down: str
     """Full ranks and threshold 0 everywhere: the dense model, through the adapters."""
     adapters = []
     for block in find_blocks(model):
-        mlp = (
-            [("rank", (block.gate, block.up))] if joint else [("rank", (n,)) for n in (block.gate, block.up)]
-        )
-        for kind, names in [("rank", block.qkv), (o, (block.o,)), *mlp, (down, (block.down,))]:
-            linears = [model.get_submodule(name) for name in names]
+        mlp = [("rank", block.expanding)] if joint else [("rank", (name,)) for name in block.expanding]
+        mlp += [(down, (block.down,))] if block.down else []
+        for kind, names in [("rank", block.qkv), (o, (block.o,)), *mlp]:
+            linears = [linear_of(model, name) for name in names]
             K, widths = linears[0].in_features, tuple(linear.out_features for linear in linears)
             rank = {"rank": min(K, sum(widths)), "neuron": K, "dense": 0}[kind]
             bias = any(linear.bias is not None for linear in linears)
@@ -305,7 +300,8 @@ def test_every_architecture_compresses_and_generates(architecture):
     report = compress(model, [tokens()], flops_reduction=0.3, progress=False)
     with count_live(model) as counts:
         assert logits(model).isfinite().all()
-    assert report.block_flops_reduction == pytest.approx(0.3, abs=0.005)
+    # a ReLU's exact zeros are never kept, whatever they would be worth
+    assert report.block_flops_reduction == pytest.approx(0.3, abs=0.02 if architecture == "OPT" else 0.005)
     assert 0 < report.model_flops_reduction < report.block_flops_reduction
     for adapter in report.adapters:
         assert counts[adapter.names[0]].mean == pytest.approx(adapter.live, rel=0.25)

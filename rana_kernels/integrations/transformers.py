@@ -30,7 +30,7 @@ from rana_kernels.checkpoint import (
     replacing,
     write_manifest,
 )
-from rana_kernels.headers import CheckpointError, check_tensors
+from rana_kernels.headers import CheckpointError, check_tensors, read_header
 from rana_kernels.install import install
 from rana_kernels.modules import check_thresholds
 
@@ -111,7 +111,7 @@ class RanaQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or ()]
         _check_files(model, files)
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        check_tensors(files, model.state_dict(), tied)
+        check_tensors(files, _stored_tensors(model, files), tied)
         return model
 
     def _process_model_after_weight_loading(self, model, **_):
@@ -133,6 +133,19 @@ class RanaQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _stored_tensors(model: transformers.PreTrainedModel, files: list[Path]) -> dict[str, torch.Tensor]:
+    """What the files must hold: the state dict, or its older form, in which transformers goes on to write
+    mixtures of experts (one tensor for each expert)."""
+    own = model.state_dict()
+    if all(name in own for file in files for name in read_header(file)):
+        return own
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return own
+    return revert_weight_conversion(model, own)
 
 
 def _check_files(model: transformers.PreTrainedModel, files: list[Path]) -> None:
