@@ -1,13 +1,16 @@
-"""What to compile: the op libraries, one for each instruction set, and the small host module.
+"""What to compile: the CPU op libraries, one for each instruction set, the CUDA one, and the host module.
 
 The op libraries use torch's stable ABI, so one build serves every later torch and Python. Without a
 compiler, or without torch at build time, the package installs as pure Python: every op then runs on
-the plain PyTorch reference. RANA_BUILD=none asks for that; RANA_BUILD=cpu makes its absence an error.
+the plain PyTorch reference. The CUDA library is compiled wherever nvcc is found: it needs neither a card
+nor a torch with CUDA. RANA_BUILD=auto (the default) compiles what can be compiled; cpu or cuda insist on
+the CPU libraries, or on all of them; none asks for pure Python.
 """
 
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +30,9 @@ INSTRUCTION_SETS = {
     },
     "aarch64": {"baseline": []},
 }
+# code for these cards, and PTX from which a driver compiles for later ones
+CUDA_TARGETS = ("80", "90", "100")
+CUDA_COMPILE = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 
 def why_not() -> str | None:
@@ -41,6 +47,12 @@ def why_not() -> str | None:
     except ImportError:
         return "torch is not importable in the build (use --no-build-isolation)"
     return None
+
+
+def nvcc() -> str | None:
+    """CUDA's compiler: of CUDA_HOME if that is set, else the one on the path."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
 def op_libraries() -> list[Extension]:
@@ -61,6 +73,36 @@ def op_libraries() -> list[Extension]:
     ]
 
 
+def cuda_library() -> Extension:
+    sources = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+    headers = sorted(str(p) for d in ("csrc", "csrc/cuda") for p in Path(d).glob("*.*h"))
+    return Extension("rana_kernels._cuda", sources, depends=headers, py_limited_api=True)
+
+
+def compile_cuda(ext: Extension, target: str) -> None:
+    """One call of nvcc. (torch's BuildExtension refuses .cu files where torch has no CUDA.)
+
+    libtorch has to be named as needed: the symbols that only a torch with CUDA has are weak.
+    """
+    from torch.utils import cpp_extension
+
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    gencode = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
+    newest = CUDA_TARGETS[-1]
+    gencode.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
+    includes = [word for p in cpp_extension.include_paths() for word in ("-isystem", p)]
+    link = [f"-L{p}" for p in cpp_extension.library_paths()]
+    link += ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "--cudart=static"]
+    # one thread a target and file at most, as many as MAX_JOBS allows
+    threads = [f"--threads={os.environ.get('MAX_JOBS', '0')}"]
+    subprocess.run(
+        [nvcc(), "-shared", *CUDA_COMPILE, *gencode, *threads, *defines, *includes, *ext.sources]
+        + [*link, "-o", target],
+        check=True,
+    )
+
+
 def host_module() -> list[Extension]:
     try:
         from pybind11.setup_helpers import Pybind11Extension
@@ -75,10 +117,16 @@ def host_module() -> list[Extension]:
 
 
 def build_command() -> dict:
+    from setuptools.modified import newer_group
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
         def build_extension(self, ext: Extension) -> None:
+            if ext.name == "rana_kernels._cuda":
+                target = self.get_ext_fullpath(ext.name)
+                if self.force or newer_group([*ext.sources, *ext.depends], target, "newer"):
+                    compile_cuda(ext, target)
+                return
             # the libraries share their sources: each needs an object folder of its own
             shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
             try:
@@ -96,15 +144,19 @@ def say(line: str) -> None:
 def compiled() -> dict:
     """The arguments of setup() that have to do with compiling."""
     wanted = os.environ.get("RANA_BUILD", "auto")
-    if wanted not in ("auto", "cpu", "none"):
-        sys.exit(f"RANA_BUILD is {wanted!r}, wanted auto, cpu or none")
+    if wanted not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"RANA_BUILD is {wanted!r}, wanted auto, cpu, cuda or none")
     obstacle = "RANA_BUILD=none" if wanted == "none" else why_not()
-    if obstacle is None:
-        return {"ext_modules": [*op_libraries(), *host_module()], "cmdclass": build_command()}
-    if wanted == "cpu":
-        sys.exit(f"rana_kernels: RANA_BUILD=cpu, but {obstacle}")
-    say(f"installing without compiled kernels, because {obstacle}; every op will run on plain PyTorch")
-    return {}
+    if obstacle is not None:
+        if wanted in ("cpu", "cuda"):
+            sys.exit(f"rana_kernels: RANA_BUILD={wanted}, but {obstacle}")
+        say(f"installing without compiled kernels, because {obstacle}; every op will run on plain PyTorch")
+        return {}
+    if wanted == "cuda" and nvcc() is None:
+        sys.exit("rana_kernels: RANA_BUILD=cuda, but nvcc was not found (on the path, or in CUDA_HOME)")
+    cuda = [cuda_library()] if wanted != "cpu" and nvcc() else []
+    say(f"compiling the CPU kernels{' and, with ' + str(nvcc()) + ', the CUDA kernels' if cuda else ''}")
+    return {"ext_modules": [*op_libraries(), *cuda, *host_module()], "cmdclass": build_command()}
 
 
 setup(**compiled())

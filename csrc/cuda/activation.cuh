@@ -4,6 +4,8 @@
 #include <cmath>
 #include <string>
 
+#include "device.cuh"
+
 namespace {
 
 enum class Activation { silu, gelu, gelu_tanh, relu, relu2, unknown };

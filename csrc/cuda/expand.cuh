@@ -56,7 +56,7 @@ __device__ void add_rows(const List<kTokens>& list, int count, const T* rows, in
   }
 }
 
-// Adds up the sums of the warps, and writes those of `tokens` tokens from row `row` of out [.., N] on.
+// Adds up the sums of the warps, and writes those of `tokens` tokens to out [tokens, N].
 template <int kTokens, class T>
 __device__ void add_warps(const float (&sums)[kTokens][kPacket<T>], int tokens, int tile, int64_t N, float* out) {
   constexpr int kAtOnce = kTokensAtOnce<kTokens>;
@@ -79,7 +79,6 @@ __device__ void add_warps(const float (&sums)[kTokens][kPacket<T>], int tokens, 
       out[(m + t) * N + n] = sum;
     }
   }
-  __syncthreads();
 }
 
 // sums[split] = (m ⊙ h) rows over the rows of the split and the columns of the tile, for M tokens.
@@ -88,6 +87,7 @@ __device__ void expand_tile(const Expansion<H, T>& e, int M, int tile, int split
   const int64_t column = int64_t(tile) * kTile<T> + lane() * kPacket<T>, columns = e.rows.columns - column;
   for (int first = 0; first < M; first += kTokens) {
     const int tokens = M - first < kTokens ? M - first : kTokens;
+    if (first > 0) __syncthreads();  // the sums of the tokens before have been added up
     float sums[kTokens][kPacket<T>] = {};
     if constexpr (kTokens == 1) {
       auto& list = shared_as<SharedList>();
@@ -130,7 +130,7 @@ __device__ inline void clear(unsigned* counters, int count) {
 }
 
 // Counts the blocks that have finished their part of a tile. True, in all threads, for the last of `blocks`:
-// it then sees what the others wrote.
+// it then sees what the others wrote. Shared memory is free for other uses afterwards.
 __device__ inline bool last_to_arrive(unsigned* arrived, unsigned blocks) {
   __threadfence();
   __syncthreads();

@@ -28,7 +28,9 @@ struct Projection {
 
 // Rows that a warp reads side by side: as many loads in flight as registers allow.
 template <bool kWide, int kTokens>
-constexpr int kRowsAtOnce = !kWide ? 2 : kTokens == 8 ? 4 : 8;
+constexpr int kRowsAtOnce = !kWide         ? 2
+                            : kTokens == 8 ? 4
+                                           : 8;
 // Tokens beyond kTokens read a row again, from the cache; no more than this many in all.
 template <int kTokens>
 constexpr int kMostTokens = kTokens == 8 ? 16 : kTokens;

@@ -1,0 +1,156 @@
+// A stand-in for CUDA that runs kernels on the CPU, for tests: every thread is a fiber, and a scheduler that
+// means no good decides which one runs. Covers what csrc/cuda uses, in CUDA's own names.
+//
+// A fiber runs until it has to wait: at a barrier of its warp, its block or the grid. RANA_SHIM_SCHEDULE picks
+// who is next: the first thread that can run ("forward"), the last ("reverse"), any thread of a block that comes
+// before the others ("random:<seed>"), or any at all ("mixed:<seed>"). Threads thus run as far ahead of the
+// others as the kernel lets them. RANA_SHIM_PROCESSORS: multiprocessors of the current device.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
+
+namespace shim {
+
+enum class Scope { warp, block, grid };
+
+// Waits until all threads of the warp, block or grid are here. Each leaves a value, and may then look at those
+// of the others until it waits again. `what` names the call: all must make the same one.
+void wait(Scope scope, const char* what, uint64_t value = 0);
+uint64_t left_by(Scope scope, int thread);
+int threads_in(Scope scope);
+unsigned arrive_at_grid();
+void wait_for_grid(unsigned arrival);
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+void require(bool condition, const char* message);
+
+template <class V>
+V exchange(V value, int source_lane, const char* what) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  wait(Scope::warp, what, bits);
+  bits = left_by(Scope::warp, source_lane);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class V>
+V load(const V* p) {
+  require(reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0, "a load is not aligned");
+  return *p;
+}
+
+}  // namespace shim
+
+// ---- device ----
+
+inline void __syncthreads() { shim::wait(shim::Scope::block, "__syncthreads"); }
+inline int __syncthreads_or(int predicate) {
+  shim::wait(shim::Scope::block, "__syncthreads_or", predicate != 0);
+  bool any = false;
+  for (int i = 0; i < shim::threads_in(shim::Scope::block); i++) any |= shim::left_by(shim::Scope::block, i) != 0;
+  return any;
+}
+inline void __syncwarp() { shim::wait(shim::Scope::warp, "__syncwarp"); }
+
+template <class V>
+V __shfl_sync(unsigned, V value, int source) {
+  return shim::exchange(value, source, "__shfl_sync");
+}
+template <class V>
+V __shfl_xor_sync(unsigned, V value, int mask) {
+  return shim::exchange(value, int(threadIdx.x % 32) ^ mask, "__shfl_xor_sync");
+}
+template <class V>
+V __shfl_up_sync(unsigned, V value, int delta) {
+  const int lane = int(threadIdx.x % 32);
+  return shim::exchange(value, lane < delta ? lane : lane - delta, "__shfl_up_sync");
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  shim::wait(shim::Scope::warp, "__ballot_sync", predicate != 0);
+  unsigned ballot = 0;
+  for (int i = 0; i < 32; i++) ballot |= unsigned(shim::left_by(shim::Scope::warp, i)) << i;
+  return ballot;
+}
+
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* p, unsigned value) { return (*p += value) - value; }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+template <class V>
+V __ldg(const V* p) {
+  return shim::load(p);
+}
+template <class V>
+V __ldcs(const V* p) {
+  return shim::load(p);
+}
+template <class V>
+V __ldcg(const V* p) {
+  return shim::load(p);
+}
+
+// ---- host ----
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorUnknown };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device);
+cudaError_t cudaGetDevice(int* device);
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "an error of the shim"; }
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t shared_bytes) {
+  *blocks = threads <= 1024 && shared_bytes <= 48 * 1024;
+  return cudaSuccess;
+}
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  shim::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}

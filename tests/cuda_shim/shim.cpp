@@ -1,0 +1,278 @@
+// The scheduler behind cuda_runtime.h, and the two services of a CUDA torch that the host code asks for.
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(p, size) (void)0
+#define ASAN_UNPOISON_MEMORY_REGION(p, size) (void)0
+static void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+static void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+#endif
+
+constexpr size_t kMostShared = 227 * 1024, kStack = 128 * 1024;
+constexpr int kPoison = 0xff;  // NaN as a float, -1 as an index
+
+__align__(16) unsigned char shared_memory[kMostShared];
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace shim {
+namespace {
+
+// Where threads meet. What they leave stays readable for one more meeting.
+struct Meeting {
+  int size = 0, arrived = 0;
+  unsigned round = 0;
+  const char* what = nullptr;
+  std::vector<uint64_t> left[2];
+  std::vector<size_t> waiting;
+
+  void open(int threads) {
+    size = threads;
+    left[0].resize(threads), left[1].resize(threads);
+  }
+  unsigned arrive(int thread, const char* call, uint64_t value) {
+    require(!arrived || std::string(what) == call, "threads wait for one another at different calls");
+    what = call;
+    left[round % 2][thread] = value;
+    arrived++;
+    return round;
+  }
+};
+
+struct Thread {
+  ucontext_t context;
+  void* fake_stack = nullptr;
+  int block, index;
+  bool done = false;
+};
+
+struct Block {
+  std::vector<unsigned char> shared;
+  Meeting meeting;
+  std::vector<Meeting> warps;
+};
+
+// Stacks are used again by later launches: mapping fresh ones would take longer than the kernels.
+struct Stacks {
+  std::vector<char*> all;
+  char* at(size_t i) {
+    while (all.size() <= i) {
+      void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      require(memory != MAP_FAILED, "no memory for a stack");
+      all.push_back(static_cast<char*>(memory));
+    }
+    return all[i];
+  }
+} stacks;
+
+enum class Order { forward, reverse, random, mixed };
+
+struct Launch {
+  const std::function<void()>& kernel;
+  Order order;
+  std::mt19937 generator;
+  std::vector<Block> blocks;
+  std::vector<Thread> threads;
+  Meeting grid;
+  ucontext_t scheduler;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_size = 0;
+  std::vector<unsigned> block_turns;
+  std::set<std::pair<uint64_t, size_t>> ready;  // turns and threads: the first runs next
+  int current_block = -1;
+  Thread* running = nullptr;
+
+  // "random" takes the blocks one after the other, each one's threads in any order; "mixed" takes any thread.
+  void make_ready(size_t thread) {
+    uint64_t turn = 0;
+    if (order == Order::reverse) turn = threads.size() - thread;
+    if (order == Order::random) turn = uint64_t(block_turns[threads[thread].block]) << 32;
+    if (order == Order::random || order == Order::mixed) turn += generator() >> 1;
+    ready.insert({turn, thread});
+  }
+};
+Launch* launch = nullptr;
+
+size_t running_thread() { return launch->running - launch->threads.data(); }
+
+Meeting& meeting(Scope scope) {
+  Block& block = launch->blocks[launch->running->block];
+  return scope == Scope::grid    ? launch->grid
+         : scope == Scope::block ? block.meeting
+                                 : block.warps[launch->running->index / 32];
+}
+
+int number_in(Scope scope) {
+  const Thread& thread = *launch->running;
+  if (scope == Scope::grid) return int(thread.block * blockDim.x + thread.index);
+  return scope == Scope::block ? thread.index : thread.index % 32;
+}
+
+void end_if_complete(Meeting& meeting) {
+  if (meeting.arrived < meeting.size) return;
+  meeting.arrived = 0, meeting.round++;
+  for (const size_t thread : meeting.waiting) launch->make_ready(thread);
+  meeting.waiting.clear();
+}
+
+void switch_to_scheduler(bool for_good) {
+  Thread& thread = *launch->running;
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &thread.fake_stack, launch->scheduler_stack,
+                                 launch->scheduler_stack_size);
+  swapcontext(&thread.context, &launch->scheduler);
+  __sanitizer_finish_switch_fiber(thread.fake_stack, &launch->scheduler_stack, &launch->scheduler_stack_size);
+}
+
+// Ends a round once all are there; whoever ends it gets no head start.
+void wait_until_past(Meeting& meeting, unsigned round) {
+  if (meeting.round != round) return;
+  meeting.waiting.push_back(running_thread());
+  end_if_complete(meeting);
+  switch_to_scheduler(false);
+}
+
+void start() {
+  __sanitizer_finish_switch_fiber(nullptr, &launch->scheduler_stack, &launch->scheduler_stack_size);
+  launch->kernel();
+  launch->running->done = true;
+  switch_to_scheduler(true);
+}
+
+void enter_block(int block) {
+  if (block == launch->current_block) return;
+  auto& blocks = launch->blocks;
+  if (launch->current_block >= 0) {
+    auto& shared = blocks[launch->current_block].shared;
+    std::copy_n(shared_memory, shared.size(), shared.begin());
+  }
+  std::copy(blocks[block].shared.begin(), blocks[block].shared.end(), shared_memory);
+  launch->current_block = block;
+}
+
+void resume(Thread& thread, size_t number) {
+  enter_block(thread.block);
+  launch->running = &thread;
+  threadIdx.x = thread.index, blockIdx.x = thread.block;
+  void* fake_stack = nullptr;
+  __sanitizer_start_switch_fiber(&fake_stack, stacks.at(number), kStack);
+  swapcontext(&launch->scheduler, &thread.context);
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+}
+
+std::pair<Order, unsigned> schedule() {
+  const char* given = std::getenv("RANA_SHIM_SCHEDULE");
+  const std::string all = given ? given : "forward", name = all.substr(0, all.find(':'));
+  const unsigned seed = name == all ? 0 : unsigned(std::stoul(all.substr(name.size() + 1)));
+  if (name == "reverse") return {Order::reverse, seed};
+  if (name == "random") return {Order::random, seed};
+  if (name == "mixed") return {Order::mixed, seed};
+  require(name == "forward", "RANA_SHIM_SCHEDULE is not known");
+  return {Order::forward, seed};
+}
+
+void run_all() {
+  auto& [kernel, order, generator, blocks, threads, grid, scheduler, stack, stack_size, turns, ready, block, running] =
+      *launch;
+  turns.resize(blocks.size());
+  for (size_t i = 0; i < turns.size(); i++) turns[i] = unsigned(i);
+  std::shuffle(turns.begin(), turns.end(), generator);
+  for (size_t i = 0; i < threads.size(); i++) launch->make_ready(i);
+  while (!ready.empty()) {
+    const size_t next = ready.begin()->second;
+    ready.erase(ready.begin());
+    resume(threads[next], next);
+  }
+  for (const Thread& thread : threads) require(thread.done, "deadlock: threads wait for one that has ended");
+}
+
+}  // namespace
+
+void require(bool condition, const char* message) {
+  if (condition) return;
+  std::fprintf(stderr, "cuda_shim: %s (block %u, thread %u)\n", message, blockIdx.x, threadIdx.x);
+  std::abort();
+}
+
+int threads_in(Scope scope) { return meeting(scope).size; }
+
+void wait(Scope scope, const char* what, uint64_t value) {
+  Meeting& m = meeting(scope);
+  wait_until_past(m, m.arrive(number_in(scope), what, value));
+}
+
+uint64_t left_by(Scope scope, int thread) {
+  const Meeting& m = meeting(scope);
+  return m.left[(m.round - 1) % 2][thread];
+}
+
+unsigned arrive_at_grid() {
+  const unsigned round = launch->grid.arrive(number_in(Scope::grid), "grid.barrier_arrive", 0);
+  end_if_complete(launch->grid);
+  return round;
+}
+void wait_for_grid(unsigned arrival) { wait_until_past(launch->grid, arrival); }
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+  static unsigned launches = 0;  // chance is another one in every launch, and the same in every process
+  const auto [order, seed] = schedule();
+  Launch here{kernel, order, std::mt19937(seed + 1000 * launches++)};
+  launch = &here;
+  gridDim = grid, blockDim = block;
+  require(shared_bytes <= 48 * 1024 && grid.x > 0 && block.x % 32 == 0, "a launch that CUDA would refuse");
+  here.grid.open(int(grid.x * block.x));
+  here.blocks.resize(grid.x);
+  here.threads.resize(size_t(grid.x) * block.x);
+  for (auto& b : here.blocks) {
+    b.shared.assign(shared_bytes, kPoison);
+    b.meeting.open(int(block.x));
+    b.warps.resize(block.x / 32);
+    for (auto& warp : b.warps) warp.open(32);
+  }
+  for (size_t i = 0; i < here.threads.size(); i++) {
+    Thread& thread = here.threads[i];
+    thread.block = int(i / block.x), thread.index = int(i % block.x);
+    getcontext(&thread.context);
+    ASAN_UNPOISON_MEMORY_REGION(stacks.at(i), kStack);
+    thread.context.uc_stack = {stacks.at(i), 0, kStack};
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, start, 0);
+  }
+  ASAN_POISON_MEMORY_REGION(shared_memory + shared_bytes, kMostShared - shared_bytes);
+  run_all();
+  ASAN_UNPOISON_MEMORY_REGION(shared_memory, kMostShared);
+  launch = nullptr;
+}
+
+}  // namespace shim
+
+// There is a device for every number of multiprocessors, which is its number.
+cudaError_t cudaGetDevice(int* device) {
+  const char* processors = std::getenv("RANA_SHIM_PROCESSORS");
+  *device = processors ? std::atoi(processors) : 3;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device) {
+  *value = name == cudaDevAttrComputeCapabilityMajor ? 8 : name == cudaDevAttrComputeCapabilityMinor ? 0 : device;
+  return cudaSuccess;
+}
+
+// Torch's stream and device guard, for a torch without CUDA.
+extern "C" {
+int aoti_torch_get_current_cuda_stream(int, void** stream) { return *stream = nullptr, 0; }
+int aoti_torch_create_device_guard(int, void** guard) { return *guard = nullptr, 0; }
+int aoti_torch_delete_device_guard(void*) { return 0; }
+}

@@ -1,0 +1,172 @@
+"""The CUDA kernels run on the CPU: right under every schedule and the sanitizers, and mutants are found out.
+
+Their own source is compiled by the host's compiler against `cuda_shim`. A process that the sanitizers or the
+shim ended counts as a failure, so all of this happens in children.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cases import Case, exact_result, make_inputs
+from tests.cuda_shim import build
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None or sys.platform != "linux", reason="no C++ compiler"
+)
+SCHEDULES = ("forward", "reverse", "random:1", "mixed:2")
+
+
+def run_ops(library: Path, select: str, marks: str, **environment: str) -> str:
+    """tests/test_ops.py in a child that the shim serves."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.cuda_shim.plugin"]
+    command += ["-p", "no:cacheprovider", "-k", select, "-m", marks, "tests/test_ops.py"]
+    environment = {"RANA_SHIM_LIBRARY": str(library), "PYTHONPATH": str(build.ROOT), **environment}
+    child = subprocess.run(
+        command, cwd=build.ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-5000:]
+    return child.stdout
+
+
+def passed(output: str) -> int:
+    return int(re.search(r"(\d+) passed", output)[1])
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> dict[str, str]:
+    """The environment of a child with the instrumented library, and the library."""
+    library = build.build(tmp_path_factory.mktemp("sanitized"), sanitize=True)
+    options = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=100000000"
+    return {"library": library, "LD_PRELOAD": build.preload(), "ASAN_OPTIONS": options}
+
+
+@pytest.mark.parametrize("schedule, processors", list(zip(SCHEDULES, ("1", "3", "4", "2"), strict=True)))
+def test_ops_are_exact_and_close(sanitized, schedule, processors):
+    chance = {"RANA_SHIM_SCHEDULE": schedule, "RANA_SHIM_PROCESSORS": processors}
+    few = "" if schedule != "mixed:2" else " and exact"
+    output = run_ops(select=f"registered and not range and not number{few}", marks="isa", **sanitized, **chance)
+    assert passed(output) > 130
+
+
+MEMORY = "offset or strides or expanded or fresh or left_alone or row_does_not_depend or infinity or argument"
+
+
+def test_memory_errors_and_other_tokens(sanitized):
+    """Unaligned and strided views, bad arguments, and tokens that do not see one another."""
+    forms = "linear or lowrank or mlp_shared"
+    dtype = "not float16 or bfloat16"
+    output = run_ops(
+        select=f"registered and ({MEMORY}) and ({forms}) and ({dtype})", marks="not slow", **sanitized
+    )
+    assert passed(output) > 100
+
+
+# what every mutant is held against: sizes at which each barrier and each branch matters
+WIDE = Case("masked_lowrank_linear", 300, 300, 600)  # (R, N, K): several tiles, splits and warps a row
+LONG = Case("masked_lowrank_linear", 1500, 40, 33)  # several rounds and lists, if there is one block
+CHECKED = {
+    "masked_lowrank_linear": [
+        (WIDE, "4"),
+        (replace(WIDE, lead=(3,)), "4"),
+        (replace(WIDE, lead=(13,)), "2"),
+        (LONG, "1"),
+        (replace(LONG, lead=(7,)), "1"),
+        (replace(WIDE, density=0.25, lead=(16,), N=257), "2"),
+    ],
+    "masked_linear": [(Case("masked_linear", 300, 700), "3"), (Case("masked_linear", 300, 70, lead=(6,)), "2")],
+    "masked_mlp": [
+        (Case("masked_mlp", 48, 300, 40, 600, gate=20), "3"),
+        (Case("masked_mlp", 48, 70, 40, 300, gate="shared", lead=(5,)), "2"),
+    ],
+}
+
+
+def verdict(op: str) -> None:
+    """Raises if the library loaded in this process does not do what `op` promises."""
+    function = getattr(torch.ops.rana, op).default
+    for case, processors in CHECKED[op]:
+        os.environ["RANA_SHIM_PROCESSORS"] = processors
+        args = make_inputs(case, torch.bfloat16, integers=True)
+        wanted = exact_result(op, args, torch.bfloat16)
+        gaussian = make_inputs(case, torch.float32)
+        bits = None
+        for schedule in SCHEDULES:
+            os.environ["RANA_SHIM_SCHEDULE"] = schedule
+            assert torch.equal(function(*args.values()), wanted), f"{case.id} under {schedule}"
+            y = function(*gaussian.values())
+            assert bits is None or torch.equal(y, bits), f"other bits for {case.id} under {schedule}"
+            bits = y
+        x = next(iter(gaussian))
+        others = torch.randn_like(gaussian[x])
+        others[0] = gaussian[x][0]
+        y = function(*{**gaussian, x: others}.values())
+        assert torch.equal(y[0], bits[0]), f"a token of {case.id} sees the others"
+        others[0, 0] = float("nan")
+        assert function(*{**gaussian, x: others}.values())[0].isnan().all(), f"{case.id} loses a NaN"
+
+
+def survives(folder: Path, op: str, mutation: build.Mutation | None) -> bool:
+    """Whether the kernels, changed so, still pass. In a child, which may crash or hang."""
+    library = build.build(folder, [op], mutation=mutation)
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT), 2)
+        status = 1
+        try:
+            build.load(library)
+            verdict(op)
+            status = 0
+        except BaseException as error:
+            print(error, file=sys.stderr)
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1] == 0
+
+
+LOWRANK, SYNC = "masked_lowrank_linear", "__syncthreads();"
+MUTANTS = {
+    "project_before_sums": (LOWRANK, "project.cuh", f"    {SYNC}\n    for", "    for"),
+    "project_after_sums": (LOWRANK, "project.cuh", f"    {SYNC}\n  }}\n", "  }\n"),
+    "project_last_row": (LOWRANK, "project.cuh", "ceil_div(B.rows - row, teams)", "(B.rows - row) / teams"),
+    "project_last_warp": (LOWRANK, "project.cuh", "w < warps_a_row; w++", "w + 1 < warps_a_row; w++"),
+    "project_no_barrier": (LOWRANK, f"{LOWRANK}.cu", "cooperative_groups::this_grid().sync();", ""),
+    "counters_not_cleared": (LOWRANK, f"{LOWRANK}.cu", "clear(op.output.arrived, op.expansion.tiles);", ""),
+    "list_counts": (LOWRANK, "masked.cuh", f"{SYNC}  // the counts", "// the counts"),
+    "list_entries": (LOWRANK, "masked.cuh", f"{SYNC}\n  return (total", "return (total"),
+    "list_of_a_warp": (LOWRANK, "masked.cuh", "__syncwarp();\n  return count", "return count"),
+    "list_order": (LOWRANK, "device.cuh", "(1u << lane()) - 1", "(2u << lane()) - 1"),
+    "list_last_run": (LOWRANK, "masked.cuh", "ceil_div(runs - part, parts)", "((runs - part) / parts)"),
+    "list_last_entry": (LOWRANK, "masked.cuh", "warp() + kWarps<1> - 1)", "warp() + kWarps<1> - 2)"),
+    "nan_dropped": (LOWRANK, "masked.cuh", "!(score < threshold", "(score >= threshold"),
+    "warps_take_turns": (LOWRANK, "masked.cuh", "kTokens == 1 ? i * kWarps<1> + warp()", "kTokens != 1 ? i * kWarps<kTokens> + warp()"),
+    "sums_before": (LOWRANK, "expand.cuh", f"{SYNC}  // nobody", "// nobody"),
+    "sums_between": (LOWRANK, "expand.cuh", f"{SYNC}\n    for (int i", "for (int i"),
+    "next_tokens": (LOWRANK, "expand.cuh", f"if (first > 0) {SYNC}", ""),
+    "arrive_too_early": (LOWRANK, "expand.cuh", f"__threadfence();\n  {SYNC}", "__threadfence();"),
+    "arrive_one_less": (LOWRANK, "expand.cuh", "blocks - 1", "blocks - 2"),
+    "splits_reordered": (LOWRANK, "expand.cuh", "int64_t(s) * M + m", "int64_t((s + blockIdx.x) % e.splits) * M + m"),
+    "tokens_share_sums": (LOWRANK, "expand.cuh", "(int64_t(split) * M + first)", "(int64_t(split) * M)"),
+    "nobody_waits": ("masked_linear", "masked_linear.cu", "if (!waited) grid.barrier_wait(std::move(cleared)), waited = true;", ""),
+    "down_too_early": ("masked_mlp", "masked_mlp.cu", "cooperative_groups::this_grid().sync();\n  for (int item = blockIdx.x; item < op.down", "for (int item = blockIdx.x; item < op.down"),
+    "gate_for_up": ("masked_mlp", "masked_mlp.cu", "sum_of_splits(gate, tokens", "sum_of_splits(up, tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", build.OPS)
+def test_the_kernels_pass_what_mutants_are_held_against(op, tmp_path):
+    assert survives(tmp_path, op, None), (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_found_out(name, tmp_path):
+    op, *mutation = MUTANTS[name]
+    assert not survives(tmp_path, op, tuple(mutation)), f"{name} passes every check"
