@@ -33,11 +33,13 @@ class Stats:
 
     model     the model it was taken from: plans need its weights too
     tokens    tokens that were read, padding left out
+    seed      of the sample
     digest    of the token ids, and of which were sampled: two equal runs have the same
     """
 
     model: nn.Module
     tokens: int = 0
+    seed: int = 0
     digest: str = ""
     inputs: dict[tuple[int, str], InputStats] = field(default_factory=dict)
 
@@ -122,7 +124,7 @@ def calibrate(
     wanted = _wanted(inputs)
     if sample_tokens < 1:
         raise ValueError(f"calibrate: sample_tokens is {sample_tokens}, wanted at least 1")
-    stats, batch = Stats(model), _Batch()
+    stats, batch = Stats(model, seed=seed), _Batch()
     sampler, digest = _Sampler(sample_tokens, seed), hashlib.sha256(f"{sample_tokens} {seed}".encode())
     decoder = model.get_submodule(decoder_name(model))
     device = next(decoder.parameters()).device

@@ -1,8 +1,9 @@
 """What is on disk: a directory that transformers reads as it is, and a manifest that vouches for it.
 
     config.json          the model's config as transformers writes it; its `quantization_config` is
-                         {"quant_method": "rana", "format": 1, "plan": …}, which is all that is needed
-                         to build the modules
+                         {"quant_method": "rana", "format": 1, "plan": …, "made": …}: the plan is all that
+                         is needed to build the modules, `made` says from what (`card.py`)
+    README.md            the model card
     model.safetensors    every tensor under its name in the state dict (large models: shards, an index)
     generation_config.json, the tokenizer's files      where there are any
     rana.json            written last: format, versions, what the compression saves, and the size and
@@ -39,20 +40,30 @@ _MAX_MANIFEST = 16_000_000  # bytes
 # the plan of a model in memory
 
 
-def attach_plan(model: nn.Module, plan: Plan) -> None:
+def attach_plan(model: nn.Module, plan: Plan, made: dict[str, Any] | None = None) -> None:
     """Note in `model.config` what `model` was compressed by, in the form that config.json has.
 
-    `model.save_pretrained` then writes a directory that can be loaded.
+    made   facts for the model card. `model.save_pretrained` then writes a directory that can be loaded
     """
     config: Any = model.config
-    config.quantization_config = plan_to_config(plan)
+    config.quantization_config = {**plan_to_config(plan), "made": made or {}}
 
 
 def attached_plan(model: nn.Module) -> Plan | None:
     """The plan that `model` was compressed by; None if it was not."""
+    fields = _fields(model)
+    return plan_from_config(fields) if fields.get("quant_method") == METHOD else None
+
+
+def attached_facts(model: nn.Module) -> dict[str, Any]:
+    """What the model card will say of how `model` was made; {} if nothing is known."""
+    made = _fields(model).get("made")
+    return made if isinstance(made, dict) else {}
+
+
+def _fields(model: nn.Module) -> dict[str, Any]:
     found = getattr(getattr(model, "config", None), "quantization_config", None)
-    fields = found if isinstance(found, dict) or found is None else found.to_dict()
-    return plan_from_config(fields) if fields and fields.get("quant_method") == METHOD else None
+    return found if isinstance(found, dict) else found.to_dict() if found is not None else {}
 
 
 def plan_to_config(plan: Plan) -> dict[str, Any]:
@@ -81,6 +92,11 @@ def read_plan(directory: str | os.PathLike) -> Plan:
 
 
 # the manifest
+
+
+def versions() -> dict[str, str]:
+    others = ("torch", "transformers", "safetensors")
+    return {"rana_kernels": __version__, **{name: metadata.version(name) for name in others}}
 
 
 @dataclass(frozen=True)
@@ -122,10 +138,7 @@ def write_manifest(directory: Path, model: nn.Module, plan: Plan) -> None:
     config: Any = model.config
     data = {
         "format": FORMAT,
-        "versions": {
-            "rana_kernels": __version__,
-            **{name: metadata.version(name) for name in ("torch", "transformers", "safetensors")},
-        },
+        "versions": versions(),
         "base": {
             "architecture": type(model).__name__,
             "model_type": config.model_type,

@@ -26,6 +26,7 @@ except ModuleNotFoundError:  # optional for the package, not for its commands
 from rana_kernels import evaluate, info
 from rana_kernels.allocate import INPUTS
 from rana_kernels.calibrate import calibrate
+from rana_kernels.card import note
 from rana_kernels.checkpoint import attached_plan, check_target, read_manifest
 from rana_kernels.compress import compress as compress_model
 from rana_kernels.integrations.transformers import load, save
@@ -102,6 +103,10 @@ def compress(
     sequence_length: RowLength = 512,
     dtype: Annotated[Dtype, typer.Option(help="Load and store the weights as.")] = Dtype.auto,
     seed: Annotated[int, typer.Option(help="Which calibration tokens thresholds are chosen on.")] = 0,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="Other text of that kind: perplexity on it, before and after, goes on the card."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Replace a model's linear layers by adapters that skip work, and write the result.
@@ -116,6 +121,10 @@ def compress(
         calibration, tokenizer, original.config.vocab_size, length=sequence_length, tokens=tokens
     )
     progress = sys.stderr.isatty()
+    held_out = None
+    if evaluation is not None:
+        held_out = read_rows(evaluation, tokenizer, original.config.vocab_size, length=sequence_length)
+        dense = evaluate.perplexity(original, held_out, progress=progress).perplexity
     stats = calibrate(original, rows.split(4), seed=seed, inputs=INPUTS[method.value], progress=progress)
     unfinished = output.resolve().with_name(f"{output.resolve().name}.resume")
     try:
@@ -130,12 +139,16 @@ def compress(
     except KeyboardInterrupt:
         print("rana: interrupted. The same command goes on from the last finished block", file=sys.stderr)
         raise
+    note(original, base_model=model, calibration={"data": calibration.name})
+    if held_out is not None and evaluation is not None:
+        found = evaluate.perplexity(original, held_out, progress=progress).perplexity
+        note(original, perplexity={"compressed": found, "dense": dense, "data": evaluation.name})
     save(original, output, tokenizer)
     shutil.rmtree(unfinished)
     stored = read_manifest(output).facts["stored_bytes"]
     if as_json:
-        found = {"directory": str(output), "tokens": stats.tokens, "stored_bytes": stored}
-        _print_json({**found, **json.loads(report.to_json())})
+        facts = {"directory": str(output), "tokens": stats.tokens, "stored_bytes": stored}
+        _print_json({**facts, **json.loads(report.to_json())})
     else:
         show_compression(report, output, stored)
 

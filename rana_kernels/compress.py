@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rana_kernels import allocate
 from rana_kernels.calibrate import Stats, calibrate
+from rana_kernels.card import made_from
 from rana_kernels.checkpoint import attach_plan
 from rana_kernels.fill import block_tensors
 from rana_kernels.install import build_block, check_plan, swap
@@ -68,9 +69,7 @@ def compress(
         measured += reports
     asked = plan or Plan((), method, flops_reduction)
     done = asked.with_adapters(tuple(adapters))
-    if hasattr(model, "config"):
-        attach_plan(model, done)  # so that model.save_pretrained writes what can be loaded
-    return CompressReport(
+    report = CompressReport(
         plan=done,
         adapters=measured,
         block_flops_reduction=done.reduction,
@@ -79,6 +78,9 @@ def compress(
         bytes_after=model_bytes(model),
         seconds=time.monotonic() - started,
     )
+    if hasattr(model, "config"):  # so that model.save_pretrained writes what can be loaded
+        attach_plan(model, done, made_from(model, stats, report))
+    return report
 
 
 Chooser = Callable[[Layer], list[Adapter]]

@@ -127,7 +127,9 @@ def test_an_own_model_by_patterns(whole):
     model = Own().eval()
     patterns = {key: value for key, value in PATTERNS.items() if whole or key != "mlp"}
     dense, before = model(tokens()), copy.deepcopy(model)
-    report = rana.compress(model, [tokens()], flops_reduction=0.05, patterns=patterns, progress=False)
+    report = rana.compress(
+        model, [tokens()], method="paper", flops_reduction=0.05, patterns=patterns, progress=False
+    )
     kinds = (type(model.blocks[0].q), type(model.blocks[0].v))
     assert kinds == (RanaLinear, RanaReceiver) and isinstance(model.blocks[0].ff, RanaMLP) == whole
     error = (model(tokens()) - dense).norm() / dense.norm()
@@ -154,8 +156,9 @@ def test_an_own_model_by_patterns(whole):
 def test_patterns_that_do_not_fit(change, message):
     model = Own()
     with pytest.raises(ValueError, match=message):
+        patterns = {**PATTERNS, **change}
         rana.compress(
-            model, [tokens()], flops_reduction=0.05, patterns={**PATTERNS, **change}, progress=False
+            model, [tokens()], method="paper", flops_reduction=0.05, patterns=patterns, progress=False
         )
     assert type(model.blocks[0].q) is nn.Linear
 

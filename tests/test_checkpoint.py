@@ -1,5 +1,6 @@
 """On disk and back: the same bits, or an error that says what is wrong. Never anything between."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import rana_kernels as rana
-from rana_kernels.checkpoint import MANIFEST, attached_plan, read_manifest, write_manifest
+from rana_kernels.card import card, note
+from rana_kernels.checkpoint import MANIFEST, attach_plan, attached_plan, read_manifest, write_manifest
 from rana_kernels.headers import CheckpointError, read_header
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 
@@ -92,6 +95,25 @@ def test_transformers_reads_and_writes_it_alone(model, tmp_path):
     assert again.hf_quantizer.is_serializable() and again.hf_quantizer.is_compileable
     with pytest.raises(CheckpointError, match="has no rana.json.*from_pretrained reads"):
         rana.load(tmp_path)
+
+
+def test_the_card_goes_with_the_model_and_names_the_hub(model, tmp_path):
+    note(model, base_model="org/tiny-model", calibration={"data": "some | text"})
+    rana.save(model, tmp_path / "once")
+    rana.save(rana.load(tmp_path / "once"), tmp_path / "twice")
+    cards = [(tmp_path / place / "README.md").read_text() for place in ("once", "twice")]
+    assert cards[0] == cards[1] and "240 tokens, of some / text, seed 0" in cards[0]
+    data = ModelCard(cards[0]).data
+    assert (data.base_model, data.pipeline_tag) == ("org/tiny-model", "text-generation")
+    assert "rana_kernels" in data.tags and "# tiny-model, compressed" in cards[0]
+
+
+@pytest.mark.parametrize("made", [None, [], {"calibration": 3, "perplexity": {"dense": "x"}, "bytes": None}])
+def test_facts_that_are_none_are_left_out_of_the_card(made, model):
+    broken = copy.copy(model)
+    broken.config = copy.deepcopy(model.config)
+    attach_plan(broken, attached_plan(model), made)
+    assert "| perplexity | not measured |" in card(broken)
 
 
 def test_shards_come_back(model, tmp_path):

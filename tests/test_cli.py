@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -105,6 +107,21 @@ def test_compress_in_json_and_from_tokens(folder, tmp_path, run):
     assert found["tokens"] == 8 * 48
     assert found["block_flops_reduction"] == pytest.approx(0.3, abs=0.01)
     assert rana.load(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_the_card_says_what_was_measured(folder, tmp_path, run):
+    code, _, err = run(*compression(folder, tmp_path / "out"), "--evaluation", folder / "text.txt")
+    assert code == 0, err
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.base_model is None
+    for words in (
+        f"| base model | {folder} |", "| calibration | 1024 tokens, of text.txt, seed 0, sha256 ",
+        " compressed, ", " dense, on text.txt |", " MB before, ", "torch 2.", "asked for)",
+        "mlp.down_proj | neuron | ",
+    ):  # fmt: skip
+        assert words in card.text, words
+    found = [float(x) for x in re.search(r"perplexity \| ([\d.]+) compressed, ([\d.]+)", card.text).groups()]
+    assert found[0] == pytest.approx(found[1], rel=0.1) and found[0] != found[1]
 
 
 def test_the_same_command_goes_on_after_an_interruption(folder, compressed, tmp_path, run, monkeypatch):

@@ -20,6 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from rana_kernels.card import card
 from rana_kernels.checkpoint import (
     MANIFEST,
     METHOD,
@@ -36,7 +37,8 @@ from rana_kernels.modules import check_thresholds
 
 
 def save(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) -> None:
-    """Write a compressed model, and its tokenizer if given, so that `load` gives back the same bits.
+    """Write a compressed model, its tokenizer if given, and a model card, so that `load` gives back the
+    same bits and the directory can be uploaded as it is.
 
     An older checkpoint in `directory` is replaced when the new one is whole; an interruption leaves it
     as it was. `checkpoint.py` says what is written.
@@ -54,6 +56,7 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) 
         model.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+        (new / "README.md").write_text(card(model), encoding="utf-8")
         write_manifest(new, model, plan)
 
 
@@ -87,11 +90,18 @@ def load(
 
 @register_quantization_config(METHOD)
 class RanaConfig(QuantizationConfigMixin):
-    """`quantization_config` of config.json: the format of the checkpoint, and the Plan as JSON has it."""
+    """`quantization_config` of config.json: the format of the checkpoint, the Plan as JSON has it, and
+    what the model was made from."""
 
-    def __init__(self, plan: dict[str, Any] | None = None, format: int | None = None, **_: object) -> None:
+    def __init__(
+        self,
+        plan: dict[str, Any] | None = None,
+        format: int | None = None,
+        made: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
         self.quant_method: Any = METHOD
-        self.format, self.plan = format, plan
+        self.format, self.plan, self.made = format, plan, made
 
 
 @register_quantizer(METHOD)
