@@ -9,19 +9,23 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from rana_kernels.models import Block, decoder_name, find_blocks, is_described
+from rana_kernels.sensitivity import Gradients
 
 INPUTS = ("qkv", "o", "mlp", "down")
 
 
 @dataclass
 class InputStats:
-    """One distinct input of a layer: `moment` [K, K] float64 is Σ x xᵀ, `sample` [T, K] some tokens."""
+    """One distinct input of a layer: `sample` [T, K] has some tokens, `moment` float64 is Σ x xᵀ [K, K];
+    or, where fewer features come out of its reader than go in, Σ y yᵀ [N, N] of y = Wx."""
 
     moment: Tensor
     sample: Tensor
@@ -35,6 +39,8 @@ class Stats:
     tokens    tokens that were read, padding left out
     seed      of the sample
     digest    of the token ids, and of which were sampled: two equal runs have the same
+    gradients [N] float64 by full name of a linear: the mean over tokens of the squared derivative of
+              their loss by each output. Empty unless asked for
     """
 
     model: nn.Module
@@ -42,6 +48,7 @@ class Stats:
     seed: int = 0
     digest: str = ""
     inputs: dict[tuple[int, str], InputStats] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, layer: int, name: str) -> InputStats:
         """Raises ValueError where that input was not collected."""
@@ -99,6 +106,7 @@ class _Batch:
     tokens: Tensor  # bool, [batch · T]: which are not padding
     keep: Tensor
     take: Tensor
+    paused: bool = False
 
 
 def calibrate(
@@ -107,7 +115,8 @@ def calibrate(
     *,
     sample_tokens: int = 4096,
     seed: int = 0,
-    inputs: Iterable[str] = ("qkv", "mlp"),
+    inputs: Iterable[str] = INPUTS,
+    gradients: bool = True,
     progress: bool = True,
 ) -> Stats:
     """Run `calibration` through the blocks of `model` and collect what their linears read.
@@ -115,8 +124,11 @@ def calibrate(
     calibration     an iterable, read once, of `input_ids` ([T] or [batch, T], integers) or of dicts
                     of model inputs; where `attention_mask` is 0 tokens are left out
     sample_tokens   size of the token sample, uniform over all tokens
-    inputs          which distinct inputs: "qkv", "o", "mlp" (up and gate) and "down". What a method
-                    needs is `rana_kernels.allocate.INPUTS[method]`
+    inputs          which distinct inputs: "qkv", "o", "mlp" (up and gate) and "down"
+    gradients       also how the loss depends on each output, on the first tokens (one backward pass
+                    for each of their rows); needs a model with a language-model head
+
+    The defaults serve every method; what one of them needs is `rana_kernels.allocate.NEEDS[method]`.
 
     The model is left as it was. Raises ValueError for an unknown architecture, an empty or ill-typed
     calibration, or activations that are not finite (it names the linear that reads them).
@@ -129,6 +141,7 @@ def calibrate(
     decoder = model.get_submodule(decoder_name(model))
     device = next(decoder.parameters()).device
     no_cache = {} if is_described(model) else {"use_cache": False}
+    slopes = Gradients(model) if gradients else None
     with _collecting(model, find_blocks(model), wanted, batch, stats), torch.no_grad():
         for kwargs in _batches(calibration, progress):
             ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
@@ -138,10 +151,16 @@ def calibrate(
             digest.update(ids.flatten()[batch.tokens.to(ids.device)].to("cpu", torch.int64).numpy().tobytes())
             batch.keep, batch.take = sampler.select(int(batch.tokens.sum()))
             kwargs = {key: _to(value, device) for key, value in kwargs.items()}
-            decoder(kwargs.pop("input_ids"), **kwargs, **no_cache)
+            others = {key: value for key, value in kwargs.items() if key != "input_ids"}
+            decoder(kwargs["input_ids"], **others, **no_cache)
+            if slopes:
+                batch.paused = True
+                slopes.add(kwargs)
+                batch.paused = False
     if sampler.seen == 0:
         raise ValueError("calibrate: the calibration holds no tokens, wanted an iterable of input_ids")
     stats.tokens, stats.digest = sampler.seen, digest.hexdigest()
+    stats.gradients = slopes.means() if slopes else {}
     return stats
 
 
@@ -200,8 +219,9 @@ def _collecting(model: nn.Module, blocks: list[Block], wanted: tuple[str, ...], 
     try:
         for block in blocks:
             for name in (name for name in wanted if name in block.inputs):
-                reader = block.inputs[name][0]
-                hook = _hook((block.index, name), reader, batch, stats)
+                reader, *others = block.inputs[name]
+                narrows = not others and _narrows(model.get_submodule(reader))
+                hook = _hook((block.index, name), reader, narrows, batch, stats)
                 hooks.append(model.get_submodule(reader).register_forward_pre_hook(hook))
         model.eval()
         yield
@@ -212,20 +232,29 @@ def _collecting(model: nn.Module, blocks: list[Block], wanted: tuple[str, ...], 
             module.training = True
 
 
-def _hook(key: tuple[int, str], reader: str, batch: _Batch, stats: Stats):
-    def collect(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _narrows(module: nn.Module) -> bool:
+    """Whether fewer features come out than go in: then the outputs' moment is smaller, and says as much."""
+    return isinstance(module, nn.Linear) and module.out_features < module.in_features
+
+
+def _hook(key: tuple[int, str], reader: str, narrows: bool, batch: _Batch, stats: Stats):
+    def collect(module: Any, args: tuple[Tensor, ...]) -> None:
+        if batch.paused:
+            return
         x = args[0].reshape(-1, args[0].shape[-1])
         x = x[batch.tokens.to(x.device)]
         wide = x.float()
         if not wide.isfinite().all():
             raise ValueError(f"calibrate: the input of {reader} holds values that are not finite")
         if key not in stats.inputs:
-            moment = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+            size = min(module.weight.shape) if narrows else x.shape[1]
+            moment = torch.zeros(size, size, dtype=torch.float64, device=x.device)
             stats.inputs[key] = InputStats(moment, x[:0])
         found = stats.inputs[key]
         # products in float32, sums of them in float64: the tail of a long sum stays
         for chunk in wide.split(2048):
-            found.moment += chunk.T @ chunk
+            seen = F.linear(chunk, module.weight.float()) if narrows else chunk
+            found.moment += seen.T @ seen
         kept = found.sample[batch.keep.to(x.device)]
         found.sample = torch.cat([kept, x[batch.take.to(x.device)]])
 

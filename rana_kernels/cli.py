@@ -24,7 +24,7 @@ except ModuleNotFoundError:  # optional for the package, not for its commands
     sys.exit("rana: the commands need transformers: pip install rana_kernels[transformers]")
 
 from rana_kernels import evaluate, info
-from rana_kernels.allocate import INPUTS
+from rana_kernels.allocate import DEFAULT, NEEDS
 from rana_kernels.calibrate import calibrate
 from rana_kernels.card import note
 from rana_kernels.checkpoint import attached_plan, check_target, read_manifest
@@ -48,6 +48,7 @@ LIVE_TOKENS = 4096  # on which kept rows are counted: a mean over so many is ste
 class Method(str, Enum):
     """How ranks are chosen."""
 
+    one_budget = DEFAULT
     paper = "paper"
     static = "static"
 
@@ -97,8 +98,11 @@ def compress(
         float, typer.Option(min=0.0, max=1.0, help="Share of the blocks' linear FLOPs to save.")
     ] = 0.44,
     method: Annotated[
-        Method, typer.Option(help="paper: RaNA, ranks chosen for each token. static: plain low rank.")
-    ] = Method.paper,
+        Method,
+        typer.Option(
+            help="global: one budget for the whole model. paper: RaNA as published. static: low rank."
+        ),
+    ] = Method.one_budget,
     tokens: Annotated[int, typer.Option(min=1, help="Calibrate on at most so many tokens.")] = 131_072,
     sequence_length: RowLength = 512,
     dtype: Annotated[Dtype, typer.Option(help="Load and store the weights as.")] = Dtype.auto,
@@ -125,7 +129,7 @@ def compress(
     if evaluation is not None:
         held_out = read_rows(evaluation, tokenizer, original.config.vocab_size, length=sequence_length)
         dense = evaluate.perplexity(original, held_out, progress=progress).perplexity
-    stats = calibrate(original, rows.split(4), seed=seed, inputs=INPUTS[method.value], progress=progress)
+    stats = calibrate(original, rows.split(4), seed=seed, progress=progress, **NEEDS[method.value])
     unfinished = output.resolve().with_name(f"{output.resolve().name}.resume")
     try:
         report = compress_model(

@@ -13,7 +13,7 @@ from typing import Any
 from rich.progress import track
 from torch import Tensor, nn
 
-from rana_kernels import allocate
+from rana_kernels import allocate, paper
 from rana_kernels.calibrate import Stats, calibrate
 from rana_kernels.card import made_from
 from rana_kernels.checkpoint import attach_plan
@@ -32,7 +32,7 @@ def compress(
     calibration: Iterable | None = None,
     *,
     flops_reduction: float | None = None,
-    method: str = "paper",
+    method: str = allocate.DEFAULT,
     plan: Plan | None = None,
     stats: Stats | None = None,
     patterns: Mapping[str, Any] | None = None,
@@ -54,8 +54,9 @@ def compress(
     started = time.monotonic()
     if patterns is not None:
         describe(model, patterns)
-    choose = _chooser(model, flops_reduction, method, plan)
+    _check_request(model, flops_reduction, method, plan)
     stats = _stats(model, calibration, stats, method, plan, progress)
+    choose = _chooser(stats, flops_reduction, method, plan, progress)
     blocks = find_blocks(model)
     facts = (stats.digest, plan.to_json() if plan else f"{method} {flops_reduction}")
     store = ResumeDir(resume_dir, fingerprint(model, blocks, *facts)) if resume_dir else None
@@ -86,19 +87,38 @@ def compress(
 Chooser = Callable[[Layer], list[Adapter]]
 
 
-def _chooser(model: nn.Module, flops_reduction: float | None, method: str, plan: Plan | None) -> Chooser:
-    """What decides the adapters of a block: the plan, or the method at its budget."""
+def _check_request(model: nn.Module, flops_reduction: float | None, method: str, plan: Plan | None) -> None:
+    """Find what cannot be done before the calibration runs."""
     if (plan is None) == (flops_reduction is None):
         raise ValueError(
             f"compress: plan is {'given' if plan else None} and flops_reduction is {flops_reduction}, "
             "wanted exactly one of them"
         )
     if plan is not None:
+        check_plan(model, plan)
+        return
+    allocate.check_method(method)
+    blocks = find_blocks(model)
+    if method != "global":
+        assert flops_reduction is not None
+        paper.keep_for(model, blocks, flops_reduction, method)
+
+
+def _chooser(
+    stats: Stats, flops_reduction: float | None, method: str, plan: Plan | None, progress: bool
+) -> Chooser:
+    """What decides the adapters of a block: the plan, or the method at its budget."""
+    model = stats.model
+    if plan is None and method == "global":
+        assert flops_reduction is not None
+        plan = allocate.plan(stats, flops_reduction=flops_reduction, method=method, progress=progress)
+    if plan is not None:
         planned = {block.index: adapters for block, adapters in check_plan(model, plan)}
         return lambda layer: planned[layer.block.index]
     assert flops_reduction is not None
-    keep = allocate.keep_for(model, find_blocks(model), flops_reduction, method)
-    return lambda layer: allocate.plan_layer(layer, keep, method)
+    # layer by layer, while its factors are there: each linear is decomposed once
+    keep = paper.keep_for(model, find_blocks(model), flops_reduction, method)
+    return lambda layer: paper.plan_layer(layer, keep, method)
 
 
 def _stats(
@@ -111,25 +131,25 @@ def _stats(
 ) -> Stats:
     if (calibration is None) == (stats is None):
         raise ValueError("compress: wanted exactly one of calibration and stats")
-    inputs = allocate.INPUTS[method] if plan is None else _inputs_of(model, plan)
+    needs = allocate.NEEDS[method] if plan is None else _needs_of(model, plan)
     if stats is None:
         assert calibration is not None
-        return calibrate(model, calibration, inputs=inputs, progress=progress)
+        return calibrate(model, calibration, **needs, progress=progress)
     if stats.model is not model:
         raise ValueError("compress: the statistics are of another model object than the one given")
-    stats.require(inputs)
+    stats.require(needs["inputs"])
     return stats
 
 
-def _inputs_of(model: nn.Module, plan: Plan) -> tuple[str, ...]:
-    """The inputs whose statistics a plan needs; what down reads is computed from what the MLP reads."""
+def _needs_of(model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """What of `calibrate` a plan needs; what down reads is computed from what the MLP reads."""
     needed = {"mlp"}
     for block, adapters in check_plan(model, plan):
         for adapter in adapters:
             name = next(key for key, readers in block.inputs.items() if adapter.names[0] in readers)
             if adapter.kind == "rank" or (adapter.kind == "neuron" and name != "down"):
                 needed.add(name)
-    return tuple(sorted(needed))
+    return {"inputs": tuple(sorted(needed)), "gradients": any(a.metric == "loss" for a in plan.adapters)}
 
 
 def _block(
@@ -157,9 +177,10 @@ def _with_threshold(layer: Layer, adapter: Adapter) -> Adapter:
     if adapter.kind == "dense" or adapter.threshold is not None:
         return adapter
     if adapter.kind == "rank":
-        score = layer.rank_values(adapter.names)[:, : adapter.rank].abs()
+        score = layer.rank_scores(adapter.names, adapter.metric)[:, : adapter.rank].abs()
     else:
-        score = layer.sample(layer.input_of(adapter.names)).abs() * layer.scale(adapter.names[0])
+        scale = layer.scale(adapter.names[0], adapter.metric)
+        score = layer.sample(layer.input_of(adapter.names)).abs() * scale
     threshold, live = threshold_for(score, adapter.live)
     return replace(adapter, threshold=threshold, live=live)
 

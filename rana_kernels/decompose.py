@@ -16,30 +16,45 @@ from torch import Tensor
 class Factors:
     """W ≈ A B at every number of ranks: `rows` [F, N] = Aᵀ orthonormal, `B` [F, K] = Aᵀ W.
 
-    F = min(N, K) ranks by falling energy, in the dtype of W. `energy` [F] float64 = Σ h² over all
-    calibration tokens.
+    F = min(N, K) ranks by falling energy, in the dtype of W. `norms` [F] float32: a rank weighs
+    (h / norms)² in the error that was decomposed for; all 1 where that is the error of the output.
+    `energy` [F] float64 = Σ (h / norms)² over all calibration tokens.
     """
 
     rows: Tensor
     B: Tensor
+    norms: Tensor
     energy: Tensor
 
 
-def decompose(weight: Tensor, moment: Tensor) -> Factors:
-    """Factors of `weight` [N, K] for inputs of second moment `moment` [K, K] (any positive scale).
+def decompose(weight: Tensor, moment: Tensor, metric: Tensor | None = None) -> Factors:
+    """Factors of `weight` [N, K] for inputs of second moment `moment` [K, K] (any positive scale), or,
+    where N < K, for outputs of second moment [N, N].
+
+    metric [N] float64: how much an error of each output counts, as a factor of it. The ranks are then
+    those of diag(metric) W, whose dropped energy is the weighted error; rows have length 1 all the same.
 
     Works for any number of calibration tokens: directions that no token had come last.
     """
-    wide, moment = weight.double(), moment.double()
-    A, energy = _narrow(wide, moment) if wide.shape[0] < wide.shape[1] else _tall(wide, moment)
-    rows = _fix_signs(A.T.contiguous()).float()
-    B = rows @ weight.float()
-    return Factors(rows.to(weight.dtype), B.to(weight.dtype), energy)
+    d = torch.ones(len(weight), dtype=torch.float64, device=weight.device) if metric is None else metric
+    wide = d[:, None] * weight.double()
+    A, energy = _directions(wide, d, moment.double())
+    U = _fix_signs(A.T.contiguous())
+    norms = (U / d).norm(dim=1, keepdim=True)
+    rows, B = (U / d / norms).float(), (U * d * norms).float() @ weight.float()
+    return Factors(rows.to(weight.dtype), B.to(weight.dtype), norms[:, 0].float(), energy)
 
 
-def _narrow(W: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """N < K: the eigenvectors of W Σ Wᵀ [N, N] themselves."""
-    energy, A = torch.linalg.eigh(W @ moment @ W.T)
+def _directions(W: Tensor, d: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    N, K = W.shape
+    if N >= K:
+        return _tall(W, moment)
+    return _narrow(d[:, None] * moment * d if len(moment) == N else W @ moment @ W.T)
+
+
+def _narrow(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """N < K: the eigenvectors of W Σ Wᵀ [N, N], the second moment of the outputs, themselves."""
+    energy, A = torch.linalg.eigh(outputs)
     return A.flip(1), energy.flip(0).clamp_min(0)
 
 

@@ -23,9 +23,10 @@ def block_tensors(layer: Layer, adapters: list[Adapter]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _threshold(adapter: Adapter, like: Tensor) -> Tensor:
+def _rank_thresholds(layer: Layer, adapter: Adapter) -> Tensor:
+    """One for each rank: the adapter's, which is of scores, in terms of h."""
     assert adapter.threshold is not None, "compress fills thresholds in first"
-    return torch.full((adapter.rank,), adapter.threshold, dtype=torch.float32, device=like.device)
+    return adapter.threshold * layer.factors(adapter.names, adapter.metric).norms[: adapter.rank]
 
 
 def _sentinels(layer: Layer, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -39,24 +40,25 @@ def _biases(layer: Layer, owner: str, names: tuple[str, ...]) -> dict[str, Tenso
 
 
 def _rank_tensors(layer: Layer, adapter: Adapter) -> dict[str, Tensor]:
-    owner, factors = adapter.names[0], layer.factors(adapter.names)
+    owner, factors = adapter.names[0], layer.factors(adapter.names, adapter.metric)
     return {
         # clones: a slice would keep the ranks that are not stored alive
         f"{owner}.B": factors.B[: adapter.rank].clone(),
         f"{owner}.rows": factors.rows[: adapter.rank].clone(),
-        f"{owner}.threshold": _threshold(adapter, factors.B),
+        f"{owner}.threshold": _rank_thresholds(layer, adapter),
         **_biases(layer, owner, adapter.names),
         **_sentinels(layer, adapter.names),
     }
 
 
 def _neuron_tensors(layer: Layer, adapter: Adapter) -> dict[str, Tensor]:
+    assert adapter.threshold is not None, "compress fills thresholds in first"
     (name,) = adapter.names
-    weight = layer.weight(adapter.names)
+    scale = layer.scale(name, adapter.metric)
     return {
-        f"{name}.rows": weight.T,
-        f"{name}.scale": layer.scale(name),
-        f"{name}.threshold": _threshold(adapter, weight),
+        f"{name}.rows": layer.weight(adapter.names).T,
+        f"{name}.scale": scale,
+        f"{name}.threshold": torch.full_like(scale, adapter.threshold),
         **_biases(layer, name, adapter.names),
         **_sentinels(layer, adapter.names),
     }
@@ -69,11 +71,12 @@ def _mlp_tensors(layer: Layer, adapters: list[Adapter]) -> dict[str, Tensor]:
     tensors = _neuron_tensors(layer, by_name[block.down])
     # up's ranks first
     stack = list(dict.fromkeys(by_name[name] for name in reversed(block.expanding)))
-    tensors[f"{block.mlp}.B"] = torch.cat([layer.factors(a.names).B[: a.rank] for a in stack])
-    tensors[f"{block.mlp}.threshold"] = torch.cat([_threshold(a, layer.factors(a.names).B) for a in stack])
+    tensors[f"{block.mlp}.B"] = torch.cat([layer.factors(a.names, a.metric).B[: a.rank] for a in stack])
+    tensors[f"{block.mlp}.threshold"] = torch.cat([_rank_thresholds(layer, a) for a in stack])
     for name in block.expanding:
         adapter = by_name[name]
-        parts = layer.factors(adapter.names).rows[: adapter.rank].split(adapter.out_features, dim=1)
+        rows = layer.factors(adapter.names, adapter.metric).rows[: adapter.rank]
+        parts = rows.split(adapter.out_features, dim=1)
         tensors[f"{name}.rows"] = parts[adapter.names.index(name)].clone()
         bias = layer.bias(adapter.names)
         if bias is not None:

@@ -37,7 +37,7 @@ class Layer:
 
     def __init__(self, model: nn.Module, block: Block, stats: Stats) -> None:
         self.model, self.block, self.stats = model, block, stats
-        self._factors: dict[tuple[str, ...], Factors] = {}
+        self._factors: dict[tuple[tuple[str, ...], str], Factors] = {}
         self._samples: dict[str, Tensor] = {}
 
     def linear(self, name: str) -> Linear:
@@ -69,22 +69,44 @@ class Layer:
     def input_of(self, names: tuple[str, ...]) -> str:
         return next(key for key, readers in self.block.inputs.items() if set(names) <= set(readers))
 
-    def factors(self, names: tuple[str, ...]) -> Factors:
-        if names not in self._factors:
+    def factors(self, names: tuple[str, ...], metric: str = "output") -> Factors:
+        """Decomposed in a metric of `Adapter.metric`."""
+        if (names, metric) not in self._factors:
             moment = self.stats.of(self.block.index, self.input_of(names)).moment
             weight = self.weight(names)
             if not weight.isfinite().all():
                 raise ValueError(f"the weights of {' or '.join(names)} hold values that are not finite")
-            self._factors[names] = decompose(weight, moment.to(weight.device))
-        return self._factors[names]
+            d = self.metric(names) if metric == "loss" else None
+            self._factors[names, metric] = decompose(weight, moment.to(weight.device), d)
+        return self._factors[names, metric]
 
-    def rank_values(self, names: tuple[str, ...]) -> Tensor:
+    def metric(self, names: tuple[str, ...]) -> Tensor:
+        """[N] float64: by what to multiply errors of outputs so that their squares count in the loss."""
+        missing = [name for name in names if name not in self.stats.gradients]
+        if missing:
+            raise ValueError(
+                f"the statistics have no gradients of {missing[0]}: calibrate with gradients=True"
+            )
+        squares = torch.cat([self.stats.gradients[name] for name in names])
+        # an output that the loss never saw still counts a little: its errors must not be free
+        return squares.clamp_min(1e-4 * float(squares.mean()) or 1.0).sqrt().to(self.weight(names[:1]).device)
+
+    def rank_values(self, names: tuple[str, ...], metric: str = "output") -> Tensor:
         """h [T, F] float32 of the sample, from B as it will be stored."""
-        return self.sample(self.input_of(names)) @ self.factors(names).B.float().T
+        return self.sample(self.input_of(names)) @ self.factors(names, metric).B.float().T
 
-    def scale(self, name: str) -> Tensor:
-        """‖W_:,i‖₂ of each input, [K] float32: what a unit of that input weighs in the output."""
-        return self.weight((name,)).float().norm(dim=0)
+    def rank_scores(self, names: tuple[str, ...], metric: str = "output") -> Tensor:
+        """[T, F] float32: what each rank value of the sample weighs in the metric."""
+        return self.rank_values(names, metric) / self.factors(names, metric).norms
+
+    def scale(self, name: str, metric: str = "output") -> Tensor:
+        """‖W_:,i‖₂ of each input, [K] float32: what a unit of that input weighs in the metric."""
+        return self.weighted((name,), metric).norm(dim=0)
+
+    def weighted(self, names: tuple[str, ...], metric: str) -> Tensor:
+        """[N, K] float32: the weights, each output multiplied by what its errors count."""
+        weight = self.weight(names).float()
+        return weight if metric == "output" else self.metric(names).float()[:, None] * weight
 
     def act(self, h: Tensor) -> Tensor:
         if self.block.act:

@@ -55,11 +55,12 @@ def measure(layer: Layer, adapter: Adapter) -> AdapterReport:
     name = layer.input_of(adapter.names)
     x, weight = layer.sample(name), layer.weight(adapter.names).float()
     if adapter.kind == "rank":
-        h, rows = layer.rank_values(adapter.names), layer.factors(adapter.names).rows.float()
-        score, all_ranks = h[:, : adapter.rank].abs(), h.square().mean(0)
-        h, rows = h[:, : adapter.rank], rows[: adapter.rank]
+        scores = layer.rank_scores(adapter.names, adapter.metric)
+        score, all_ranks = scores[:, : adapter.rank].abs(), scores.square().mean(0)
+        h = layer.rank_values(adapter.names, adapter.metric)[:, : adapter.rank]
+        rows = layer.factors(adapter.names, adapter.metric).rows[: adapter.rank].float()
     else:
-        h, rows, score = x, weight.T, x.abs() * layer.scale(adapter.names[0])
+        h, rows, score = x, weight.T, x.abs() * layer.scale(adapter.names[0], adapter.metric)
         all_ranks = score.square().mean(0).sort(descending=True).values
     mask = reference.keep(score, torch.tensor(adapter.threshold, dtype=torch.float32, device=h.device))
     some = slice(None, None, -(-len(x) // ERROR_TOKENS))

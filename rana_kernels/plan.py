@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 KINDS = ("rank", "neuron", "dense")
+METRICS = ("output", "loss")
 FORMAT = 1
 
 
@@ -27,6 +28,8 @@ class Adapter:
     threshold     smallest |h_i|·scale_i that is kept; None: `compress` chooses it so that `live` rows
                   of the calibration sample are kept
     bias          whether any of `names` has a bias
+    metric        what its errors were counted in: "output", or "loss", where every output weighs by how
+                  the loss depends on it; thresholds are in that metric
     """
 
     kind: str
@@ -37,6 +40,7 @@ class Adapter:
     live: float = 0.0
     threshold: float | None = None
     bias: bool = False
+    metric: str = "output"
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -161,6 +165,7 @@ def _check_types(a: Adapter) -> None:
     _require(widths, where, "out_features", a.out_features, "a tuple of positive whole numbers")
     _require(len(a.out_features) == len(a.names), where, "out_features", a.out_features, "one for each name")
     _require(isinstance(a.bias, bool), where, "bias", a.bias, "true or false")
+    _require(a.metric in METRICS, where, "metric", a.metric, f"one of {', '.join(METRICS)}")
     _require(_is_number(a.live) and a.live >= 0, where, "live", a.live, "a finite number >= 0")
     fine = a.threshold is None or (_is_number(a.threshold) and a.threshold >= 0)
     _require(fine, where, "threshold", a.threshold, "None or a finite number >= 0")

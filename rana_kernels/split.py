@@ -32,23 +32,34 @@ def best_split(h: Tensor, in_features: int, width: int, budget: float) -> Split:
 
     Raises ValueError if even the smallest adapter costs more.
     """
-    counts, value = _histogram(h)
-    ranks = torch.arange(1, counts.shape[0] + 1, device=h.device, dtype=torch.float64) * RANK_STEP
-    live = ((budget - ranks * in_features) / width).minimum(ranks)
-    if len(ranks) == 0 or live[0] < 1 - ROUNDING:
-        raise ValueError(
-            f"a rank adapter {in_features} -> {width} has {budget:.0f} multiply-adds, wanted at least "
-            f"{smallest_budget(in_features, width)}: ask for a smaller flops_reduction"
-        )
-    # of each bin, largest values first, what is left of the `live` share once the bins before are in
-    counts = counts.cumsum(0).double()
-    room = live[:, None] * len(h) - (counts.cumsum(1) - counts)
-    captured = (counts.minimum(room.clamp_min(0)) * value).sum(1)
-    captured[live < 1 - ROUNDING] = -1
-    best = int(captured.argmax())
-    rank = RANK_STEP * (best + 1)
-    threshold, kept = threshold_for(h[:, :rank].abs(), float(live[best]))
-    return Split(rank, kept, threshold)
+    return Splits(h, in_features, width).best(budget)
+
+
+class Splits:
+    """The best split of any budget. The sample is counted once, not for each budget."""
+
+    def __init__(self, h: Tensor, in_features: int, width: int) -> None:
+        self.h, self.in_features, self.width = h, in_features, width
+        counts, self._value = _histogram(h)
+        self._counts = counts.cumsum(0).double()
+
+    def best(self, budget: float) -> Split:
+        h, counts = self.h, self._counts
+        ranks = torch.arange(1, len(counts) + 1, device=h.device, dtype=torch.float64) * RANK_STEP
+        live = ((budget - ranks * self.in_features) / self.width).minimum(ranks)
+        if len(ranks) == 0 or live[0] < 1 - ROUNDING:
+            raise ValueError(
+                f"a rank adapter {self.in_features} -> {self.width} has {budget:.0f} multiply-adds, wanted "
+                f"at least {smallest_budget(self.in_features, self.width)}: ask for a smaller flops_reduction"
+            )
+        # of each bin, largest values first, what is left of the `live` share once the bins before are in
+        room = live[:, None] * len(h) - (counts.cumsum(1) - counts)
+        captured = (counts.minimum(room.clamp_min(0)) * self._value).sum(1)
+        captured[live < 1 - ROUNDING] = -1
+        best = int(captured.argmax())
+        rank = RANK_STEP * (best + 1)
+        threshold, kept = threshold_for(h[:, :rank].abs(), float(live[best]))
+        return Split(rank, kept, threshold)
 
 
 def threshold_for(score: Tensor, live: float) -> tuple[float, float]:

@@ -1,0 +1,80 @@
+"""How the loss depends on what each linear puts out: mean squared derivatives, by a few backward passes.
+
+To second order the loss rises by the error of an output times the curvature there, for which the mean
+squared derivative stands in (the Fisher information, diagonal). It weighs errors of different linears,
+and of the outputs of one, against each other.
+"""
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rana_kernels.models import find_blocks
+
+TOKENS = 32768  # how many of the calibration's first tokens are differentiated: the means settle soon
+
+
+class Gradients:
+    """Sums over tokens, collected batch by batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.tokens = model, 0
+        self.names = [name for block in find_blocks(model) for name in block.linears]
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, kwargs: dict[str, Any]) -> None:
+        """Differentiate the next-token loss of one batch of model inputs, row by row."""
+        for i in range(len(kwargs["input_ids"])):
+            if self.tokens >= TOKENS:
+                return
+            self._row({k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in kwargs.items()})
+
+    def means(self) -> dict[str, Tensor]:
+        return {name: total / max(1, self.tokens) for name, total in self.sums.items()}
+
+    def _row(self, kwargs: dict[str, Any]) -> None:
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        labels = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        if not (labels >= 0).any():
+            return
+        with torch.enable_grad(), self._differentiating():
+            output = self.model(**kwargs, use_cache=False)
+            if not hasattr(output, "logits"):
+                raise ValueError(
+                    f"calibrate: gradients need a loss, and {type(self.model).__name__} gives no logits, "
+                    "wanted a model with a language-model head"
+                )
+            # a sum: then a token's derivative does not depend on how many others there are
+            logits = output.logits[0, :-1].float()
+            F.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum").backward()
+        self.tokens += ids.numel() if mask is None else int(mask.sum())
+
+    @contextmanager
+    def _differentiating(self):
+        """Derivatives of outputs and of no weight: weights need no memory for theirs."""
+        wanted = [p for p in self.model.parameters() if p.requires_grad]
+        hooks = [self.model.get_input_embeddings().register_forward_hook(_start)]
+        hooks += [self.model.get_submodule(n).register_forward_hook(self._collector(n)) for n in self.names]
+        try:
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+            for hook in hooks:
+                hook.remove()
+
+    def _collector(self, name: str):
+        def collect(gradient: Tensor) -> None:
+            squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0, dtype=torch.float64)
+            self.sums[name] = self.sums.get(name, 0) + squares
+
+        return lambda _module, _args, output: output.register_hook(collect) and None
+
+
+def _start(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+    return output.requires_grad_()

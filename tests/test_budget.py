@@ -1,0 +1,249 @@
+"""One budget for a model: what the loss says about errors, and where multiply-adds are spent."""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from rana_kernels import budget
+from rana_kernels.allocate import plan
+from rana_kernels.budget import Choice, spend
+from rana_kernels.calibrate import calibrate
+from rana_kernels.compress import compress
+from rana_kernels.decompose import decompose
+from rana_kernels.layer import Layer
+from rana_kernels.models import find_blocks
+from rana_kernels.plan import Adapter
+from tests.test_compress import hand_plan, logits, make_model, tokens
+
+DEMO_MODEL = Path(__file__).parent.parent / "examples" / "demo_model"
+
+
+# what the loss says
+
+
+def test_gradients_are_those_of_the_loss_of_each_token():
+    model, ids = make_model(), tokens(2, 12)
+    found = calibrate(model, [ids], progress=False).gradients
+    name = "model.layers.1.mlp.up_proj"
+    total = torch.zeros(model.config.intermediate_size, dtype=torch.float64)
+    for row in ids:
+        outputs: list[torch.Tensor] = []
+        handle = model.get_submodule(name).register_forward_hook(
+            lambda module, args, y, outputs=outputs: outputs.append(y)
+        )
+        y = model(row[None]).logits[0, :-1]
+        (slope,) = torch.autograd.grad(F.cross_entropy(y, row[1:], reduction="sum"), outputs)
+        total += slope[0].double().square().sum(0)
+        handle.remove()
+    torch.testing.assert_close(found[name], total / ids.numel(), rtol=1e-5, atol=0)
+    assert set(found) == {n for block in find_blocks(model) for n in block.linears}
+
+
+def test_gradients_leave_the_model_and_the_other_statistics_as_they_are():
+    model = make_model()
+    model.lm_head.weight.requires_grad_(False)
+    wanted = {n: p.requires_grad for n, p in model.named_parameters()}
+    a = calibrate(model, [tokens()], progress=False)
+    b = calibrate(model, [tokens()], gradients=False, progress=False)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == wanted
+    assert all(p.grad is None for p in model.parameters())
+    for key, found in b.inputs.items():
+        assert torch.equal(found.moment, a.inputs[key].moment)
+        assert torch.equal(found.sample, a.inputs[key].sample)
+
+
+def test_padding_has_no_gradients():
+    model, ids = make_model(), tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[:, 15:] = 0
+    padded = calibrate(model, [{"input_ids": ids, "attention_mask": mask}], progress=False)
+    plain = calibrate(model, [ids[:, :15]], progress=False)
+    for name, found in plain.gradients.items():
+        torch.testing.assert_close(padded.gradients[name], found, rtol=1e-4, atol=1e-12)
+
+
+def test_a_model_without_a_head_has_no_loss():
+    with pytest.raises(ValueError, match="gives no logits, wanted a model with a language-model head"):
+        calibrate(make_model().model, [tokens()], progress=False)
+
+
+# the metric
+
+
+@pytest.mark.parametrize(("N", "K"), [(40, 24), (24, 40), (32, 32)])
+def test_the_weighted_error_of_a_mask_is_the_energy_it_drops(N, K):
+    torch.manual_seed(0)
+    W, X, d = torch.randn(N, K), torch.randn(200, K), torch.rand(N).double() * 3 + 0.01
+    moment = (X.T @ X).double()
+    factors = decompose(W, moment, d)
+    torch.testing.assert_close(factors.rows.norm(dim=1), torch.ones(min(N, K)))
+    h = X @ factors.B.T
+    score = h / factors.norms
+    torch.testing.assert_close(score.double().square().sum(0), factors.energy, rtol=1e-3, atol=1e-2)
+    kept = torch.where(score.abs() < score.abs().median(), 0, h)
+    error = (X @ W.T - kept @ factors.rows) * d.float()
+    dropped = score.masked_fill(kept != 0, 0)
+    torch.testing.assert_close(error.square().sum(), dropped.square().sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_the_moment_of_outputs_decomposes_as_that_of_inputs():
+    torch.manual_seed(0)
+    W, X, d = torch.randn(24, 40), torch.randn(300, 40), torch.rand(24).double() + 0.1
+    Y = X @ W.T
+    a, b = decompose(W, (X.T @ X).double(), d), decompose(W, (Y.T @ Y).double(), d)
+    torch.testing.assert_close(a.energy, b.energy, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close((a.rows @ b.rows.T).abs().diagonal(), torch.ones(24), rtol=1e-3, atol=0)
+
+
+# spending
+
+
+def choice(cost: float, error: float) -> Choice:
+    return Choice(cost, error, (Adapter("dense", (f"{cost} {error}",), 1, (1,)),))
+
+
+def random_curve(generator: torch.Generator) -> list[Choice]:
+    costs = torch.rand(6, generator=generator).sort().values * 10
+    steepness = float(torch.rand((), generator=generator)) * 3 + 0.3
+    return [choice(float(c), float(torch.exp(-steepness * c))) for c in costs]
+
+
+def least_error(curves: list, limit: float) -> float:
+    """By trying everything."""
+    return min(sum(c.error for c in cs) for cs in product(*curves) if sum(c.cost for c in cs) <= limit)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_spending_is_close_to_the_best_there_is(seed):
+    generator = torch.Generator().manual_seed(seed)
+    curves = [random_curve(generator) for _ in range(4)]
+    for limit in (12.0, 18.0, 25.0):
+        chosen = spend(curves, limit)
+        if chosen is None:
+            assert sum(min(c.cost for c in curve) for curve in curves) > limit
+            continue
+        assert sum(c.cost for c in chosen) <= limit * (1 + 1e-6)
+        # between two points of the hulls there may be one that only trying everything finds
+        assert sum(c.error for c in chosen) <= least_error(curves, limit) * 2 + 0.05
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_curves_together_are_on_the_hull_of_all_their_sums(seed):
+    generator = torch.Generator().manual_seed(seed)
+    curves = [random_curve(generator) for _ in range(3)]
+    points = budget.together(curves)
+    for point in points:
+        assert point.error <= least_error(curves, point.cost * (1 + 1e-9)) * (1 + 1e-6)
+        assert point.error == pytest.approx(sum(float(a.names[0].split()[1]) for a in point.adapters))
+    assert points[0].cost == sum(min(c.cost for c in curve) for curve in curves)
+    assert points[-1].error == pytest.approx(sum(min(c.error for c in curve) for curve in curves))
+
+
+def test_nothing_is_spent_where_nothing_is_affordable():
+    assert spend([[choice(5, 1), choice(6, 0)]], 4) is None
+    assert [c.cost for c in spend([[choice(5, 1), choice(6, 0)]], 5)] == [5]
+
+
+# the plan
+
+
+def test_a_plan_has_every_linear_once_in_the_metric_of_the_loss():
+    model = make_model("Qwen2")
+    stats = calibrate(model, [tokens()], progress=False)
+    made = plan(stats, flops_reduction=0.5, progress=False)
+    assert made.method == "global" and made.reduction == pytest.approx(0.5, abs=0.002)
+    assert [n for a in made.adapters for n in a.names] == [
+        n for block in find_blocks(model) for n in block.linears
+    ]
+    assert {a.metric for a in made.adapters if a.kind != "dense"} == {"loss"}
+
+
+def test_a_linear_that_the_loss_does_not_see_gets_little():
+    """Which layer a budget goes to follows the gradients, not the size of the outputs."""
+    stats = calibrate(make_model(), [tokens()], progress=False)
+    blind = {n: g * (1e-8 if ".0." in n else 1) for n, g in stats.gradients.items()}
+    made = plan(replace(stats, gradients=blind), flops_reduction=0.5, progress=False)
+    spent = [sum(a.flops for a in made.adapters if f".{i}." in a.names[0]) for i in (0, 1)]
+    assert spent[0] < 0.2 * spent[1]
+
+
+def test_errors_of_the_curves_are_what_the_modules_do():
+    """A choice's error is the weighted error that its adapter makes on the sample."""
+    model = make_model()
+    stats = calibrate(model, [tokens()], progress=False)
+    block = find_blocks(model)[0]
+    layer = Layer(model, block, stats)
+    for names in (block.qkv, (block.down,), (block.o,)):
+        x, y = layer.sample(layer.input_of(names)), None
+        y = x @ layer.weight(names).T
+        curve = list(budget._ranks(layer, names))
+        if len(names) == 1:
+            curve += budget._neurons(layer, names[0])
+        for point in curve[::7]:
+            (adapter,) = point.adapters
+            if adapter.kind == "rank":
+                factors = layer.factors(names, "loss")
+                h = x @ factors.B[: adapter.rank].T
+                kept = torch.where(h.abs() < adapter.threshold * factors.norms[: adapter.rank], 0, h)
+                approximate = kept @ factors.rows[: adapter.rank]
+            else:
+                kept = torch.where(x.abs() * layer.scale(names[0], "loss") < adapter.threshold, 0, x)
+                approximate = kept @ layer.weight(names).T
+            error = ((y - approximate) * layer.metric(names).float()).square().sum(1).mean()
+            assert point.error == pytest.approx(float(error), rel=0.02, abs=1e-3 * curve[0].error), adapter
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
+def test_full_rank_in_the_metric_of_the_loss_is_the_dense_model(joint):
+    model = make_model()
+    dense = logits(model)
+    made = hand_plan(model, joint)
+    made = made.with_adapters(tuple(replace(a, metric="loss") for a in made.adapters))
+    compress(model, [tokens()], plan=made, progress=False)
+    torch.testing.assert_close(logits(model), dense, rtol=0, atol=1e-5)
+
+
+def test_thresholds_of_ranks_are_their_own():
+    model = make_model()
+    made = hand_plan(model)
+    adapters = [a if a.kind == "dense" else replace(a, metric="loss", threshold=0.01) for a in made.adapters]
+    stats = calibrate(model, [tokens()], progress=False)
+    block = find_blocks(model)[0]
+    norms = Layer(model, block, stats).factors(block.qkv, "loss").norms
+    compress(model, stats=stats, plan=made.with_adapters(tuple(adapters)), progress=False)
+    threshold = model.get_submodule(block.qkv[0]).threshold
+    torch.testing.assert_close(threshold, 0.01 * norms)
+    assert threshold.unique().numel() > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [0.56, 0.35])
+def test_the_gap_to_dense_is_a_fraction_of_the_paper_methods(keep):
+    from transformers import AutoModelForCausalLM
+
+    held_out = load_file(DEMO_MODEL / "evaluation.safetensors")["input_ids"][:64].long()
+    text = load_file(DEMO_MODEL / "calibration.safetensors")["input_ids"].long().split(8)
+
+    def load() -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def loss(model: nn.Module) -> float:
+        parts = [
+            F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            for ids in held_out.split(4)
+        ]
+        return float(torch.stack(parts).mean())
+
+    losses = {"dense": loss(load())}
+    for method in ("global", "paper", "static"):
+        compress(model := load(), text, flops_reduction=1 - keep, method=method, progress=False)
+        losses[method] = loss(model)
+    gaps = {method: found - losses["dense"] for method, found in losses.items()}
+    assert 0 < gaps["global"] < 0.42 * gaps["paper"] < 0.42 * gaps["static"], losses
