@@ -29,6 +29,7 @@ from rana_kernels.calibrate import calibrate
 from rana_kernels.card import note
 from rana_kernels.checkpoint import attached_plan, check_target, read_manifest
 from rana_kernels.compress import compress as compress_model
+from rana_kernels.integrations.handover import hand_over
 from rana_kernels.integrations.transformers import load, save
 from rana_kernels.tables import show_compression, show_evaluation, show_tuning
 from rana_kernels.tokens import read_rows
@@ -283,6 +284,22 @@ def show_info(as_json: AsJson = False) -> None:
         _print_json(found.to_dict())
     else:
         print(found)
+
+
+# everything after the command's name is the other program's
+_UNCHANGED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command("serve", context_settings=_UNCHANGED)
+def serve(context: typer.Context) -> None:
+    """`transformers serve`, which then finds compressed models: an OpenAI-compatible server."""
+    hand_over("transformers", ["serve", *context.args], "'transformers[serving]'")
+
+
+@app.command("lm-eval", context_settings=_UNCHANGED)
+def lm_eval(context: typer.Context) -> None:
+    """`lm-eval`, which then finds compressed models: the evaluation harness."""
+    hand_over("lm-eval", context.args, "'lm-eval[hf]'")
 
 
 def _device() -> str:

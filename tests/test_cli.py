@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import rana_kernels as rana
 from rana_kernels import cli
 from rana_kernels.evaluate import decode_speed, kept_rows, perplexity
+from rana_kernels.integrations import handover
 from rana_kernels.tokens import read_rows
 
 VOCABULARY = 300
@@ -177,6 +180,22 @@ def test_info(run):
     code, out, _ = run("info")
     assert code == 0 and "masked_mlp" in out and torch.__version__ in out
     assert str(rana.report()) == repr(rana.report()) == out.removesuffix("\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "program", "arguments"), [("serve", "transformers", ["serve"]), ("lm-eval", "lm-eval", [])]
+)
+def test_other_programs_get_their_arguments_unchanged(command, program, arguments, run, monkeypatch):
+    asked = ["--help", "dir", "--port", "1", "-x", "--y=2"]
+    seen: list[list[str]] = []
+    script = SimpleNamespace(load=lambda: lambda: seen.append(sys.argv))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(handover, "entry_points", lambda group, name: [script] if name == program else [])
+    assert run(command, *asked)[0] == 0
+    assert seen == [[program, *arguments, *asked]]
+    monkeypatch.setattr(handover, "entry_points", lambda group, name: [])
+    code, _, err = run(command)
+    assert code == 1 and f"rana: {program} is not installed: pip install" in err
 
 
 @pytest.mark.parametrize("command", ["compress", "eval", "generate"])
