@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rana_kernels.models import find_blocks
+from rana_kernels.models import find_blocks, is_described
 
 TOKENS = 32768  # how many of the calibration's first tokens are differentiated: the means settle soon
 
@@ -41,22 +41,34 @@ class Gradients:
         if not (labels >= 0).any():
             return
         with torch.enable_grad(), self._differentiating():
-            output = self.model(**kwargs, use_cache=False)
-            if not hasattr(output, "logits"):
-                raise ValueError(
-                    f"calibrate: gradients need a loss, and {type(self.model).__name__} gives no logits, "
-                    "wanted a model with a language-model head"
-                )
             # a sum: then a token's derivative does not depend on how many others there are
-            logits = output.logits[0, :-1].float()
+            logits = self._logits(kwargs)[0, :-1].float()
             F.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum").backward()
         self.tokens += ids.numel() if mask is None else int(mask.sum())
+
+    def _logits(self, kwargs: dict[str, Any]) -> Tensor:
+        if is_described(self.model):
+            output = self.model(kwargs["input_ids"])
+            logits = getattr(output, "logits", output)
+        else:
+            logits = getattr(self.model(**kwargs, use_cache=False), "logits", None)
+        if not isinstance(logits, Tensor) or logits.dim() != 3:
+            raise ValueError(
+                f"calibrate: gradients need a loss, and {type(self.model).__name__} gives no logits, "
+                "wanted a model with a language-model head (or another method)"
+            )
+        return logits
+
+    def _embeddings(self) -> nn.Module:
+        if not is_described(self.model):
+            return self.model.get_input_embeddings()  # type: ignore[operator]
+        return next(m for m in self.model.modules() if isinstance(m, nn.Embedding))
 
     @contextmanager
     def _differentiating(self):
         """Derivatives of outputs and of no weight: weights need no memory for theirs."""
         wanted = [p for p in self.model.parameters() if p.requires_grad]
-        hooks = [self.model.get_input_embeddings().register_forward_hook(_start)]
+        hooks = [self._embeddings().register_forward_hook(_start)]
         hooks += [self.model.get_submodule(n).register_forward_hook(self._collector(n)) for n in self.names]
         try:
             for parameter in wanted:

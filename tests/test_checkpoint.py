@@ -33,7 +33,7 @@ def compressed(architecture: str = "Llama", dtype: torch.dtype = torch.float32, 
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)
-    rana.compress(model, [tokens()], flops_reduction=0.3, progress=False)
+    rana.compress(model, [tokens()], flops_reduction=0.3, method="paper", progress=False)
     return model
 
 
