@@ -43,7 +43,8 @@ def test_full_ranks_are_the_dense_model(name):
 def test_compressed_saved_loaded_and_generating(name, method, tmp_path):
     model = make_model(name)
     report = rana.compress(model, [tokens()], flops_reduction=0.2, method=method, progress=False)
-    dense = [p for p in model.modules() if type(p) in (nn.Linear, Conv1D) and p is not model.lm_head]
+    head = model.get_output_embeddings()
+    dense = [p for p in model.modules() if type(p) in (nn.Linear, Conv1D) and p is not head]
     if method != "global":  # which decides by itself what stays dense
         assert len(dense) == len(find_blocks_of(name)), "all linears but o are adapted"
     assert 0.15 < report.block_flops_reduction < 0.3
@@ -60,7 +61,7 @@ def find_blocks_of(name: str):
     return find_blocks(make_model(name))
 
 
-@pytest.mark.parametrize("name", ["Phi3", "GPTNeoX", "GPT2", "Qwen3Moe"])
+@pytest.mark.parametrize("name", ["Phi3", "GPTNeoX", "GPT2"])
 def test_layouts_compile_whole(name):
     model = make_model(name)
     rana.compress(model, [tokens()], flops_reduction=0.2, progress=False)
@@ -68,7 +69,7 @@ def test_layouts_compile_whole(name):
     decoder = model.base_model
     with torch.no_grad():
         wanted = decoder(tokens(), use_cache=False).last_hidden_state
-        compiled = torch.compile(decoder, fullgraph=name != "Qwen3Moe", backend="aot_eager")
+        compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(tokens(), use_cache=False).last_hidden_state, wanted)
 
 

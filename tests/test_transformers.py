@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import rana_kernels as rana
 from tests.test_compress import logits, make_model, tokens
 
-EVERY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+EVERY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
 
 
 def prompt(rows: int = 1) -> torch.Tensor:
