@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
+SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* bench/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
 .PHONY: help build demo test test-slow lint format bench gpu compile-check sanitize clean
 
@@ -62,7 +63,7 @@ compile-check: build
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 sanitize: build
-	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" RANA_BUILD=cpu \
 	    $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	for isa in baseline $$($(BIN)/python -c "from rana_kernels import backends; print(backends.instruction_set())"); do \
 	    RANA_CPU_ISA=$$isa LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -74,13 +75,13 @@ sanitize: build
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* bench/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 	$(BIN)/mypy
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* bench/*.cpp)
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
 	rm -rf build dist *.egg-info rana_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache $(VENV)

@@ -73,17 +73,20 @@ def op_libraries() -> list[Extension]:
     ]
 
 
+def cuda_sources() -> list[str]:
+    return sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+
+
 def cuda_library() -> Extension:
-    sources = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+    """Its sources are dependencies: torch's BuildExtension refuses .cu sources where torch has no CUDA."""
     headers = sorted(str(p) for d in ("csrc", "csrc/cuda") for p in Path(d).glob("*.*h"))
-    return Extension("rana_kernels._cuda", sources, depends=headers, py_limited_api=True)
+    return Extension(
+        "rana_kernels._cuda", sources=[], depends=[*cuda_sources(), *headers], py_limited_api=True
+    )
 
 
-def compile_cuda(ext: Extension, target: str) -> None:
-    """One call of nvcc. (torch's BuildExtension refuses .cu files where torch has no CUDA.)
-
-    libtorch has to be named as needed: the symbols that only a torch with CUDA has are weak.
-    """
+def compile_cuda(target: str) -> None:
+    """One call of nvcc. libtorch is linked even if not needed: what only CUDA torches have is weak."""
     from torch.utils import cpp_extension
 
     Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,7 @@ def compile_cuda(ext: Extension, target: str) -> None:
     # one thread a target and file at most, as many as MAX_JOBS allows
     threads = [f"--threads={os.environ.get('MAX_JOBS', '0')}"]
     subprocess.run(
-        [nvcc(), "-shared", *CUDA_COMPILE, *gencode, *threads, *defines, *includes, *ext.sources]
+        [nvcc(), "-shared", *CUDA_COMPILE, *gencode, *threads, *defines, *includes, *cuda_sources()]
         + [*link, "-o", target],
         check=True,
     )
@@ -124,8 +127,8 @@ def build_command() -> dict:
         def build_extension(self, ext: Extension) -> None:
             if ext.name == "rana_kernels._cuda":
                 target = self.get_ext_fullpath(ext.name)
-                if self.force or newer_group([*ext.sources, *ext.depends], target, "newer"):
-                    compile_cuda(ext, target)
+                if self.force or newer_group(ext.depends, target, "newer"):
+                    compile_cuda(target)
                 return
             # the libraries share their sources: each needs an object folder of its own
             shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)

@@ -13,14 +13,15 @@ struct Linear {
 // The counters are cleared behind a grid barrier that no block waits at before its first tile is summed.
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kThreads<kTokens>, 1) masked_linear_kernel(const __grid_constant__ Linear<T> op) {
+  const int tokens = kTokens == 1 ? 1 : op.tokens;
   const auto grid = cooperative_groups::this_grid();
   clear(op.output.arrived, op.expansion.tiles);
   auto cleared = grid.barrier_arrive();
   bool waited = false;
   for (int item = blockIdx.x; item < op.expansion.items(); item += gridDim.x) {
-    expand<kTokens>(op.expansion, op.tokens, item);
+    expand<kTokens>(op.expansion, tokens, item);
     if (!waited) grid.barrier_wait(std::move(cleared)), waited = true;
-    finish(op.expansion, op.output, op.tokens, item % op.expansion.tiles);
+    finish(op.expansion, op.output, tokens, item % op.expansion.tiles);
   }
   if (!waited) grid.barrier_wait(std::move(cleared));
 }

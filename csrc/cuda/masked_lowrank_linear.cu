@@ -13,12 +13,13 @@ struct Lowrank {
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kThreads<kTokens>, 1)
     masked_lowrank_linear_kernel(const __grid_constant__ Lowrank<T> op) {
+  const int tokens = kTokens == 1 ? 1 : op.ranks.x.count;
   clear(op.output.arrived, op.expansion.tiles);
   project<kTokens>(op.ranks);
   cooperative_groups::this_grid().sync();
   for (int item = blockIdx.x; item < op.expansion.items(); item += gridDim.x) {
-    expand<kTokens>(op.expansion, op.ranks.x.count, item);
-    finish(op.expansion, op.output, op.ranks.x.count, item % op.expansion.tiles);
+    expand<kTokens>(op.expansion, tokens, item);
+    finish(op.expansion, op.output, tokens, item % op.expansion.tiles);
   }
 }
 

@@ -28,9 +28,8 @@ __device__ float neuron(const Mlp<T>& op, int64_t n, float up, float gate) {
 
 // The neurons of a tile, by the last block to finish a part of their sums.
 template <class T>
-__device__ void finish_neurons(const Mlp<T>& op, int tile) {
+__device__ void finish_neurons(const Mlp<T>& op, int tokens, int tile) {
   const auto &up = op.halves[0], &gate = op.halves[1];
-  const int tokens = op.ranks.x.count;
   if (!last_to_arrive(op.arrived + tile, up.splits * (1 + op.gates))) return;
   for_tile<T>(tile, tokens, up.rows.columns, [&](int m, int64_t n) {
     const float of_gate = op.gates ? sum_of_splits(gate, tokens, m, n) : 0.0f;
@@ -40,14 +39,14 @@ __device__ void finish_neurons(const Mlp<T>& op, int tile) {
 
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kThreads<kTokens>, 1) masked_mlp_kernel(const __grid_constant__ Mlp<T> op) {
-  const int tokens = op.ranks.x.count, items = op.halves[0].items();
+  const int tokens = kTokens == 1 ? 1 : op.ranks.x.count, items = op.halves[0].items();
   clear(op.arrived, op.halves[0].tiles);
   clear(op.output.arrived, op.down.tiles);
   project<kTokens>(op.ranks);
   cooperative_groups::this_grid().sync();
   for (int item = blockIdx.x; item < items * (1 + op.gates); item += gridDim.x) {
     expand<kTokens>(op.halves[item / items], tokens, item % items);
-    finish_neurons(op, item % op.halves[0].tiles);
+    finish_neurons(op, tokens, item % op.halves[0].tiles);
   }
   cooperative_groups::this_grid().sync();
   for (int item = blockIdx.x; item < op.down.items(); item += gridDim.x) {

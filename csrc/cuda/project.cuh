@@ -5,6 +5,8 @@
 // in flight while sums are added up. How a sum is grouped depends on the length of the row alone.
 #pragma once
 
+#include <algorithm>
+
 #include "device.cuh"
 
 namespace {
@@ -26,11 +28,14 @@ struct Projection {
   float* h;  // [x.count, B.rows]
 };
 
-// Rows that a warp reads side by side: as many loads in flight as registers allow.
+// Rows that a warp reads side by side: so many loads are in flight.
+template <bool kWide>
+constexpr int kRowsAtOnce = kWide ? 8 : 2;
+// Sums that are added up over the lanes in one go.
 template <bool kWide, int kTokens>
-constexpr int kRowsAtOnce = !kWide         ? 2
-                            : kTokens == 8 ? 4
-                                           : 8;
+constexpr int kGroup = std::min(kRowsAtOnce<kWide> * kTokens, kLanes);
+template <bool kWide, int kTokens>
+using RowSums = float[kRowsAtOnce<kWide> * kTokens / kGroup<kWide, kTokens>][kGroup<kWide, kTokens>];
 // Tokens beyond kTokens read a row again, from the cache; no more than this many in all.
 template <int kTokens>
 constexpr int kMostTokens = kTokens == 8 ? 16 : kTokens;
@@ -42,22 +47,25 @@ struct Partials {
   float at[kWarps<kTokens>][kRows][kMostTokens<kTokens>];
 };
 
-// sums[row][token] += the products at column k, of rows that lie `stride` apart
+// sum number row * kTokens + token += the products at column k, of rows that lie `stride` apart
 template <bool kWide, int kTokens, class T>
 __device__ void add_products(const T* B, int64_t stride, int rows, const Tokens<T>& x, int first, int64_t k,
-                             float (&sums)[kRowsAtOnce<kWide, kTokens> * kTokens]) {
-  Packet<T> weights[kRowsAtOnce<kWide, kTokens>] = {};
+                             RowSums<kWide, kTokens>& sums) {
+  constexpr int kRows = kRowsAtOnce<kWide>, kSize = kGroup<kWide, kTokens>;
+  Packet<T> weights[kRows] = {};
 #pragma unroll
-  for (int r = 0; r < kRowsAtOnce<kWide, kTokens>; r++)
+  for (int r = 0; r < kRows; r++)
     if (r < rows) weights[r] = stream<kWide>(B + r * stride + k, x.size - k);
 #pragma unroll
   for (int m = 0; m < kTokens; m++) {
     if (first + m >= x.count) break;
     const Packet<T> v = read<kWide>(x.data + (first + m) * x.size + k, x.size - k);
 #pragma unroll
-    for (int r = 0; r < kRowsAtOnce<kWide, kTokens>; r++)
+    for (int r = 0; r < kRows; r++) {
+      float& sum = sums[(r * kTokens + m) / kSize][(r * kTokens + m) % kSize];
 #pragma unroll
-      for (int i = 0; i < kPacket<T>; i++) sums[r * kTokens + m] += weights[r][i] * v[i];
+      for (int i = 0; i < kPacket<T>; i++) sum += weights[r][i] * v[i];
+    }
   }
 }
 
@@ -65,8 +73,7 @@ __device__ void add_products(const T* B, int64_t stride, int rows, const Tokens<
 template <bool kWide, int kTokens, class T>
 __device__ void project_rows(const Projection<T>& projection) {
   const auto& [x, B, warps_a_row, h] = projection;
-  constexpr int kRows = kRowsAtOnce<kWide, kTokens>, kShare = kLanes / (kRows * kTokens);
-  constexpr int kUnroll = 8 / kRows;  // eight loads in flight
+  constexpr int kRows = kRowsAtOnce<kWide>, kSize = kGroup<kWide, kTokens>, kShare = kLanes / kSize;
   using Round = Partials<kTokens>;
   Round& partials = shared_as<Round>();
   const int teams_here = kWarps<kTokens> / warps_a_row;
@@ -80,14 +87,16 @@ __device__ void project_rows(const Projection<T>& projection) {
       if (row >= B.rows) break;
       const int64_t left = ceil_div(B.rows - row, teams);
       for (int first = 0; first < x.count; first += kTokens) {
-        float sums[kRows * kTokens] = {};
-#pragma unroll kUnroll
+        RowSums<kWide, kTokens> sums = {};
         for (int64_t k = start; k < x.size; k += warps_a_row * kLanes * kPacket<T>)
           add_products<kWide, kTokens>(B.data + row * B.ld, teams * B.ld, left < kRows ? int(left) : kRows, x, first, k,
                                        sums);
-        const float sum = sum_over_lanes(sums);
-        const int i = lane() / kShare;
-        if (lane() % kShare == 0) partials.at[warp()][slot + i / kTokens][first + i % kTokens] = sum;
+#pragma unroll
+        for (int g = 0; g < kRows * kTokens / kSize; g++) {
+          const float sum = sum_over_lanes(sums[g]);
+          const int i = g * kSize + lane() / kShare;
+          if (lane() % kShare == 0) partials.at[warp()][slot + i / kTokens][first + i % kTokens] = sum;
+        }
       }
     }
     __syncthreads();

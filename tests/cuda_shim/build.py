@@ -30,7 +30,7 @@ Mutation = tuple[str, str, str]
 def build(
     folder: Path, ops: Iterable[str] = OPS, sanitize: bool = False, mutation: Mutation | None = None
 ) -> Path:
-    """The library with these ops, under `folder`. `mutation`: a file, a text that it has once, and another."""
+    """The library with these ops, in `folder`. `mutation`: a file, a text that it has once, and another."""
     sources = folder / "csrc"
     shutil.copytree(ROOT / "csrc", sources, ignore=shutil.ignore_patterns("cpu"), dirs_exist_ok=True)
     for path in (sources / "cuda").iterdir():

@@ -1,0 +1,146 @@
+"""The compiled CUDA library loads without a card, and its machine code is what the kernels were written for.
+
+`make build` compiles it wherever nvcc is; cuobjdump then reads what ptxas made of it. Registers are compared
+with a table (`python -m tests.test_cuda_build` writes it), but only for the compiler it was written with.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rana_kernels import backends, ops
+
+ROOT = Path(__file__).parent.parent
+TABLE = Path(__file__).with_name("cuda_registers.txt")
+PINNED = "release 13.0"
+TARGETS = ("sm_80", "sm_90", "sm_100")
+DTYPES = {"f": "float32", "N3c108BFloat16E": "bfloat16", "N3c104HalfE": "float16"}
+TOKENS = (1, 4, 8)
+KERNEL = re.compile(r"\d(masked_\w+)_kernelI(f|N3c108BFloat16E|N3c104HalfE)Li(\d)E")
+LIBRARY = backends.library("cuda")
+
+built = pytest.mark.skipif(
+    not LIBRARY.exists(), reason="no CUDA library: there was no nvcc when it was built"
+)
+
+
+def cuobjdump(*options: str) -> str:
+    """What the toolkit's cuobjdump, or the one in the triton package, says about the library."""
+    bundled = Path(sys.prefix).glob("lib/python3*/site-packages/triton/backends/nvidia/bin/cuobjdump")
+    tool = shutil.which("cuobjdump") or next(map(str, bundled), None)
+    if tool is None:
+        pytest.skip("no cuobjdump, on the path or with triton")
+    done = subprocess.run([tool, *options, str(LIBRARY)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def resources() -> dict[tuple, dict[str, int]]:
+    """{(target, op, dtype, tokens): {"REG": 128, "STACK": 0, ...}} of the decode kernels."""
+    found, target, kernel = {}, None, None
+    for line in cuobjdump("--dump-resource-usage").splitlines():
+        if arch := re.search(r"arch = (\w+)", line):
+            target = arch[1]
+        elif function := re.search(r"Function (\S+):", line):
+            kernel = KERNEL.search(function[1])
+        elif kernel and "REG:" in line:
+            key = (target, kernel[1], DTYPES[kernel[2]], int(kernel[3]))
+            found[key] = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line)}
+            kernel = None
+    return found
+
+
+def table() -> str:
+    lines = ["# op dtype tokens, then registers a thread on " + " ".join(TARGETS) + f"; nvcc {PINNED}"]
+    found = resources()
+    for op in ops.SCHEMAS:
+        for dtype in DTYPES.values():
+            for tokens in TOKENS:
+                registers = [found[target, op, dtype, tokens]["REG"] for target in TARGETS]
+                lines.append(" ".join(map(str, (op, dtype, tokens, *registers))))
+    return "\n".join(lines) + "\n"
+
+
+def compiler_is_pinned() -> bool:
+    nvcc = shutil.which("nvcc")
+    return bool(nvcc) and PINNED in subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+
+
+@built
+def test_every_kernel_is_there_and_nothing_is_spilled():
+    found = resources()
+    assert set(found) == {
+        (target, op, dtype, tokens)
+        for target in TARGETS
+        for op in ops.SCHEMAS
+        for dtype in DTYPES.values()
+        for tokens in TOKENS
+    }
+    for key, used in found.items():
+        assert used["STACK"] == used["LOCAL"] == 0, (key, used)
+        # one block has a multiprocessor to itself: 512 threads for a token, else 256
+        assert used["REG"] <= (128 if key[3] == 1 else 255), (key, used)
+        # shared memory is asked for at the launch; 1 KB belongs to the system from sm_90 on
+        assert used["SHARED"] <= 1024, (key, used)
+
+
+@built
+def test_registers_are_those_of_the_table():
+    if not compiler_is_pinned():
+        pytest.skip(f"the table is for nvcc {PINNED}")
+    assert table() == TABLE.read_text()
+
+
+@built
+def test_weights_are_read_16_bytes_at_a_time_with_eight_loads_in_flight():
+    kernel, loads = None, {}
+    for line in cuobjdump("-sass", "-arch", "sm_90").splitlines():
+        if function := re.search(r"Function : (\S+)", line):
+            kernel = KERNEL.search(function[1])
+        elif kernel and (found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line)):
+            loads.setdefault(kernel.groups(), []).append(found[1])
+    assert len(loads) == len(ops.SCHEMAS) * len(DTYPES) * len(TOKENS)
+    for key, code in loads.items():
+        wide = [i for i, instruction in enumerate(code) if "LDG.E.EF.128" in instruction]
+        phases = 1 if key[0] == "masked_linear" else 2 if key[0] == "masked_lowrank_linear" else 3
+        assert len(wide) == 8 * phases, (key, len(wide))
+        for phase in range(phases):
+            first, last = wide[8 * phase], wide[8 * phase + 7]
+            assert not any("BRA" in instruction for instruction in code[first:last]), (key, phase)
+
+
+@built
+def test_ptx_for_later_cards():
+    assert f"arch = {TARGETS[-1]}" in cuobjdump("--list-ptx") or TARGETS[-1] in cuobjdump("--list-ptx")
+
+
+@built
+def test_the_library_loads_and_serves_without_a_card():
+    """On this torch, whatever it was built with; and importing it starts nothing on a device."""
+    code = "import torch, rana_kernels; from rana_kernels import backends; print(backends.serving())"
+    code += "; assert not torch.cuda.is_initialized()"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    served = eval(child.stdout.splitlines()[-1])
+    assert {op: devices["cuda"] for op, devices in served.items()} == dict.fromkeys(ops.SCHEMAS, "cuda")
+
+
+@built
+def test_what_only_a_torch_with_cuda_has_is_weak():
+    if not shutil.which("nm") or not shutil.which("readelf"):
+        pytest.skip("no binutils")
+    symbols = subprocess.run(["nm", "-D", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"^\s+w aoti_torch_get_current_cuda_stream", symbols, re.MULTILINE)
+    needed = subprocess.run(
+        ["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True
+    ).stdout
+    # libtorch.so brings libtorch_cuda where there is one; CUDA's runtime is inside the library
+    assert "[libtorch.so]" in needed and "libcudart" not in needed and "libtorch_cuda" not in needed
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table())
