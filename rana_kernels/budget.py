@@ -17,14 +17,13 @@ from dataclasses import dataclass
 
 import torch
 from rich.progress import track
-from torch import Tensor
 
 from rana_kernels.adapters import dense_adapter, make_adapter
 from rana_kernels.calibrate import Stats
 from rana_kernels.layer import Layer
 from rana_kernels.models import find_blocks
 from rana_kernels.plan import Adapter, Plan
-from rana_kernels.split import RANK_STEP, ROUNDING, Splits, smallest_budget, threshold_for
+from rana_kernels.split import RANK_STEP, ROUNDING, Splits, smallest_budget
 
 SHARES = tuple(i / 48 for i in range(1, 48))  # of the dense cost: where the curves are taken
 ERROR_TOKENS = 1024  # of the sample, for errors that are measured
@@ -43,16 +42,21 @@ Curve = list[Choice]
 
 
 def plan_model(stats: Stats, flops_reduction: float, progress: bool = True) -> Plan:
-    """Holds the factors of one block at a time, and of each linear some dozens of numbers.
-
-    Raises ValueError for a reduction out of reach.
-    """
+    """The plan of least loss; `compress` fills its thresholds in. ValueError for a reduction out of reach."""
     if not 0 < flops_reduction < 1:
         raise ValueError(f"flops_reduction is {flops_reduction}, wanted more than 0 and less than 1")
+    return plan_curves(stats, model_curves(stats, progress), flops_reduction)
+
+
+def model_curves(stats: Stats, progress: bool = True) -> list[Curve]:
+    """The curves of every block, which serve any budget. Holds the factors of one block at a time."""
     curves: list[Curve] = []
-    blocks = find_blocks(stats.model)
-    for block in track(blocks, "planning", disable=not progress, transient=True):
+    for block in track(find_blocks(stats.model), "planning", disable=not progress, transient=True):
         curves += block_curves(Layer(stats.model, block, stats))
+    return curves
+
+
+def plan_curves(stats: Stats, curves: list[Curve], flops_reduction: float) -> Plan:
     dense = sum(adapter.dense_flops / 2 for curve in curves for adapter in curve[0].adapters)
     chosen = spend(curves, (1 - flops_reduction) * dense)
     if chosen is None:
@@ -62,7 +66,7 @@ def plan_model(stats: Stats, flops_reduction: float, progress: bool = True) -> P
             f"{int(1000 * (1 - least / dense)) / 1000}"
         )
     by_name = {name: a for choice in chosen for a in choice.adapters for name in a.names}
-    ordered = dict.fromkeys(by_name[name] for block in blocks for name in block.linears)
+    ordered = dict.fromkeys(by_name[name] for block in find_blocks(stats.model) for name in block.linears)
     return Plan(tuple(ordered), "global", flops_reduction)
 
 
@@ -168,30 +172,23 @@ def _dense(layer: Layer, name: str) -> Choice:
 def _ranks(layer: Layer, names: tuple[str, ...]) -> Iterator[Choice]:
     """Rank adapters at each cost at which there is one."""
     N, K = layer.weight(names).shape
-    scores = layer.rank_scores(names, "loss")
-    splits, energy = Splits(scores, K, N), _mean(scores)
+    splits = Splits(layer.rank_scores(names, "loss"), K, N)
     for share in SHARES:
         if share * K * N < smallest_budget(K, N) or min(K, N) < RANK_STEP:
             continue
         split = splits.best(share * K * N)
-        h = scores[:, : split.rank]
-        kept = _mean(torch.where(h.abs() < split.threshold, 0, h))
-        adapter = make_adapter(layer, "rank", names, split.rank, split.live, split.threshold, "loss")
-        yield Choice(adapter.flops / 2, max(0.0, energy - kept), (adapter,))
+        adapter = make_adapter(layer, "rank", names, split.rank, split.live, None, "loss")
+        yield Choice(adapter.flops / 2, split.dropped, (adapter,))
 
 
 def _neurons(layer: Layer, name: str) -> Iterator[Choice]:
     """Neuron adapters, their errors measured on some tokens."""
     x, scale = layer.sample(layer.input_of((name,))), layer.scale(name, "loss")
     some, weight = x[:: -(-len(x) // ERROR_TOKENS)], layer.weighted((name,), "loss")
-    scores, some_scores = x.abs() * scale, some.abs() * scale
+    scores, ordered = some.abs() * scale, (x.abs() * scale).flatten().sort(descending=True).values
     for share in SHARES:
-        threshold, live = threshold_for(scores, share * x.shape[1])
-        error = _mean(torch.where(some_scores < threshold, some, 0) @ weight.T)
-        adapter = make_adapter(layer, "neuron", (name,), x.shape[1], live, threshold, "loss")
-        yield Choice(adapter.flops / 2, error, (adapter,))
-
-
-def _mean(values: Tensor) -> float:
-    """The mean over tokens of the sum of squares."""
-    return float(values.square().sum(dtype=torch.float64)) / max(1, len(values))
+        threshold = ordered[min(round(share * len(ordered)), len(ordered) - 1)]
+        error = torch.where(scores < threshold, some, 0) @ weight.T
+        adapter = make_adapter(layer, "neuron", (name,), x.shape[1], share * x.shape[1], None, "loss")
+        mean = float(error.square().sum(dtype=torch.float64)) / len(some)
+        yield Choice(adapter.flops / 2, mean, (adapter,))

@@ -17,7 +17,7 @@ from rana_kernels.adapters import dense_adapter, make_adapter
 from rana_kernels.layer import Layer, linear_of
 from rana_kernels.models import Block
 from rana_kernels.plan import Adapter
-from rana_kernels.split import ROUNDING, Split, best_split, smallest_budget, threshold_for
+from rana_kernels.split import ROUNDING, Split, Splits, smallest_budget, threshold_for
 
 # the search of algorithm 2: shares of gate, up and down in an MLP's budget, in eighteenths; where one
 # linear is both gate and up, or there is no gate, of that linear and down
@@ -67,7 +67,7 @@ def plan_layer(layer: Layer, keep: float, method: str) -> list[Adapter]:
 def rank_adapter(layer: Layer, names: tuple[str, ...], keep: float) -> Adapter:
     """The best rank adapter for `names` (several: decomposed jointly) at `keep` of their dense cost."""
     K, width = layer.weight(names).shape[1], sum(layer.linear(name).out_features for name in names)
-    split = best_split(layer.rank_values(names), K, width, keep * K * width)
+    split = Splits(layer.rank_values(names), K, width).exact(keep * K * width)
     return make_adapter(layer, "rank", names, split.rank, split.live, split.threshold)
 
 
@@ -118,7 +118,7 @@ class _Expanded:
         self.layer, self.name, self.unit, self.some = layer, name, unit, some
         self.h, self.factors = layer.rank_values((name,)), layer.factors((name,))
         self.N, self.K = layer.weight((name,)).shape
-        self._splits: dict[int, Split] = {}
+        self._all, self._splits = Splits(self.h, self.K, self.N), dict[int, Split]()
         self._outputs: dict[int, Tensor] = {}
 
     def affords(self, share: int) -> bool:
@@ -133,13 +133,13 @@ class _Expanded:
         """[tokens, N] float32, bias included."""
         if share not in self._outputs:
             split, bias = self._split(share), self.layer.bias((self.name,))
-            h = self.h[self.some, : split.rank]
-            z = torch.where(h.abs() < split.threshold, 0, h)
+            h, threshold = self.h[self.some, : split.rank], split.threshold or 0.0
+            z = torch.where(h.abs() < threshold, 0, h)
             y = z @ self.factors.rows[: split.rank].float()
             self._outputs[share] = y if bias is None else y + bias
         return self._outputs[share]
 
     def _split(self, share: int) -> Split:
         if share not in self._splits:
-            self._splits[share] = best_split(self.h, self.K, self.N, share * self.unit)
+            self._splits[share] = self._all.exact(share * self.unit)
         return self._splits[share]

@@ -4,7 +4,7 @@ RaNA (arXiv 2503.18216, algorithm 1): of all pairs (stored ranks R, mean live ra
 R·K + live·N multiply-adds allows, take the one whose mask captures the most energy, Σ of the kept h².
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,9 +17,13 @@ _OCTAVES = 64  # of h², below its largest value: more than float32 squares reso
 
 @dataclass(frozen=True)
 class Split:
+    """Stored ranks, and the live ones of a mean token. `dropped`: the mean over tokens of the energy that
+    is not kept, to about a hundredth of itself. `threshold`: None until one is found for the sample."""
+
     rank: int
     live: float
-    threshold: float
+    dropped: float
+    threshold: float | None = None
 
 
 def smallest_budget(in_features: int, width: int) -> int:
@@ -27,25 +31,21 @@ def smallest_budget(in_features: int, width: int) -> int:
     return RANK_STEP * in_features + width
 
 
-def best_split(h: Tensor, in_features: int, width: int, budget: float) -> Split:
-    """The split of `budget` multiply-adds a token for rank values `h` [T, F] of the token sample.
-
-    Raises ValueError if even the smallest adapter costs more.
-    """
-    return Splits(h, in_features, width).best(budget)
-
-
 class Splits:
-    """The best split of any budget. The sample is counted once, not for each budget."""
+    """The best split of any budget, for rank values `h` [T, F] of the token sample, counted once."""
 
     def __init__(self, h: Tensor, in_features: int, width: int) -> None:
-        self.h, self.in_features, self.width = h, in_features, width
+        self.h, self.tokens, self.in_features, self.width = h, len(h), in_features, width
         counts, self._value = _histogram(h)
+        self._energy = float((counts * self._value).sum())
+        # ranks after the last block of 16 are never stored
+        self._energy += float(h[:, len(counts) * RANK_STEP :].square().sum(dtype=torch.float64))
         self._counts = counts.cumsum(0).double()
 
     def best(self, budget: float) -> Split:
-        h, counts = self.h, self._counts
-        ranks = torch.arange(1, len(counts) + 1, device=h.device, dtype=torch.float64) * RANK_STEP
+        """The split of `budget` multiply-adds a token. ValueError if even the smallest adapter costs more."""
+        counts = self._counts
+        ranks = torch.arange(1, len(counts) + 1, device=counts.device, dtype=torch.float64) * RANK_STEP
         live = ((budget - ranks * self.in_features) / self.width).minimum(ranks)
         if len(ranks) == 0 or live[0] < 1 - ROUNDING:
             raise ValueError(
@@ -53,13 +53,18 @@ class Splits:
                 f"at least {smallest_budget(self.in_features, self.width)}: ask for a smaller flops_reduction"
             )
         # of each bin, largest values first, what is left of the `live` share once the bins before are in
-        room = live[:, None] * len(h) - (counts.cumsum(1) - counts)
+        room = live[:, None] * self.tokens - (counts.cumsum(1) - counts)
         captured = (counts.minimum(room.clamp_min(0)) * self._value).sum(1)
         captured[live < 1 - ROUNDING] = -1
         best = int(captured.argmax())
-        rank = RANK_STEP * (best + 1)
-        threshold, kept = threshold_for(h[:, :rank].abs(), float(live[best]))
-        return Split(rank, kept, threshold)
+        dropped = max(0.0, self._energy - float(captured[best])) / max(1, self.tokens)
+        return Split(RANK_STEP * (best + 1), float(live[best]), dropped)
+
+    def exact(self, budget: float) -> Split:
+        """The best split with its threshold, and the live ranks that this keeps."""
+        split = self.best(budget)
+        threshold, kept = threshold_for(self.h[:, : split.rank].abs(), split.live)
+        return replace(split, live=kept, threshold=threshold)
 
 
 def threshold_for(score: Tensor, live: float) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from rana_kernels.live import count_live
 from rana_kernels.models import find_blocks
 from rana_kernels.modules import RanaMLP, RanaReceiver
 from rana_kernels.plan import Adapter, Plan
-from rana_kernels.split import best_split, threshold_for
+from rana_kernels.split import Splits, threshold_for
 from tests.architectures import MODELS
 
 ARCHITECTURES = tuple(MODELS)
@@ -178,7 +178,7 @@ def test_the_split_is_the_best_there_is(keep):
     torch.manual_seed(0)
     K, N, count = 64, 176, 400
     h = torch.randn(count, K) * torch.logspace(0, -1.5, K) * torch.rand(count, 1)
-    split = best_split(h, K, N, keep * K * N)
+    split = Splits(h, K, N).exact(keep * K * N)
 
     def captured(rank: int, live: float) -> float:
         return float(h[:, :rank].square().flatten().topk(round(live * count)).values.sum())
@@ -187,6 +187,8 @@ def test_the_split_is_the_best_there_is(keep):
     best = max(captured(r, live) for r, live in every.items() if live >= 1)
     assert captured(split.rank, split.live) > 0.999 * best
     assert split.rank * K + split.live * N <= keep * K * N * 1.001
+    dropped = float(h.square().sum()) - captured(split.rank, split.live)
+    assert split.dropped * count == pytest.approx(dropped, rel=0.03)
 
 
 def test_thresholds_keep_what_was_asked_and_never_exact_zeros():

@@ -14,7 +14,9 @@ def summary(results: Results) -> str:
 
 def quality(results: Results) -> str:
     return (
-        f"Perplexity on {results.quality.evaluation_tokens:,} tokens of held-out text, at several costs. "
+        f"Perplexity on {results.quality.evaluation_tokens:,} tokens of held-out text, at several costs: "
+        "with one budget for the whole model, spent by what the loss says; as published, with the same share "
+        "for every layer; and by plain low rank. "
         f"{COST} Kept ranks and neurons are means over the adapters."
     )
 
@@ -46,7 +48,8 @@ def perplexity(_: Results) -> str:
 def kept_ranks(results: Results) -> str:
     return (
         "Rows that each layer stores, and rows that a token keeps of them on average, on evaluation text, "
-        f"at {results.texts.flops_reduction:.0%} fewer FLOPs. Rows are ranks, and neurons for down."
+        f"at {results.texts.flops_reduction:.0%} fewer FLOPs, for RaNA as published. Rows are ranks, and "
+        "neurons for down."
     )
 
 
@@ -60,7 +63,8 @@ def spectra(_: Results) -> str:
 def output_error(_: Results) -> str:
     return (
         "Relative error of each linear's output on calibration text, mean over layers, against the cost of "
-        "the model. Within an MLP, RaNA spends where the MLP's own output gains most."
+        "the model, for the methods that treat layers alike. Within an MLP, RaNA spends where the MLP's own "
+        "output gains most."
     )
 
 

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from examples.demo.results import Adapted, DensitySweep, Results, Variant
 from examples.demo.tables import NAMES
 
-LINEARS = {"qkv": "q, k, v (joint)", "gate": "gate", "up": "up", "down": "down"}
-MARKERS = {"paper": "o", "static": "s"}
+LINEARS = {"q k v": "q, k, v (joint)", "gate": "gate", "up": "up", "down": "down"}
+MARKERS = {"global": "D", "paper": "o", "static": "s"}
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,18 @@ class Theme:
     ink: str
     grid: str
     dense: str
+    one_budget: str
     paper: str
     static: str
     layers: str  # a colour map, from which the layers get theirs in order
     layer_range: tuple[float, float]
 
     def of(self, method: str) -> str:
-        return getattr(self, method)
+        return {"global": self.one_budget, "paper": self.paper, "static": self.static}[method]
 
 
-LIGHT = Theme("#222222", "#d8d8d8", "#666666", "#0072B2", "#D55E00", "viridis", (0.0, 0.85))
-DARK = Theme("#e8e8e8", "#444444", "#aaaaaa", "#56B4E9", "#E69F00", "viridis", (0.3, 1.0))
+LIGHT = Theme("#222222", "#d8d8d8", "#666666", "#009E73", "#0072B2", "#D55E00", "viridis", (0.0, 0.85))
+DARK = Theme("#e8e8e8", "#444444", "#aaaaaa", "#4BD6A8", "#56B4E9", "#E69F00", "viridis", (0.3, 1.0))
 
 Draw = Callable[[Results, Theme], Figure]
 
@@ -93,7 +94,7 @@ def kept_ranks(results: Results, theme: Theme) -> Figure:
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("neurons" if linear == "down" else "ranks")
     _label_outer(panels, xlabel="layer")
-    _legend(figure, panels["qkv"])
+    _legend(figure, panels["q k v"])
     return figure
 
 
@@ -110,20 +111,21 @@ def spectra(results: Results, theme: Theme) -> Figure:
         axes.set_ylim(1e-7, 1)
     _label_outer(panels, xlabel="rank ÷ all ranks", ylabel="share of the energy")
     panels["down"].set_xlabel("neuron ÷ all neurons")
-    _legend(figure, panels["qkv"], title="layer")
+    _legend(figure, panels["q k v"], title="layer")
     return figure
 
 
 def output_error(results: Results, theme: Theme) -> Figure:
     figure, panels = _four_panels(sharey=True)
+    uniform = [v for v in results.quality.variants if v.method != "global"]
     for linear, axes in panels.items():
-        for method, variants in by_method(results.quality.variants):
+        for method, variants in by_method(uniform):
             cost = [v.keep for v in variants]
             error = [_mean(a.output_error for a in _of(v, linear)) for v in variants]
             axes.plot(cost, error, MARKERS[method] + "-", color=theme.of(method), label=NAMES[method])
-    panels["qkv"].set_ylim(bottom=0)
+    panels["q k v"].set_ylim(bottom=0)
     _label_outer(panels, xlabel="cost of the model", ylabel="‖y − ŷ‖ ÷ ‖y‖")
-    _legend(figure, panels["qkv"])
+    _legend(figure, panels["q k v"])
     return figure
 
 
@@ -169,7 +171,7 @@ def by_method(variants: list[Variant]) -> Iterator[tuple[str, list[Variant]]]:
 
 
 def shown_variant(results: Results) -> Variant:
-    """The RaNA model that the text and the per-layer plots show."""
+    """The model of the per-layer plots: as published, where every layer has the same adapters."""
     shown = results.texts.flops_reduction
     return next(v for v in results.quality.variants if (v.method, v.flops_reduction) == ("paper", shown))
 
@@ -195,7 +197,7 @@ def _label_outer(panels: dict[str, Axes], xlabel: str, ylabel: str | None = None
     for linear in ("up", "down"):
         panels[linear].set_xlabel(xlabel)
     if ylabel is not None:
-        for linear in ("qkv", "up"):
+        for linear in ("q k v", "up"):
             panels[linear].set_ylabel(ylabel)
 
 

@@ -1,8 +1,9 @@
-"""What compression costs: perplexity and kept rows of the model at several budgets, by two methods.
+"""What compression costs: perplexity and kept rows of the model at several budgets, by three methods.
 
-`paper` is RaNA (arXiv 2503.18216); `static` is plain data-aware low rank at the same cost, the
-baseline that says what choosing ranks by input is worth. Calibration runs once: its statistics do
-not depend on the budget, and each compression starts from a copy of the dense model.
+`global` is RaNA with one budget for the whole model, `paper` RaNA as published (arXiv 2503.18216);
+`static` is plain data-aware low rank at the same cost, the baseline that says what choosing ranks by
+input is worth. Calibration runs once, and so do the curves that one budget is spent on: they do not
+depend on the budget, and each compression starts from a copy of the dense model.
 """
 
 import copy
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 import rana_kernels as rana
 from examples.demo.model import DemoModel
 from examples.demo.results import Adapted, Quality, Variant
+from rana_kernels.budget import model_curves, plan_curves
 from rana_kernels.calibrate import Stats
 from rana_kernels.live import count_live
 from rana_kernels.measure import AdapterReport, CompressReport
 from rana_kernels.plan import Adapter, Plan
 
-METHODS = ("paper", "static")
+METHODS = ("global", "paper", "static")
 Compressed = dict[tuple[str, float], nn.Module]  # by method and budget
 BATCH = 4  # rows at a time: the logits of more fall out of the caches
 LIVE_ROWS = 8  # counting runs every mask twice, and a mean over a few thousand tokens is steady enough
@@ -36,9 +38,9 @@ def measure_quality(
     """
     evaluation = model.evaluation[:rows].long()
     say("calibrating")
-    stats = rana.calibrate(
-        model.dense, model.calibration.split(BATCH), inputs=("qkv", "mlp", "down"), progress=False
-    )
+    stats = rana.calibrate(model.dense, model.calibration.split(BATCH), progress=False)
+    say("what each multiply-add is worth")
+    curves = model_curves(stats, progress=False)
     say("perplexity of the dense model")
     quality = Quality(
         parameters=sum(p.numel() for p in model.dense.parameters()),
@@ -50,7 +52,8 @@ def measure_quality(
     compressed: Compressed = {}
     for method, budget in ((method, budget) for budget in budgets for method in METHODS):
         say(f"{method} at {budget:.0%} fewer FLOPs")
-        compressed[method, budget], report = _compress(model.dense, stats, method, budget)
+        made = plan_curves(stats, curves, budget) if method == "global" else None
+        compressed[method, budget], report = _compress(model.dense, stats, method, budget, made)
         found = _evaluate(compressed[method, budget], report, evaluation, quality.perplexity)
         quality.variants.append(found)
     return quality, compressed
@@ -66,12 +69,13 @@ def perplexity(model: nn.Module, input_ids: Tensor) -> float:
     return torch.cat(losses).mean().exp().item()
 
 
-def _compress(dense: nn.Module, stats: Stats, method: str, budget: float) -> tuple[nn.Module, CompressReport]:
+def _compress(
+    dense: nn.Module, stats: Stats, method: str, budget: float, made: Plan | None
+) -> tuple[nn.Module, CompressReport]:
     """A compressed copy: `compress` works in place, and wants the statistics of the model it is given."""
     model = copy.deepcopy(dense)
-    report = rana.compress(
-        model, stats=replace(stats, model=model), flops_reduction=budget, method=method, progress=False
-    )
+    asked = {"flops_reduction": budget, "method": method} if made is None else {"plan": made}
+    report = rana.compress(model, stats=replace(stats, model=model), progress=False, **asked)
     return model, report
 
 
@@ -113,7 +117,7 @@ def _adapted(adapter: AdapterReport, live: float) -> Adapted:
     parts = adapter.names[0].split(".")
     return Adapted(
         layer=next(int(part) for part in parts if part.isdigit()),
-        linear="qkv" if len(adapter.names) > 1 else parts[-1].removesuffix("_proj"),
+        linear=" ".join(name.rpartition(".")[2].removesuffix("_proj") for name in adapter.names),
         kind=adapter.kind,
         rank=adapter.rank,
         planned=adapter.live,

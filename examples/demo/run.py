@@ -70,7 +70,7 @@ def _texts(model: DemoModel, compressed: Compressed, settings: Settings) -> Text
     folder, show = settings.output / "model", settings.show
     models = {
         "dense": model.dense,
-        NAMES["paper"]: reload(compressed["paper", show], folder, model.tokenizer),
+        NAMES["global"]: reload(compressed["global", show], folder, model.tokenizer),
         NAMES["static"]: compressed["static", show],
     }
     stored = sum(path.stat().st_size for path in folder.iterdir()) / 1e6

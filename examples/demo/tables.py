@@ -6,7 +6,7 @@ from rich.table import Table as RichTable
 
 from examples.demo.results import DecodeStep, Quality, Variant
 
-NAMES = {"paper": "RaNA", "static": "static low rank"}
+NAMES = {"global": "RaNA, one budget", "paper": "RaNA as published", "static": "static low rank"}
 
 
 @dataclass
