@@ -49,27 +49,24 @@ def sanitized(tmp_path_factory) -> dict[str, str]:
     return {"library": library, "LD_PRELOAD": build.preload(), "ASAN_OPTIONS": options}
 
 
-@pytest.mark.parametrize("schedule, processors", list(zip(SCHEDULES, ("1", "3", "4", "2"), strict=True)))
-def test_ops_are_exact_and_close(sanitized, schedule, processors):
+@pytest.mark.parametrize(
+    "schedule, processors, select",
+    [("forward", "1", ""), ("reverse", "3", "exact"), ("random:1", "4", "close"), ("mixed:2", "2", "exact")],
+)
+def test_ops_are_exact_and_close(sanitized, schedule, processors, select):
+    """A part of the shared cases; under "forward" NaN, equal scores and the like too."""
     chance = {"RANA_SHIM_SCHEDULE": schedule, "RANA_SHIM_PROCESSORS": processors}
-    few = "" if schedule != "mixed:2" else " and exact"
-    output = run_ops(
-        select=f"registered and not range and not number{few}", marks="isa", **sanitized, **chance
-    )
-    assert passed(output) > 130
+    select = f"registered and not range and not number{select and ' and ' + select}"
+    assert passed(run_ops(select=select, marks="isa", **sanitized, **chance)) > 130
 
 
-MEMORY = "offset or strides or expanded or fresh or left_alone or row_does_not_depend or infinity or argument"
+MEMORY = "offset or strides or expanded or left_alone or row_does_not_depend or infinity or argument"
 
 
 def test_memory_errors_and_other_tokens(sanitized):
     """Unaligned and strided views, bad arguments, and tokens that do not see one another."""
-    forms = "linear or lowrank or mlp_shared"
-    dtype = "not float16 or bfloat16"
-    output = run_ops(
-        select=f"registered and ({MEMORY}) and ({forms}) and ({dtype})", marks="not slow", **sanitized
-    )
-    assert passed(output) > 100
+    select = f"registered and ({MEMORY}) and not float16 and not bare and not float32-"
+    assert passed(run_ops(select=select, marks="not slow", **sanitized)) > 80
 
 
 # what every mutant is held against: sizes at which each barrier and each branch matters
@@ -154,7 +151,7 @@ MUTANTS = {
     "list_entries": (LOWRANK, "masked.cuh", f"{SYNC}\n  return (total", "return (total"),
     "list_of_a_warp": (LOWRANK, "masked.cuh", "__syncwarp();\n  return count", "return count"),
     "list_order": (LOWRANK, "device.cuh", "(1u << lane()) - 1", "(2u << lane()) - 1"),
-    "list_last_run": (LOWRANK, "masked.cuh", "ceil_div(runs - part, parts)", "((runs - part) / parts)"),
+    "list_other_rows": (LOWRANK, "masked.cuh", "parts + part) * kRun +", "parts + part) * (kRun - 1) +"),
     "list_last_entry": (LOWRANK, "masked.cuh", "warp() + kWarps<1> - 1)", "warp() + kWarps<1> - 2)"),
     "nan_dropped": (LOWRANK, "masked.cuh", "!(score < threshold", "(score >= threshold"),
     "warps_take_turns": (LOWRANK, "masked.cuh", TURNS, "kTokens != 1 ? i * kWarps<kTokens> + warp()"),

@@ -68,7 +68,7 @@ void decode(const Device& device, const Tensor& input, Mlp<T> op) {
   for_tokens(M, [&](auto tokens) {
     const Kernel kernel(device, masked_mlp_kernel<T, tokens()>, kBlock<T, tokens()>);
     op.ranks.warps_a_row = warps_a_row(op.ranks.B.columns * sizeof(T), kWarps<tokens()>);
-    for (auto& half : op.halves) cut(half, kernel.blocks() / (1 + op.gates), device.tuning());
+    for (auto& half : op.halves) cut(half, ceil_div(kernel.blocks(), 1 + op.gates), device.tuning());
     up.splits = gate.splits = std::max(up.splits, gate.splits);
     cut(op.down, kernel.blocks(), device.tuning());
     Workspace workspace;
