@@ -28,10 +28,15 @@ class Contenders:
     bytes: float
 
 
-def rotated(call: Callable[..., Tensor], make: Callable[[], tuple]) -> Callable[[], Tensor]:
-    """`call` on the weights that `make` gives, a fresh copy each time, until they have left the cache."""
+def rotated(
+    call: Callable[..., Tensor], make: Callable[[], tuple], read: float | None = None
+) -> Callable[[], Tensor]:
+    """`call` on the weights that `make` gives, a fresh copy each time, until they have left the cache.
+
+    `read`: bytes of a copy that a call reads, if not all of it.
+    """
     first = make()
-    size = sum(t.nbytes for t in first if isinstance(t, Tensor))
+    size = sum(t.nbytes for t in first if isinstance(t, Tensor)) if read is None else int(read)
     copies = [first, *(make() for _ in range(math.ceil(ROTATED_BYTES / max(size, 1))))]
     turns: Iterator[tuple] = itertools.cycle(copies)
     return lambda: call(*next(turns))
@@ -85,6 +90,7 @@ class Lowrank:
             B, rows, threshold = adapter()
             return B, rows.T.contiguous(), threshold
 
+        touched = dtype.itemsize * (self.R * self.K + self.live * self.N)
         calls = {
             "dense": rotated(lambda W: F.linear(x, W), lambda: (weight(self.N, self.K, dtype),)),
             "static low rank": rotated(
@@ -92,9 +98,9 @@ class Lowrank:
                 lambda: (weight(static, self.K, dtype), weight(self.N, static, dtype)),
             ),
             "masked in torch": rotated(masked_in_torch, masked_weights),
-            "rana": rotated(lambda B, rows, t: ops.masked_lowrank_linear(x, B, rows, t), adapter),
+            "rana": rotated(lambda B, rows, t: ops.masked_lowrank_linear(x, B, rows, t), adapter, touched),
         }
-        return Contenders(calls, dtype.itemsize * (self.R * self.K + self.live * self.N))
+        return Contenders(calls, touched)
 
 
 @dataclass(frozen=True)
@@ -119,14 +125,16 @@ class Neurons:
         dtype = DTYPES[self.dtype]
         h, scale = torch.randn(self.M, self.R).to(dtype), torch.ones(self.R)
         threshold = threshold_keeping(self.live, h.float().abs())
+        touched = dtype.itemsize * self.live * self.N
         calls = {
             "dense": rotated(lambda W: F.linear(h, W), lambda: (weight(self.N, self.R, dtype),)),
             "rana": rotated(
                 lambda rows: ops.masked_linear(h, rows, threshold, scale),
                 lambda: (weight(self.R, self.N, dtype),),
+                touched,
             ),
         }
-        return Contenders(calls, dtype.itemsize * self.live * self.N)
+        return Contenders(calls, touched)
 
 
 @dataclass(frozen=True)
