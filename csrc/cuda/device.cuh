@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 // The shared memory of a block. Each phase of a kernel lays its own structure over it.
@@ -68,10 +69,11 @@ __device__ Packet<T> packet_of(uint4 bits) {
 // The first `count` elements at p, and zeros: for rows that do not lie on 16 bytes.
 template <class T>
 __device__ Packet<T> read_one_by_one(const T* p, int64_t count) {
-  Packet<T> packet;
-  T* elements = reinterpret_cast<T*>(packet.words);
+  T elements[kPacket<T>];
 #pragma unroll
   for (int i = 0; i < kPacket<T>; i++) elements[i] = i < count ? p[i] : T(0.0f);
+  Packet<T> packet;
+  memcpy(packet.words, elements, sizeof packet);
   return packet;
 }
 
