@@ -96,7 +96,8 @@ def model_bytes(model: nn.Module) -> int:
 def model_flops_reduction(model: nn.Module, plan: Plan) -> float:
     """The reduction with lm_head in the account, where the model has one, and the experts that a token
     goes through."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
     flops = 2 * head.weight.numel() if head is not None else 0
     flops += sum(_expert_flops(model, block.experts) for block in find_blocks(model) if block.experts)
     return 1 - (plan.flops + flops) / (plan.dense_flops + flops)

@@ -1,0 +1,154 @@
+"""LoRA of PEFT on compressed models: added, loaded, and merged into the adapters without a loss.
+
+On a rank adapter LoRA reads the layer's input, and merging appends its ranks to B and rows, always on
+(threshold 0). On a neuron adapter it reads the input with the mask applied, so that it can be merged into
+the rows. LoRA's A is the matrix next to the input, like our B; its B the one next to the output.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from rana_kernels.checkpoint import attach_plan, attached_facts, attached_plan
+from rana_kernels.modules import RanaLinear, RanaMLP, RanaNeuronLinear, RanaReceiver
+from rana_kernels.split_mlp import RanaSplitMLP, put_together, take_apart
+
+
+def add(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """`get_peft_model` for a compressed model; `target_modules` are named as in the dense model.
+
+    MLPs of one op are taken apart for it, in place; `merge` puts them together again.
+    """
+    _prepare(model, config)
+    return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
+
+
+def load(model: nn.Module, directory: str | os.PathLike, *, is_trainable: bool = False) -> PeftModel:
+    """`PeftModel.from_pretrained` for a compressed model."""
+    config = PeftConfig.from_pretrained(os.fspath(directory))
+    _prepare(model, config)
+    return PeftModel.from_pretrained(model, os.fspath(directory), config=config, is_trainable=is_trainable)  # type: ignore[arg-type]
+
+
+def merge(tuned: PeftModel) -> nn.Module:
+    """The compressed model with its active LoRAs merged, ready for `rana.save`.
+
+    Raises ValueError where merging would take more ranks than a full-rank layer has.
+    """
+    model: Any = tuned.merge_and_unload()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, RanaSplitMLP):
+            model.set_submodule(name, put_together(module))
+    _note_ranks(model)
+    return model
+
+
+def _prepare(model: nn.Module, config: Any) -> None:
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"config is a {type(config).__name__}, wanted peft.LoraConfig")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, RanaMLP):
+            model.set_submodule(name, take_apart(module))
+    owners = {id(m.handoff): m for m in model.modules() if isinstance(m, RanaLinear) and m.handoff}
+    for module in model.modules():
+        if isinstance(module, RanaReceiver):
+            # not a submodule: it has a place of its own in the model
+            module.__dict__["owner"] = owners[id(module.handoff)]
+    layers = {RanaLinear: LoraRank, RanaReceiver: LoraRank, RanaNeuronLinear: LoraNeuron}
+    config._register_custom_module(layers)
+
+
+def _note_ranks(model: nn.Module) -> None:
+    """The plan says how many rows there are to load; merging has appended some."""
+    plan = attached_plan(model)
+    assert plan is not None, "_prepare was given a compressed model"
+    adapters = []
+    for adapter in plan.adapters:
+        if adapter.kind == "rank":
+            rank = _stored_ranks(model, adapter.names[0])
+            adapter = replace(adapter, rank=rank, live=adapter.live + rank - adapter.rank)
+        adapters.append(adapter)
+    attach_plan(model, plan.with_adapters(tuple(adapters)), attached_facts(model))
+
+
+def _stored_ranks(model: nn.Module, name: str) -> int:
+    rows: Any = model.get_submodule(name).rows
+    return rows.shape[0]
+
+
+class _Lora(LoraLinear):
+    """What PEFT's linear does, except for merging; plain LoRA and rsLoRA, no other variant."""
+
+    @property
+    def lora_variants(self):
+        return {(): None}
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
+            if self.lora_bias[name]:
+                raise ValueError("LoRA with lora_bias=True is not merged: train without, or keep it unmerged")
+            down, up = self.lora_A[name].weight, self.lora_B[name].weight * self.scaling[name]
+            if safe_merge and not (down.isfinite().all() and up.isfinite().all()):
+                raise ValueError(f"the LoRA {name!r} holds values that are not finite")
+            self._merge(down.detach(), up.detach())
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        raise ValueError("a LoRA that was merged stays so: load the compressed model again")
+
+
+class LoraRank(_Lora):
+    """On a rank adapter, or on one of several that were decomposed together."""
+
+    def _merge(self, down: Tensor, up: Tensor) -> None:
+        base: Any = self.get_base_layer()
+        owner: Any = base.owner if isinstance(base, RanaReceiver) else base
+        index = base.index + 1 if isinstance(base, RanaReceiver) else 0
+        full, wanted = min(owner.in_features, sum(owner.widths)), owner.B.shape[0] + down.shape[0]
+        if wanted > full:
+            raise ValueError(
+                f"merging needs {wanted} ranks of a layer that has at most {full}: keep this LoRA unmerged, "
+                "or compress to fewer ranks"
+            )
+        rows = owner.rows.new_zeros(down.shape[0], sum(owner.widths))
+        rows.split(owner.widths, 1)[index].copy_(up.T)
+        owner.B = _grown(owner.B, down)
+        owner.rows = _grown(owner.rows, rows)
+        owner.threshold = torch.cat([owner.threshold, owner.threshold.new_zeros(len(down))])
+
+
+class LoraNeuron(_Lora):
+    """On a neuron adapter: LoRA sees what the mask leaves."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs or args:
+            raise ValueError(f"LoRA on a neuron adapter takes an input alone, it was given {args or kwargs}")
+        base: Any = self.get_base_layer()
+        result = base(x)
+        if self.disable_adapters or self.merged:
+            return result
+        x = torch.where(base.masks(x)[""], x, 0)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                down, up = self.lora_A[name], self.lora_B[name]
+                z = self.lora_dropout[name](self._cast_input_dtype(x, down.weight.dtype))
+                result = result + up(down(z)) * self.scaling[name]
+        return result.to(x.dtype)
+
+    def _merge(self, down: Tensor, up: Tensor) -> None:
+        base: Any = self.get_base_layer()  # its scale stays, and so do the masks
+        base.rows = nn.Parameter(base.rows + (up @ down).T.to(base.rows.dtype), base.rows.requires_grad)
+
+
+def _grown(weight: nn.Parameter, more: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.cat([weight.detach(), more.to(weight.dtype)]), weight.requires_grad)

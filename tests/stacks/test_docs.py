@@ -1,0 +1,93 @@
+"""The pages under docs/: all of their commands, run in the order of the page in an empty folder."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+NEEDS = {"transformers": "transformers", "serving": "fastapi lm_eval", "peft": "peft"}
+BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def script(page: str) -> str:
+    """Everything in the page as one shell program; what Python it holds is one program, run last."""
+    blocks = BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text())
+    shell = [text for kind, text in blocks if kind == "sh" and not text.startswith("pip install")]
+    python = "".join(text for kind, text in blocks if kind == "python")
+    return "\n".join(
+        ["trap 'kill $(jobs -p) 2>/dev/null || true' EXIT", *shell, f"python - <<'PYTHON'\n{python}PYTHON"]
+    )
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """With the examples, and `rana` and `python` of this environment."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, arguments in (("python", ""), ("rana", "-c 'from rana_kernels.cli import main; main()'")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
+        (programs / name).chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder):
+    def page(name: str) -> str:
+        if absent := [module for module in NEEDS[name].split() if not find_spec(module)]:
+            pytest.skip(f"not installed: {', '.join(absent)}; `make test-stacks` installs them")
+        environment = {
+            **os.environ,
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_CACHE": str(folder / "cache"),
+        }
+        done = subprocess.run(
+            ["bash", "-e", "-c", script(name)],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    return page
+
+
+def test_transformers(run, folder):
+    out = run("transformers")
+    assert "def main(self):" in out
+    assert re.search(
+        r"perplexity \| [\d.]+ compressed, [\d.]+ dense", (folder / "build/compressed/README.md").read_text()
+    )
+
+
+def test_serving(run, folder):
+    out = run("serving")
+    completion = next(json.loads(line) for line in _objects(out) if "text_completion" in line)
+    assert (
+        completion["choices"][0]["text"].startswith("self") and completion["usage"]["completion_tokens"] == 8
+    )
+    (results,) = (folder / "build/task/results").rglob("results*.json")
+    assert json.loads(results.read_text())["results"]["python_code"]["acc,none"] == 1.0
+
+
+def _objects(text: str) -> list[str]:
+    """JSON objects that stand on a line without nested line breaks, wherever they begin."""
+    return re.findall(r'\{"id".*\}', text)
+
+
+def test_peft(run, folder):
+    run("peft")
+    assert (folder / "build/merged/rana.json").is_file() and (
+        folder / "build/lora/adapter_config.json"
+    ).is_file()

@@ -1,0 +1,153 @@
+"""LoRA on compressed models: trained, saved, loaded and merged, each the same function as the last."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rana_kernels as rana
+from rana_kernels.checkpoint import attached_plan
+from rana_kernels.modules import RanaLinear, RanaMLP
+from rana_kernels.plan import Plan
+from rana_kernels.split_mlp import put_together, take_apart
+from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
+
+peft = pytest.importorskip("peft")
+lora = pytest.importorskip("rana_kernels.integrations.peft")
+
+TARGETS = {
+    "Llama": ["q_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"],
+    "Phi3": ["qkv_proj", "gate_up_proj", "down_proj"],
+    "GPTNeoX": ["query_key_value", "dense_h_to_4h", "dense_4h_to_h"],
+    "OPT": ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
+}
+every_model = pytest.mark.parametrize("name", TARGETS)
+
+
+def compressed(name: str, joint: bool = False) -> nn.Module:
+    """Few ranks, masks that matter, and room for more ranks."""
+    model = make_model(name)
+    asked = hand_plan(model, joint, o="neuron" if name == "Llama" else "dense").adapters
+    fewer = []
+    for adapter in asked:
+        rank = 32 if adapter.kind == "rank" else adapter.rank
+        change = {"rank": rank, "live": 0.6 * rank, "threshold": None} if adapter.kind != "dense" else {}
+        fewer.append(type(adapter)(**{**vars(adapter), **change}))
+    rana.compress(model, [tokens()], plan=Plan(tuple(fewer)), progress=False)
+    return model
+
+
+def tuned(name: str, joint: bool = False, **options):
+    """A LoRA with weights that do something."""
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS[name], **options)
+    model = lora.add(compressed(name, joint), config)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@every_model
+def test_a_fresh_lora_changes_nothing_but_rounding(name):
+    model = compressed(name)
+    wanted = logits(model)
+    config = peft.LoraConfig(r=4, target_modules=TARGETS[name])
+    torch.testing.assert_close(logits(lora.add(model, config).eval()), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
+@every_model
+def test_saved_loaded_and_merged_it_stays_the_same(name, joint, tmp_path):
+    model = tuned(name, joint)
+    wanted, plain = logits(model), logits(compressed(name, joint))
+    assert (wanted - plain).norm() > 0.01 * plain.norm()
+    model.save_pretrained(tmp_path / "lora")
+    again = lora.load(compressed(name, joint), tmp_path / "lora").eval()
+    assert torch.equal(logits(again), wanted)
+    merged = lora.merge(again)
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+    assert any(isinstance(m, RanaMLP) for m in merged.modules()) == (name != "OPT")
+    rana.save(merged, tmp_path / "merged")
+    loaded = rana.load(tmp_path / "merged")
+    assert_equal_states(merged, loaded)
+    ranks = {a.names[0]: a.rank for a in attached_plan(loaded).adapters if a.kind == "rank"}
+    assert max(ranks.values()) > 32 and torch.equal(logits(loaded), logits(merged))
+    assert loaded.generate(tokens(1, 8), max_new_tokens=4, do_sample=False).shape[1] > 8
+
+
+def test_gradients_are_those_of_dense_lora_where_the_adapters_are_exact():
+    def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                generator = torch.Generator().manual_seed(len(name))
+                parameter.data = torch.randn(parameter.shape, generator=generator) / 10
+        ids = tokens(2, 12)
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if "lora" in n}
+
+    config = peft.LoraConfig(r=4, target_modules=TARGETS["Llama"])
+    dense = gradients(peft.get_peft_model(make_model("Llama"), copy.deepcopy(config)))
+    model = make_model("Llama")
+    rana.compress(model, [tokens()], plan=hand_plan(model), progress=False)
+    ours = gradients(lora.add(model, config))
+    assert dense.keys() == ours.keys() and len(dense) == 2 * 6 * 2
+    for name, gradient in dense.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone():
+    model = tuned("Llama").train()
+    before = {n: p.clone() for n, p in model.named_parameters() if "lora" not in n}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(12):
+        losses.append(model(input_ids=tokens(), labels=tokens()).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.95 * losses[0]
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
+    plain, root = tuned("Llama"), tuned("Llama", use_rslora=True)
+    root.load_state_dict(plain.state_dict())
+    layer = root.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.scaling == {"default": 6 / 4**0.5}
+    wanted = logits(root)
+    assert not torch.allclose(wanted, logits(plain), atol=1e-3)
+    root.save_pretrained(tmp_path)
+    merged = lora.merge(lora.load(compressed("Llama"), tmp_path).eval())
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_appended_ranks_are_always_on():
+    merged = lora.merge(tuned("Llama"))
+    owner = merged.model.layers[0].self_attn.q_proj
+    assert isinstance(owner, RanaLinear) and owner.B.shape[0] == 32 + 4 + 4  # q's and v's
+    assert (owner.threshold[:32] > 0).all() and (owner.threshold[32:] == 0).all()
+
+
+def test_what_cannot_be_merged_says_so():
+    model = make_model("Llama")
+    rana.compress(model, [tokens()], plan=hand_plan(model), progress=False)
+    full = lora.add(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="merging needs 68 ranks of a layer that has at most 64"):
+        lora.merge(full)
+    with pytest.raises(ValueError, match="unsupported variant"):
+        tuned("Llama", use_dora=True)
+    with pytest.raises(ValueError, match="wanted peft.LoraConfig"):
+        lora.add(compressed("Llama"), peft.IA3Config())
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
+@pytest.mark.parametrize("name", ["Llama", "Phi3", "GPTNeoX"])
+def test_an_mlp_taken_apart_and_put_together_is_the_same(name, joint):
+    mlp = next(m for m in compressed(name, joint).modules() if isinstance(m, RanaMLP))
+    again = put_together(take_apart(mlp))
+    assert_equal_states(mlp, again)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(take_apart(mlp)(x), mlp(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(again(x), mlp(x))
