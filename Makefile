@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* bench/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
-.PHONY: help build demo test test-slow lint format bench gpu compile-check sanitize clean
+.PHONY: help build demo test test-slow test-stacks test-transformers lint format bench gpu compile-check sanitize clean
 
 help:
 	@echo "make demo      compress the checked-in model, generate from it, time it, write build/demo/report.html"
@@ -14,6 +14,8 @@ help:
 	@echo "make lint      ruff, clang-format, mypy make format     apply the formatters"
 	@echo "make gpu       on a machine with a card: build, test there, time there (PYTHON=... that has torch)"
 	@echo "make compile-check  compile the Triton kernels for cards that are not here; what they use"
+	@echo "make test-stacks    PEFT, lm-eval, a server, and the pages under docs/, in a .venv-stacks of their own"
+	@echo "make test-transformers  transformers 5.0 and 5.17"
 	@echo "make build     .venv with the package compiled in it (what the others start from)"
 
 # torch comes first and alone: the machine's default source may be the CPU build, and nothing later
@@ -42,10 +44,33 @@ demo: build
 	$(BIN)/python -m examples.demo --output build/demo
 
 test: build
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not stacks"
 
 test-slow: build
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -m "not gpu and not stacks"
+
+# PEFT, lm-eval, a server: an environment of their own, with the libraries that `build` left in the package.
+STACKS := .venv-stacks
+$(STACKS)/ready: pyproject.toml
+	$(PYTHON) -m venv $(STACKS)
+	$(STACKS)/bin/pip install -q -U pip
+	$(STACKS)/bin/pip install -q "torch==2.13.0"
+	$(STACKS)/bin/pip install -q "transformers[serving]" peft "lm-eval[hf]" accelerate "numpy<2.4" \
+	    rich safetensors typer hypothesis pytest
+	pwd > $$($(STACKS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rana_kernels.pth
+	touch $@
+
+test-stacks: build $(STACKS)/ready
+	$(STACKS)/bin/python -m pytest -q -m stacks tests/stacks
+
+# What touches transformers, on its oldest and a middle version; the newest is in .venv.
+test-transformers: build
+	for version in 5.0.0 5.17.0; do \
+	    test -d build/transformers-$$version || \
+	    $(BIN)/pip install -q --target build/transformers-$$version "transformers==$$version" "numpy<2.4" || exit 1; \
+	    PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest -q -m "not slow" \
+	    tests/test_transformers.py tests/test_architectures.py tests/test_checkpoint.py || exit 1; \
+	done
 
 bench: build
 	$(BIN)/python -m bench
@@ -84,4 +109,4 @@ format: $(VENV)/lint
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf build dist *.egg-info rana_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache $(VENV)
+	rm -rf build dist *.egg-info rana_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache $(VENV) $(STACKS)

@@ -85,7 +85,7 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "isa: run again for every instruction set of this processor")
     # the problems are small: threads would only wait for one another, and for those of other processes
     torch.set_num_threads(1)
-    config.option.markexpr = config.option.markexpr or "not slow"
+    config.option.markexpr = config.option.markexpr or "not slow and not stacks"
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
