@@ -1,6 +1,8 @@
 """Every architecture of the README's table, and models of somebody's own."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,24 @@ def test_compressed_saved_loaded_and_generating(name, method, tmp_path):
     rana.save(loaded, tmp_path / "again")
     files = [(tmp_path / place / "model.safetensors").read_bytes() for place in ("out", "again")]
     assert files[0] == files[1]
+
+
+def test_none_of_them_loads_without_the_package(tmp_path):
+    """Every architecture stops at the empty `weight` of its adapted linears, and invents no weights."""
+    for name in MODELS:
+        model = make_model(name)
+        rana.compress(model, [tokens(2)], flops_reduction=0.2, method="paper", progress=False)
+        model.save_pretrained(tmp_path / name)
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        "for place in sys.argv[1:]:\n"
+        "    try: AutoModelForCausalLM.from_pretrained(place)\n"
+        "    except RuntimeError as error: assert 'mismatch' in str(error)\n"
+        "    else: sys.exit(f'{place} was loaded')"
+    )
+    places = [str(tmp_path / name) for name in MODELS]
+    done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def find_blocks_of(name: str):
