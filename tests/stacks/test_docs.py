@@ -47,6 +47,7 @@ def run(folder):
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",  # the models are small: threads would mostly wait for one another
             "HF_DATASETS_CACHE": str(folder / "cache"),
         }
         done = subprocess.run(
