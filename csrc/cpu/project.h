@@ -12,19 +12,18 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kTileSums = 20;  // of 32 registers
-constexpr int kWideRows = 12;  // with two sums each
 #else
 constexpr int kTileSums = 8;  // of 16
-constexpr int kWideRows = 4;
 #endif
 constexpr int kTileTokens = 4;
+constexpr int kFarRows = 4;
 
-// h[r] = B[r] · x for kRows rows and one token, in kSums chunks of sums a row. Loads are plain: they leave
-// the hardware prefetcher in charge, and software prefetch halved the speed on Zen 4.
-template <int kRows, int kSums, class T>
+// h[r] = B[r] · x for kRows rows and one token. Loads are plain: they leave the hardware prefetcher in
+// charge, and software prefetch halved the speed on Zen 4.
+template <int kRows, class T>
 void dot_rows(const T* B, int64_t ldb, const T* x, int64_t size, float* h) {
-  Chunk sums[kSums][kRows] = {};
-  const auto step = [&](Chunk* sums, int64_t k, auto load_at) {
+  Chunk sums[kRows] = {};
+  const auto step = [&](int64_t k, auto load_at) {
     const Chunk v = load_at(x + k);
     for (int r = 0; r < kRows; r++) {
       const Chunk w = load_at(B + r * ldb + k);
@@ -33,29 +32,22 @@ void dot_rows(const T* B, int64_t ldb, const T* x, int64_t size, float* h) {
     }
   };
   int64_t k = 0;
-  for (; k + kSums * kChunk <= size; k += kSums * kChunk)
-    for (int i = 0; i < kSums; i++) step(sums[i], k + i * kChunk, [](const T* p) { return load(p); });
-  for (; k < size; k += kChunk) step(sums[0], k, [count = size - k](const T* p) { return load_first(p, count); });
-  for (int r = 0; r < kRows; r++) {
-    Vec total{};
-    for (int i = 0; i < kSums; i++) total += sums[i][r].lo + sums[i][r].hi;
-    h[r] = sum(total);
-  }
+  for (; k + kChunk <= size; k += kChunk) step(k, [](const T* p) { return load(p); });
+  if (k < size) step(k, [count = size - k](const T* p) { return load_first(p, count); });
+  for (int r = 0; r < kRows; r++) h[r] = sum(sums[r].lo + sums[r].hi);
 }
 
-// One token. While x stays in the first-level cache rows go one at a time, a single stream at full
-// speed, with four independent vectors of sums to hide the latency of the multiply-add. A longer x is
-// shared by rows that are read side by side.
+// One token. The rows are read as four streams, each a quarter of them: far apart, so that the hardware
+// prefetcher follows all four, where neighbouring rows would share its attention. They also share x.
 template <class T>
 void dot_token(const T* B, int64_t ldb, const T* x, int64_t size, int64_t begin, int64_t end, float* h) {
-  constexpr int64_t kResidentBytes = 8 * 1024;
-  int64_t r = begin;
-  if (size * int64_t(sizeof(T)) <= kResidentBytes) {
-    for (; r < end; r++) dot_rows<1, 2>(B + r * ldb, ldb, x, size, h + r);
-  } else {
-    for (; r + kWideRows <= end; r += kWideRows) dot_rows<kWideRows, 1>(B + r * ldb, ldb, x, size, h + r);
-    for (; r < end; r++) dot_rows<1, 1>(B + r * ldb, ldb, x, size, h + r);
+  const int64_t quarter = (end - begin) / kFarRows, rest = begin + kFarRows * quarter;
+  for (int64_t r = begin; r < begin + quarter; r++) {
+    float sums[kFarRows];
+    dot_rows<kFarRows>(B + r * ldb, quarter * ldb, x, size, sums);
+    for (int i = 0; i < kFarRows; i++) h[r + i * quarter] = sums[i];
   }
+  for (int64_t r = rest; r < end; r++) dot_rows<1>(B + r * ldb, ldb, x, size, h + r);
 }
 
 // h[m][r] = B[r] · x[m] for a tile of kRows rows and kTokens tokens.
