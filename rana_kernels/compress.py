@@ -1,7 +1,9 @@
 """Compression: calibrate → plan → modules, in place, one block at a time.
 
-Each linear is decomposed once; a block's factors are dropped when its modules are in place, so that
-there are never two copies of the model. Only linears are replaced: embeddings, norms and lm_head stay.
+The paper's method decomposes each linear once; one budget for the whole model has to see all of them
+before it can decide, so there each is decomposed again for its modules. A block's factors are dropped
+when its modules are in place, so that there are never two copies of the model. Only linears are
+replaced: embeddings, norms and lm_head stay.
 """
 
 import time

@@ -1,7 +1,7 @@
 """How a problem is cut up into programs and blocks: a table where one was measured, else a rule.
 
-Nothing is tried out while a model runs. `rana tune` measures on a card and writes its table; the
-tables that come with the package are in `tables/`, one file a card.
+Nothing is tried out while a model runs. `rana tune` measures on a card and writes its table; none comes
+with the package, because none was measured yet.
 """
 
 import json
@@ -20,7 +20,6 @@ from torch import Tensor
 _WIDTHS = (2048, 1024, 512, 256, 128, 64)
 _MOST_SHARES = 64
 _tried: dict[str, dict] = {}
-_SHIPPED = Path(__file__).parent / "tables"
 
 
 @dataclass(frozen=True)
@@ -153,9 +152,9 @@ def _properties(device: torch.device):
 
 
 def table(device: torch.device) -> dict[str, dict]:
-    """The measured configurations for a card, {key: fields}: the user's own, else the package's."""
+    """The measured configurations for a card, {key: fields}, and before them those being tried."""
     measured = _tables(card(device)) if device.type == "cuda" else {}
-    return {**measured, **_tried}
+    return {**measured, **_tried} if _tried else measured
 
 
 @contextmanager
@@ -175,8 +174,8 @@ def card(device: torch.device) -> str:
 
 @cache
 def _tables(name: str) -> dict[str, dict]:
-    path = next((p for p in (own_table(name), _SHIPPED / f"{name}.json") if p.exists()), None)
-    return read(path) if path else {}
+    path = own_table(name)
+    return read(path) if path.exists() else {}
 
 
 def own_table(name: str) -> Path:

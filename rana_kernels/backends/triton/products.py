@@ -25,8 +25,7 @@ def product_kernel(
         a, b, in_threshold, in_scale, m, n, M, K, N, stride_a, stride_bk, stride_bn,
         IN_PER_ROW, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    if bias is not None:
-        total += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
+    total = _add_bias(total, bias, n, N)
     if out_threshold is not None:
         total = tl.where(keeps(total, n, out_threshold, None, N, OUT_PER_ROW), total, 0)
     _store(y, total, m, n, M, N)
@@ -43,8 +42,7 @@ def neurons_kernel(
     up = _tile(
         z_up, up_rows, None, None, m, n, M, R_UP, N, stride_z, stride_up, 1, False, BLOCK_M, BLOCK_N, BLOCK_K
     )
-    if up_bias is not None:
-        up += tl.load(up_bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
+    up = _add_bias(up, up_bias, n, N)
     if gate_rows is None:
         value = activate(up, ACTIVATION)
     else:
@@ -52,9 +50,7 @@ def neurons_kernel(
             z_gate, gate_rows, None, None, m, n, M, R_GATE, N, stride_z, stride_gate, 1,
             False, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if gate_bias is not None:
-            gate += tl.load(gate_bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
-        value = activate(gate, ACTIVATION) * up
+        value = activate(_add_bias(gate, gate_bias, n, N), ACTIVATION) * up
     _store(g, tl.where(keeps(value, n, threshold, scale, N, PER_ROW), value, 0), m, n, M, N)
 
 
@@ -89,6 +85,13 @@ def _tile(
             other=0,
         )
         total = dot(left, right, total)
+    return total
+
+
+@triton.jit
+def _add_bias(total, bias, n, N):
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
     return total
 
 
