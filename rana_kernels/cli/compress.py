@@ -1,0 +1,106 @@
+"""`rana compress`."""
+
+import json
+import shutil
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rana_kernels import evaluate
+from rana_kernels.allocate import DEFAULT, NEEDS
+from rana_kernels.calibrate import calibrate
+from rana_kernels.card import note
+from rana_kernels.checkpoint import attached_plan, check_target, read_manifest
+from rana_kernels.cli.options import AsJson, Dtype, RowLength, app, open_model, open_tokenizer, print_json
+from rana_kernels.compress import compress as compress_model
+from rana_kernels.integrations.transformers import save
+from rana_kernels.tables import show_compression
+from rana_kernels.tokens import read_rows
+
+
+class Method(str, Enum):
+    """How ranks are chosen."""
+
+    one_budget = DEFAULT
+    paper = "paper"
+    static = "static"
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  rana compress meta-llama/Llama-3.2-1B --calibration text.txt -o llama-rana
+  rana compress ./model --calibration tokens.safetensors --flops-reduction 0.3 -o out --json
+After an interruption, the same command goes on from the last finished block."""
+)
+def compress(
+    model: Annotated[str, typer.Argument(help="A model's directory, or its name on the Hugging Face hub.")],
+    calibration: Annotated[
+        Path,
+        typer.Option(help="Text (UTF-8), or a .safetensors with input_ids [n, T]: what the model reads."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    flops_reduction: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the blocks' linear FLOPs to save.")
+    ] = 0.44,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="global: one budget for the whole model. paper: RaNA as published. static: low rank."
+        ),
+    ] = Method.one_budget,
+    tokens: Annotated[int, typer.Option(min=1, help="Calibrate on at most so many tokens.")] = 131_072,
+    sequence_length: RowLength = 512,
+    dtype: Annotated[Dtype, typer.Option(help="Load and store the weights as.")] = Dtype.auto,
+    seed: Annotated[int, typer.Option(help="Which calibration tokens thresholds are chosen on.")] = 0,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="Other text of that kind: perplexity on it, before and after, goes on the card."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replace a model's linear layers by adapters that skip work, and write the result.
+
+    A good calibration text is like what the model will read; 100,000 tokens of it are plenty.
+    """
+    check_target(output)
+    original, tokenizer = open_model(model, dtype), open_tokenizer(model)
+    if attached_plan(original) is not None:
+        raise ValueError(f"{model} is compressed already, wanted the original model")
+    rows = read_rows(
+        calibration, tokenizer, original.config.vocab_size, length=sequence_length, tokens=tokens
+    )
+    progress = sys.stderr.isatty()
+    held_out = None
+    if evaluation is not None:
+        held_out = read_rows(evaluation, tokenizer, original.config.vocab_size, length=sequence_length)
+        dense = evaluate.perplexity(original, held_out, progress=progress).perplexity
+    stats = calibrate(original, rows.split(4), seed=seed, progress=progress, **NEEDS[method.value])
+    unfinished = output.resolve().with_name(f"{output.resolve().name}.resume")
+    try:
+        report = compress_model(
+            original,
+            stats=stats,
+            flops_reduction=flops_reduction,
+            method=method.value,
+            resume_dir=unfinished,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        print("rana: interrupted. The same command goes on from the last finished block", file=sys.stderr)
+        raise
+    note(original, base_model=model, calibration={"data": calibration.name})
+    if held_out is not None and evaluation is not None:
+        found = evaluate.perplexity(original, held_out, progress=progress).perplexity
+        note(original, perplexity={"compressed": found, "dense": dense, "data": evaluation.name})
+    save(original, output, tokenizer)
+    shutil.rmtree(unfinished)
+    stored = read_manifest(output).facts["stored_bytes"]
+    if as_json:
+        facts = {"directory": str(output), "tokens": stats.tokens, "stored_bytes": stored}
+        print_json({**facts, **json.loads(report.to_json())})
+    else:
+        show_compression(report, output, stored)

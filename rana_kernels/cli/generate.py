@@ -1,0 +1,49 @@
+"""`rana generate`."""
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from rana_kernels.cli.options import AsJson, Checkpoint, app, device, open_tokenizer, print_json
+from rana_kernels.integrations.transformers import load
+
+
+@app.command(
+    epilog="""\b
+Example:
+  rana generate llama-rana --prompt "Once upon a time" --max-new-tokens 50"""
+)
+def generate(
+    directory: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt."""
+    model: Any = load(directory, device=device())
+    tokenizer = open_tokenizer(directory)
+    if tokenizer is None:
+        raise ValueError(
+            f"{directory} holds no tokenizer: give it to rana.save, or compress with it in place"
+        )
+    asked = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if asked["input_ids"].shape[1] == 0:
+        raise ValueError("the prompt is empty, wanted at least one token")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    started = time.perf_counter()
+    written = model.generate(
+        input_ids=asked["input_ids"],
+        attention_mask=asked["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )[0, asked["input_ids"].shape[1] :]
+    seconds = time.perf_counter() - started
+    continuation = tokenizer.decode(written, skip_special_tokens=True)
+    if as_json:
+        facts = {"tokens": len(written), "tokens_per_second": len(written) / seconds}
+        print_json({"prompt": prompt, "text": continuation, **facts})
+    else:
+        print(prompt + continuation)

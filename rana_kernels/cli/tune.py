@@ -1,0 +1,52 @@
+"""`rana tune`."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from rana_kernels.cli.options import AsJson, Checkpoint, app, device, open_tokenizer, print_json
+from rana_kernels.integrations.transformers import load
+from rana_kernels.tables import show_tuning
+from rana_kernels.tokens import read_rows
+
+
+@app.command(
+    "tune",
+    epilog="""\b
+Example:
+  rana tune llama-rana --text train.txt
+The table is used from then on, by every model with layers of those sizes.""",
+)
+def tune_kernels(
+    directory: Checkpoint,
+    text: Annotated[Path, typer.Option(help="Text (UTF-8), or a .safetensors with input_ids [n, T].")],
+    tokens: Annotated[
+        list[int], typer.Option(min=1, help="Tokens a step may have; give it several times for several.")
+    ] = [1, 2, 16, 64, 512],  # noqa: B006 - typer wants a list
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="JSON file; default: where the package looks for your tables."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how the Triton kernels run fastest on this card, for the layers of a model."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("tuning needs a CUDA device, and this machine has none")
+    from rana_kernels.backends.triton import configurations
+    from rana_kernels.backends.triton.tune import tune, write
+
+    model: Any = load(directory, device=device())
+    length = max(tokens)
+    rows = read_rows(text, open_tokenizer(directory), model.config.vocab_size, length=length, tokens=length)
+    choices = tune(model, rows[:1].to(model.device), tokens, progress=sys.stderr.isatty())
+    card = configurations.card(model.device)
+    write(path := output or configurations.own_table(card), card, choices)
+    if as_json:
+        shown = {k: c._asdict() | {"configuration": asdict(c.configuration)} for k, c in choices.items()}
+        print_json({"table": str(path), "choices": shown})
+    else:
+        show_tuning(choices, path)
