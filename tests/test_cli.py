@@ -21,7 +21,7 @@ from rana_kernels.integrations import handover
 from rana_kernels.tokens import read_rows
 
 VOCABULARY = 300
-TEXT = Path(cli.__file__).read_text() * 2  # text of about the right length, and at hand
+TEXT = Path(rana.modules.__file__).read_text() * 2  # text of about the right length, and at hand
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Run a command line; gives its exit code, stdout and stderr."""
-    monkeypatch.setattr(cli, "_device", lambda: "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def command(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exit:
@@ -129,7 +129,7 @@ def test_the_card_says_what_was_measured(folder, tmp_path, run):
 
 def test_the_same_command_goes_on_after_an_interruption(folder, compressed, tmp_path, run, monkeypatch):
     command, done = compression(folder, tmp_path / "out"), []
-    measure = cli.compress_model.__globals__["measure"]
+    measure = rana.compress.__globals__["measure"]
 
     def interrupted(layer, adapter):
         if layer.block.index == 1:
@@ -137,12 +137,12 @@ def test_the_same_command_goes_on_after_an_interruption(folder, compressed, tmp_
         return measure(layer, adapter)
 
     with monkeypatch.context() as patch:
-        patch.setitem(cli.compress_model.__globals__, "measure", interrupted)
+        patch.setitem(rana.compress.__globals__, "measure", interrupted)
         code, _, err = run(*command)
     assert code == 130 and "The same command goes on" in err
     assert [path.name for path in tmp_path.iterdir()] == ["out.resume"]
     count = lambda layer, adapter: done.append(layer.block.index) or measure(layer, adapter)  # noqa: E731
-    monkeypatch.setitem(cli.compress_model.__globals__, "measure", count)
+    monkeypatch.setitem(rana.compress.__globals__, "measure", count)
     assert run(*command)[0] == 0
     assert set(done) == {1} and [path.name for path in tmp_path.iterdir()] == ["out"]
     weights = [(place / "model.safetensors").read_bytes() for place in (tmp_path / "out", compressed)]
