@@ -1,4 +1,5 @@
-"""Train the small Llama model in `examples/demo_model/` on the source of Python's standard library.
+"""Train the small Llama model in `examples/demo_model/` on the source of Python's standard library,
+or, with `--architecture gpt_neox`, a model of another kind on the same text.
 
 The text is on every machine that can run this script, so nothing is downloaded. The path through
 the file is the path of the work: read and split the text, train a tokenizer, pack tokens into rows,
@@ -17,6 +18,7 @@ import sysconfig
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -31,8 +33,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -161,10 +166,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+class Architecture(str, Enum):
+    """What is trained: 5.4 million parameters of Llama, or 3.5 of GPT-NeoX."""
+
+    llama = "llama"
+    gpt_neox = "gpt_neox"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the trained weights, apart from the text."""
 
+    architecture: Architecture
     steps: int
     learning_rate: float
     warmup_steps: int
@@ -174,9 +187,14 @@ class Recipe:
     seed: int
 
 
-def new_model(seed: int) -> LlamaForCausalLM:
-    """Build the model with random float32 weights: grouped-query attention, tied embeddings."""
+def new_model(architecture: Architecture, seed: int) -> PreTrainedModel:
+    """Build a model with random float32 weights and tied embeddings."""
     torch.manual_seed(seed)
+    return new_llama() if architecture is Architecture.llama else new_gpt_neox()
+
+
+def new_llama() -> LlamaForCausalLM:
+    """Gated MLPs, grouped-query attention, no biases."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
@@ -194,7 +212,25 @@ def new_model(seed: int) -> LlamaForCausalLM:
     )
 
 
-def new_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
+def new_gpt_neox() -> GPTNeoXForCausalLM:
+    """MLPs of GELU without gates, fused qkv, biases, attention and MLP side by side: as in Pythia."""
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            max_position_embeddings=ROW,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def new_optimizer(model: PreTrainedModel) -> torch.optim.AdamW:
     """Return AdamW that decays matrices and leaves the gains of the norms alone."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
@@ -241,15 +277,13 @@ def step_rows(recipe: Recipe, rows: Tensor, step: int) -> Tensor:
     return chosen.view(-1, SHORT_ROW) if step < cooldown_start(recipe) else chosen
 
 
-def token_losses(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
+def token_losses(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Return the losses in nats, float32 [n * (T - 1)], of predicting each next token of [n, T]."""
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
 
 
-def train_step(
-    model: LlamaForCausalLM, optimizer: torch.optim.AdamW, input_ids: Tensor, rate: float
-) -> float:
+def train_step(model: PreTrainedModel, optimizer: torch.optim.AdamW, input_ids: Tensor, rate: float) -> float:
     """Take one optimizer step on `input_ids` [n, T]; return the mean loss in nats a token."""
     total = 0.0
     # Four rows at a time: the logits of more fall out of the CPU's caches.
@@ -268,7 +302,7 @@ def train_step(
 
 
 @torch.inference_mode()
-def perplexity(model: LlamaForCausalLM, input_ids: Tensor) -> float:
+def perplexity(model: PreTrainedModel, input_ids: Tensor) -> float:
     """Return exp(mean next-token loss) over the T - 1 predictions of each row of [n, T].
 
     A row sees nothing of the rows before it. The losses are added in float64.
@@ -286,7 +320,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def save_checkpoint(
     path: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     optimizer: torch.optim.AdamW,
     step: int,
     seconds: float,
@@ -305,7 +339,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, identity: str
+    path: Path, model: PreTrainedModel, optimizer: torch.optim.AdamW, identity: str
 ) -> tuple[int, float]:
     """Restore model and optimizer in place; return (steps done, seconds spent), or (0, 0.0)."""
     if not path.exists():
@@ -387,7 +421,7 @@ def progress_bar() -> Progress:
     )
 
 
-def glance(model: LlamaForCausalLM, evaluation: Tensor) -> float:
+def glance(model: PreTrainedModel, evaluation: Tensor) -> float:
     """Return the perplexity on a few evaluation rows, in the precision of training."""
     with torch.autocast("cpu", torch.bfloat16):
         return perplexity(model, evaluation[:GLANCE_ROWS])
@@ -399,7 +433,7 @@ def due(step: int, interval: int, recipe: Recipe) -> bool:
 
 
 def timed_step(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     optimizer: torch.optim.AdamW,
     recipe: Recipe,
     rows: Tensor,
@@ -415,7 +449,7 @@ def timed_step(
 
 
 def fit(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     recipe: Recipe,
     splits: dict[str, Tensor],
     work_dir: Path,
@@ -464,7 +498,7 @@ def prepare(root: Path) -> tuple[Tokenizer, dict[str, Tensor], str]:
     return tokenizer, encode_splits(splits, tokenizer), digest
 
 
-def save_model(model: LlamaForCausalLM, folder: Path) -> None:
+def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Write config.json, generation_config.json and model.safetensors, rounded to bfloat16."""
     model.to(torch.bfloat16).save_pretrained(folder)
 
@@ -481,6 +515,7 @@ def save_data(splits: dict[str, Tensor], root: Path, work_dir: Path, folder: Pat
 
 @app.command()
 def train(
+    architecture: Annotated[Architecture, typer.Option(help="What to train.")] = Architecture.llama,
     out: Annotated[
         Path,
         typer.Option(help="Folder for the finished model.", show_default="examples/demo_model"),
@@ -518,16 +553,21 @@ def train(
     continues from the last checkpoint. To try the machinery in a minute:
 
     `python examples/train_demo_model.py train --steps 20 --out /tmp/tiny --work-dir /tmp/tiny-work`
+
+    A model of another kind, which is not checked in:
+
+    `python examples/train_demo_model.py train --architecture gpt_neox --steps 1700 --cosine-steps 1700
+    --out build/gpt_neox_model --work-dir build/gpt_neox_work`
     """
     torch.set_num_threads(threads)
-    recipe = Recipe(steps, lr, warmup_steps, cosine_steps, cooldown_steps, rows_per_step, seed)
+    recipe = Recipe(architecture, steps, lr, warmup_steps, cosine_steps, cooldown_steps, rows_per_step, seed)
     root = Path(sysconfig.get_path("stdlib"))
     tokenizer, splits, digest = prepare(root)
 
     work_dir.mkdir(parents=True, exist_ok=True)
     if fresh:
         (work_dir / "checkpoint.safetensors").unlink(missing_ok=True)
-    model = new_model(seed)
+    model = new_model(architecture, seed)
     console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     # What a checkpoint must share with a run to be continued by it.
     identity = json.dumps({"text": digest, **asdict(recipe)}, sort_keys=True)
