@@ -27,30 +27,39 @@ class Perplexity:
     tokens_per_second: float
 
 
-@torch.inference_mode()
 def perplexity(model: nn.Module, input_ids: Tensor, *, batch: int = 4, progress: bool = True) -> Perplexity:
     """Over the T - 1 next-token predictions of each row of `input_ids` [n, T]; rows do not see each other.
 
     Raises ValueError for another shape, or for logits that are not finite.
     """
+    started = time.perf_counter()
+    losses = token_losses(model, input_ids, batch=batch, progress=progress)
+    seconds = time.perf_counter() - started
+    nll = float(losses.double().mean())
+    return Perplexity(math.exp(nll), nll, losses.numel(), input_ids.numel() / seconds)
+
+
+@torch.inference_mode()
+def token_losses(model: nn.Module, input_ids: Tensor, *, batch: int = 4, progress: bool = True) -> Tensor:
+    """[n, T - 1] float32 on the CPU: what each next token of each row of `input_ids` [n, T] costs, in nats.
+
+    Raises as `perplexity` does.
+    """
     if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] < 2:
         raise ValueError(f"perplexity: input_ids has shape {list(input_ids.shape)}, wanted [n, T], T >= 2")
-    total, seconds = 0.0, 0.0
+    found = []
     for part in _batches(model, input_ids, batch, "measuring perplexity", progress):
-        started = time.perf_counter()
         logits = model(input_ids=part, use_cache=False).logits
         # a row at a time: in float32 the logits of a batch can be larger than the model
-        losses = [
-            F.cross_entropy(row[:-1].float(), ids[1:], reduction="sum")
+        found += [
+            F.cross_entropy(row[:-1].float(), ids[1:], reduction="none").cpu()
             for row, ids in zip(logits, part, strict=True)
         ]
-        total += float(torch.stack(losses).double().sum())
-        seconds += time.perf_counter() - started
-    predictions = input_ids.shape[0] * (input_ids.shape[1] - 1)
-    nll = total / predictions
-    if not math.isfinite(nll):
-        raise ValueError(f"perplexity: the mean loss is {nll}, wanted a finite number: the model is damaged")
-    return Perplexity(math.exp(nll), nll, predictions, input_ids.numel() / seconds)
+    losses = torch.stack(found)
+    if not losses.isfinite().all():
+        mean = float(losses.double().mean())
+        raise ValueError(f"perplexity: the mean loss is {mean}, wanted a finite number: the model is damaged")
+    return losses
 
 
 @torch.inference_mode()

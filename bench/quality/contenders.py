@@ -1,0 +1,105 @@
+"""Every method, as a function from a budget to a candidate: a model, and what its tokens cost.
+
+A budget is a fraction of the multiply-adds of the linears in a scope: both, mlp or attention. What a
+method leaves dense there counts, and so does B. A budget that a method cannot meet is a ValueError.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+import rana_kernels as rana
+from bench.quality.masks import mask_gates, mask_inputs
+from bench.quality.subject import Subject, scoped
+from rana_kernels import paper
+from rana_kernels.adapters import dense_adapter
+from rana_kernels.budget import Curve, plan_curves
+from rana_kernels.calibrate import Stats
+from rana_kernels.density import Costs, costs_of
+from rana_kernels.layer import Layer
+from rana_kernels.plan import Adapter, Plan
+
+
+@dataclass
+class Candidate:
+    """A model that skips work. `plan` and `stats` where it has adapters: those can be trained further."""
+
+    model: nn.Module
+    costs: Costs
+    plan: Plan | None = None
+    stats: Stats | None = None
+
+
+def static(subject: Subject, scope: str, keep: float) -> Candidate:
+    return _compressed(subject, scope, _same_for_every_layer(subject, scope, keep, "static"))
+
+
+def teal(subject: Subject, scope: str, keep: float) -> Candidate:
+    return Candidate(*mask_inputs(subject, scope, keep, weighted=False))
+
+
+def wina(subject: Subject, scope: str, keep: float) -> Candidate:
+    return Candidate(*mask_inputs(subject, scope, keep, weighted=True))
+
+
+def cats(subject: Subject, scope: str, keep: float) -> Candidate:
+    return Candidate(*mask_gates(subject, scope, keep))
+
+
+def as_published(subject: Subject, scope: str, keep: float) -> Candidate:
+    return _compressed(subject, scope, _same_for_every_layer(subject, scope, keep, "paper"))
+
+
+def one_budget(subject: Subject, scope: str, keep: float) -> Candidate:
+    inside = subject.linears(scope)
+    curves = [_within(curve, inside) for curve in subject.curves]
+    # the curves' own budget is over all linears
+    total = sum(a.dense_flops for curve in curves for a in curve[0].adapters)
+    part = sum(a.dense_flops for curve in curves for a in curve[0].adapters if a.names[0] in inside)
+    return _compressed(subject, scope, plan_curves(subject.stats, curves, (1 - keep) * part / total))
+
+
+CONTENDERS: dict[str, Callable[[Subject, str, float], Candidate]] = {
+    "static": static,
+    "teal": teal,
+    "wina": wina,
+    "cats": cats,
+    "paper": as_published,
+    "global": one_budget,
+}
+
+
+def _compressed(subject: Subject, scope: str, plan: Plan) -> Candidate:
+    model, stats = subject.copy()
+    plan = rana.compress(model, plan=plan, stats=stats, progress=False).plan
+    return Candidate(model, costs_of(_part(plan, subject.linears(scope))), plan, stats)
+
+
+def _part(plan: Plan, names: set[str]) -> Plan:
+    return plan.with_adapters(tuple(a for a in plan.adapters if a.names[0] in names))
+
+
+def _same_for_every_layer(subject: Subject, scope: str, keep: float, method: str) -> Plan:
+    """The adapted linears take the cut of o too, which stays dense."""
+    cost = {name: subject.dense.get_submodule(name).weight.numel() for name in subject.linears(scope)}
+    adapted = sum(cost.values()) - sum(cost.get(block.o, 0) for block in subject.blocks)
+    share = 1 - (1 - keep) * sum(cost.values()) / adapted
+    if share <= 0:
+        raise ValueError(
+            f"{method} leaves {1 - adapted / sum(cost.values()):.2f} of the cost dense, wanted {keep}"
+        )
+    adapters: list[Adapter] = []
+    for block in subject.blocks:
+        layer, inside = Layer(subject.dense, block, subject.stats), set(scoped(block, scope))
+        for adapter in paper.plan_layer(layer, share, method):
+            own = adapter.names[0] in inside
+            adapters += [adapter] if own else [dense_adapter(layer, name) for name in adapter.names]
+    return Plan(tuple(adapters), method)
+
+
+def _within(curve: Curve, names: set[str]) -> Curve:
+    """The curve, or only its dense end where its linears are out of scope."""
+    if curve[0].adapters[0].names[0] in names:
+        return curve
+    return [choice for choice in curve if all(a.kind == "dense" for a in choice.adapters)]

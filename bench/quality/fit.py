@@ -1,0 +1,41 @@
+"""Equal cost: the budget to ask for so that the cost measured on the evaluation text is the one wanted.
+
+Thresholds come from the calibration text, and on other text they keep a little more or less; methods
+differ in how much. So the cost of a candidate is measured, and one with a corrected budget is built,
+until the two agree.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.quality.contenders import Candidate
+from bench.quality.subject import BATCH
+from rana_kernels.evaluate import kept_rows
+
+TOLERANCE = 0.005  # of the dense cost
+FIT_ROWS = 16  # of the evaluation text, spread over it, on which the cost is measured for the fit
+TRIES = 4
+
+
+def fit(build: Callable[[float], Candidate], keep: float, rows: Tensor) -> tuple[Candidate, float]:
+    """A candidate that costs `keep` on some of `rows`, and what was asked for to get it.
+
+    Raises ValueError for a budget that the method cannot meet.
+    """
+    some = rows[torch.linspace(0, len(rows) - 1, min(FIT_ROWS, len(rows))).round().long()]
+    asked, found = keep, 0.0
+    for _ in range(TRIES):
+        candidate = build(asked)
+        found = measured_keep(candidate, some)
+        if abs(found - keep) <= TOLERANCE / 2:
+            return candidate, asked
+        asked += keep - found
+    raise ValueError(f"asked for {asked:.3f} it costs {found:.3f}, wanted {keep}")
+
+
+def measured_keep(candidate: Candidate, rows: Tensor) -> float:
+    if not candidate.costs.row:
+        return candidate.costs.keep({})
+    return candidate.costs.keep(kept_rows(candidate.model, rows, batch=BATCH, progress=False))

@@ -1,0 +1,51 @@
+"""Finished measurements on disk, in one JSON file that is both the result and where a run goes on from."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bench.quality.subject import Subject
+from rana_kernels.resume import fingerprint
+
+
+class Store:
+    """Sections of finished entries, by key. Written whole, and moved into place, after every entry.
+
+    Raises ValueError if the file is of another model or other text.
+    """
+
+    def __init__(self, path: Path, subject: Subject, conditions: str) -> None:
+        self.path = path
+        texts = (subject.calibration, subject.evaluation)
+        digests = [hashlib.sha256(rows.long().numpy().tobytes()).hexdigest() for rows in texts]
+        made = fingerprint(subject.dense, subject.blocks, *digests)
+        self.data: dict[str, Any] = {"fingerprint": made, "conditions": []}
+        if path.exists():
+            self.data = json.loads(path.read_text(encoding="utf-8"))
+        if self.data["fingerprint"] != made:
+            raise ValueError(
+                f"{path} is of another model or other text: give another --output, or delete it first"
+            )
+        self.conditions = conditions
+
+    def has(self, section: str, key: str) -> bool:
+        return key in self.data.get(section, {})
+
+    def section(self, name: str) -> dict[str, Any]:
+        return self.data.get(name, {})
+
+    def put(self, section: str, key: str, entry: dict[str, Any] | list[Any]) -> None:
+        self.data.setdefault(section, {})[key] = entry
+        if self.conditions not in self.data["conditions"]:
+            self.data["conditions"].append(self.conditions)
+        write(self.path, json.dumps(self.data, indent=1, allow_nan=False) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
