@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
-CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* bench/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
+SOURCES := setup.py rana_kernels/ops.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* bench/*.cpp examples/*/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
 .PHONY: help build demo test test-slow test-stacks test-transformers lint format bench gpu compile-check sanitize clean
 

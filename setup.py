@@ -1,4 +1,5 @@
-"""What to compile: the CPU op libraries, one for each instruction set, the CUDA one, and the host module.
+"""What to compile: the CPU op libraries, one for each instruction set, the CUDA one, the ops' schemas for
+programs without Python, and the host module.
 
 The op libraries use torch's stable ABI, so one build serves every later torch and Python. Without a
 compiler, or without torch at build time, the package installs as pure Python: every op then runs on
@@ -7,6 +8,8 @@ nor a torch with CUDA. RANA_BUILD=auto (the default) compiles what can be compil
 the CPU libraries, or on all of them; none asks for pure Python.
 """
 
+import ast
+import json
 import os
 import platform
 import shutil
@@ -33,6 +36,9 @@ INSTRUCTION_SETS = {
 # code for these cards, and PTX from which a driver compiles for later ones
 CUDA_TARGETS = ("80", "90", "100")
 CUDA_COMPILE = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+
+# the list of ops, and the file made of it
+OPS, SCHEMAS = "rana_kernels/ops.py", "build/schemas.cpp"
 
 
 def why_not() -> str | None:
@@ -71,6 +77,31 @@ def op_libraries() -> list[Extension]:
         )
         for name, flags in INSTRUCTION_SETS[platform.machine()].items()
     ]
+
+
+def schemas_library() -> Extension:
+    """The schemas alone: for C++ programs, which lack `rana_kernels/ops.py`. Python never loads it."""
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(
+        "rana_kernels._schemas",
+        [SCHEMAS],
+        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
+        extra_compile_args=COMPILE,
+        py_limited_api=True,
+    )
+
+
+def write_schemas() -> None:
+    """`SCHEMAS` of ops.py as C++. The file is read, not imported: it would load the package being built."""
+    assigned = [node for node in ast.parse(Path(OPS).read_text()).body if isinstance(node, ast.Assign)]
+    table = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "SCHEMAS")
+    lines = [f"  m.def({json.dumps(name + schema)});" for name, schema in ast.literal_eval(table).items()]
+    Path(SCHEMAS).parent.mkdir(exist_ok=True)
+    Path(SCHEMAS).write_text(
+        f"// Written by setup.py from {OPS}.\n#include <torch/csrc/stable/library.h>\n\n"
+        + "\n".join(["STABLE_TORCH_LIBRARY(rana, m) {", *lines, "}\n"])
+    )
 
 
 def cuda_sources() -> list[str]:
@@ -130,6 +161,8 @@ def build_command() -> dict:
                 if self.force or newer_group(ext.depends, target, "newer"):
                     compile_cuda(target)
                 return
+            if ext.sources == [SCHEMAS] and newer_group([OPS, "setup.py"], SCHEMAS):
+                write_schemas()
             # the libraries share their sources: each needs an object folder of its own
             shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
             try:
@@ -159,7 +192,10 @@ def compiled() -> dict:
         sys.exit("rana_kernels: RANA_BUILD=cuda, but nvcc was not found (on the path, or in CUDA_HOME)")
     cuda = [cuda_library()] if wanted != "cpu" and nvcc() else []
     say(f"compiling the CPU kernels{' and, with ' + str(nvcc()) + ', the CUDA kernels' if cuda else ''}")
-    return {"ext_modules": [*op_libraries(), *cuda, *host_module()], "cmdclass": build_command()}
+    return {
+        "ext_modules": [*op_libraries(), *cuda, schemas_library(), *host_module()],
+        "cmdclass": build_command(),
+    }
 
 
 setup(**compiled())

@@ -1,0 +1,46 @@
+"""Export a compressed model with its cache, and compile it with AOTInductor into one .pt2 file."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.export import Dim, ExportedProgram
+from transformers import PreTrainedModel
+from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
+
+import rana_kernels as rana
+
+
+def export(model: PreTrainedModel, length: int) -> ExportedProgram:
+    """The program of `(input_ids [1, T], cache_position [T]) -> logits [1, T, vocabulary]`.
+
+    The cache, for `length` tokens, is part of the program: a call writes its T tokens at
+    `cache_position` (consecutive numbers) and sees all before them. T is any from 1 to `length`, so a
+    prompt is one call and each further token one more; position 0 starts a new text.
+    """
+    model.generation_config.cache_implementation = "static"
+    program = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=length)
+    tokens = Dim("tokens", min=1, max=length)
+    with torch.no_grad():
+        return program.export(
+            input_ids=torch.zeros(1, 3, dtype=torch.long),
+            cache_position=torch.arange(3),
+            dynamic_shapes={"input_ids": {1: tokens}, "cache_position": {0: tokens}},
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, help="a directory that `rana compress` wrote")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--length", type=int, default=512, help="tokens that the cache holds (default 512)")
+    parser.add_argument("--dtype", default="auto", help="of the weights (default: that of the file)")
+    arguments = parser.parse_args()
+    program = export(rana.load(arguments.model, dtype=arguments.dtype), arguments.length)
+    partial = arguments.output.with_suffix(".partial.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
+    partial.replace(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
