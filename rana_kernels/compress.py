@@ -8,7 +8,7 @@ replaced: embeddings, norms and lm_head stay.
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
@@ -19,14 +19,14 @@ from rana_kernels import allocate, paper
 from rana_kernels.calibrate import Stats, calibrate
 from rana_kernels.card import made_from
 from rana_kernels.checkpoint import attach_plan
-from rana_kernels.fill import block_tensors
-from rana_kernels.install import build_block, check_plan, swap
-from rana_kernels.layer import Layer, linear_of
+from rana_kernels.fill import block_tensors, with_threshold
+from rana_kernels.install import check_plan, put
+from rana_kernels.layer import Layer
 from rana_kernels.measure import AdapterReport, CompressReport, measure, model_bytes, model_flops_reduction
-from rana_kernels.models import Block, describe, find_blocks
+from rana_kernels.models import describe, find_blocks
 from rana_kernels.plan import Adapter, Plan
 from rana_kernels.resume import ResumeDir, fingerprint
-from rana_kernels.split import threshold_for
+from rana_kernels.search import Search
 
 
 def compress(
@@ -35,6 +35,7 @@ def compress(
     *,
     flops_reduction: float | None = None,
     method: str = allocate.DEFAULT,
+    search: Search | None = None,
     plan: Plan | None = None,
     stats: Stats | None = None,
     patterns: Mapping[str, Any] | None = None,
@@ -46,28 +47,30 @@ def compress(
     calibration       as in `calibrate`; not needed where `stats` are given
     flops_reduction   share of the block linears' FLOPs to save, by `method`; or else a `plan`, whose
                       missing thresholds are chosen from the token sample
+    search            for `method="rankadaptor"`: rows to measure on that the calibration does not have
     patterns          for a model of an architecture that is not known: which of its linears is what, by
                       the fields of `rana_kernels.models.Architecture`. Its forward takes token ids first
-    resume_dir        finished blocks are kept here; the same call after an interruption goes on from
-                      them (load the original model again first)
+    resume_dir        what is finished is kept here; the same call after an interruption goes on from it
+                      (load the original model again first)
 
     Raises ValueError for arguments that do not fit together or the model, before it is touched.
     """
     started = time.monotonic()
     if patterns is not None:
         describe(model, patterns)
-    _check_request(model, flops_reduction, method, plan)
+    _check_request(model, flops_reduction, method, search, plan)
     stats = _stats(model, calibration, stats, method, plan, progress)
-    choose = _chooser(stats, flops_reduction, method, plan, progress)
     blocks = find_blocks(model)
-    facts = (stats.digest, plan.to_json() if plan else f"{method} {flops_reduction}")
+    asked_for = plan.to_json() if plan else f"{method} {flops_reduction}"
+    facts = (stats.digest, asked_for, *([search.digest] if search else []))
     store = ResumeDir(resume_dir, fingerprint(model, blocks, *facts)) if resume_dir else None
+    choose = _chooser(stats, flops_reduction, method, search, store, plan, progress)
     adapters: list[Adapter] = []
     measured: list[AdapterReport] = []
     bytes_before = model_bytes(model)
     for block in track(blocks, "compressing", disable=not progress, transient=True):
         tensors, found, reports = _block(Layer(model, block, stats), choose, store)
-        _put(model, block, found, tensors)
+        put(model, block, found, tensors)
         adapters += found
         measured += reports
     asked = plan or Plan((), method, flops_reduction)
@@ -87,9 +90,12 @@ def compress(
 
 
 Chooser = Callable[[Layer], list[Adapter]]
+WHOLE = ("global", "rankadaptor")  # methods that see the whole model before they decide
 
 
-def _check_request(model: nn.Module, flops_reduction: float | None, method: str, plan: Plan | None) -> None:
+def _check_request(
+    model: nn.Module, flops_reduction: float | None, method: str, search: Search | None, plan: Plan | None
+) -> None:
     """Find what cannot be done before the calibration runs."""
     if (plan is None) == (flops_reduction is None):
         raise ValueError(
@@ -99,21 +105,28 @@ def _check_request(model: nn.Module, flops_reduction: float | None, method: str,
     if plan is not None:
         check_plan(model, plan)
         return
-    allocate.check_method(method)
+    allocate.check_method(method, search)
     blocks = find_blocks(model)
-    if method != "global":
+    if method not in WHOLE:
         assert flops_reduction is not None
         paper.keep_for(model, blocks, flops_reduction, method)
 
 
 def _chooser(
-    stats: Stats, flops_reduction: float | None, method: str, plan: Plan | None, progress: bool
+    stats: Stats,
+    flops_reduction: float | None,
+    method: str,
+    search: Search | None,
+    store: ResumeDir | None,
+    plan: Plan | None,
+    progress: bool,
 ) -> Chooser:
     """What decides the adapters of a block: the plan, or the method at its budget."""
     model = stats.model
-    if plan is None and method == "global":
+    if plan is None and method in WHOLE:
         assert flops_reduction is not None
-        plan = allocate.plan(stats, flops_reduction=flops_reduction, method=method, progress=progress)
+        asked: dict[str, Any] = {"flops_reduction": flops_reduction, "method": method, "search": search}
+        plan = allocate.plan(stats, **asked, store=store, progress=progress)
     if plan is not None:
         planned = {block.index: adapters for block, adapters in check_plan(model, plan)}
         return lambda layer: planned[layer.block.index]
@@ -165,36 +178,10 @@ def _block(
         adapters = list(Plan.from_json(record["plan"]).adapters)
         reports = [AdapterReport(**{**entry, "names": tuple(entry["names"])}) for entry in record["reports"]]
         return tensors, adapters, reports
-    adapters = [_with_threshold(layer, adapter) for adapter in choose(layer)]
+    adapters = [with_threshold(layer, adapter) for adapter in choose(layer)]
     tensors = block_tensors(layer, adapters)
     reports = [measure(layer, adapter) for adapter in adapters if adapter.kind != "dense"]
     if store:
         record = {"plan": Plan(tuple(adapters)).to_json(), "reports": [asdict(report) for report in reports]}
         store.save(index, tensors, record)
     return tensors, adapters, reports
-
-
-def _with_threshold(layer: Layer, adapter: Adapter) -> Adapter:
-    """The adapter with a threshold; one without gets that which keeps its `live` rows of the sample."""
-    if adapter.kind == "dense" or adapter.threshold is not None:
-        return adapter
-    if adapter.kind == "rank":
-        score = layer.rank_scores(adapter.names, adapter.metric)[:, : adapter.rank].abs()
-    else:
-        scale = layer.scale(adapter.names[0], adapter.metric)
-        score = layer.sample(layer.input_of(adapter.names)).abs() * scale
-    threshold, live = threshold_for(score, adapter.live)
-    return replace(adapter, threshold=threshold, live=live)
-
-
-def _put(model: nn.Module, block: Block, adapters: list[Adapter], tensors: dict[str, Tensor]) -> None:
-    """Build the block's modules without memory and give them their tensors."""
-    weight = linear_of(model, block.linears[0]).weight
-    modules = build_block(block, adapters, "meta", weight.dtype)
-    for name, module in modules.items():
-        prefix = f"{name}."
-        own = {
-            k.removeprefix(prefix): t.to(weight.device) for k, t in tensors.items() if k.startswith(prefix)
-        }
-        module.load_state_dict(own, strict=True, assign=True)
-    swap(model, modules)

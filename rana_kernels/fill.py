@@ -1,11 +1,27 @@
 """The tensors of one block's adapters, by the names of the state dict they load into."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from rana_kernels.install import is_fused
 from rana_kernels.layer import Layer
 from rana_kernels.plan import Adapter
+from rana_kernels.split import threshold_for
+
+
+def with_threshold(layer: Layer, adapter: Adapter) -> Adapter:
+    """The adapter with a threshold; one without gets that which keeps its `live` rows of the sample."""
+    if adapter.kind == "dense" or adapter.threshold is not None:
+        return adapter
+    if adapter.kind == "rank":
+        score = layer.rank_scores(adapter.names, adapter.metric)[:, : adapter.rank].abs()
+    else:
+        scale = layer.scale(adapter.names[0], adapter.metric)
+        score = layer.sample(layer.input_of(adapter.names)).abs() * scale
+    threshold, live = threshold_for(score, adapter.live)
+    return replace(adapter, threshold=threshold, live=live)
 
 
 def block_tensors(layer: Layer, adapters: list[Adapter]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ dtype of the linear it replaces (the meta device included), ready to be loaded.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rana_kernels.layer import linear_of
 from rana_kernels.models import Block, find_blocks
@@ -21,6 +21,19 @@ def install(model: nn.Module, plan: Plan) -> None:
     for block, adapters in check_plan(model, plan):
         like = linear_of(model, block.linears[0]).weight
         swap(model, build_block(block, adapters, like.device, like.dtype))
+
+
+def put(model: nn.Module, block: Block, adapters: list[Adapter], tensors: dict[str, Tensor]) -> None:
+    """Build the block's modules without memory and give them their tensors."""
+    weight = linear_of(model, block.linears[0]).weight
+    modules = build_block(block, adapters, "meta", weight.dtype)
+    for name, module in modules.items():
+        prefix = f"{name}."
+        own = {
+            k.removeprefix(prefix): t.to(weight.device) for k, t in tensors.items() if k.startswith(prefix)
+        }
+        module.load_state_dict(own, strict=True, assign=True)
+    swap(model, modules)
 
 
 def swap(model: nn.Module, modules: dict[str, nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""Finished blocks on disk, so that an interrupted compression can go on where it stopped.
+"""Finished work on disk, so that what was interrupted can go on where it stopped.
 
 A block is a safetensors file and a JSON file. Each is written beside its place and moved there, the
 JSON last: where it is, the block is whole.
@@ -28,42 +28,67 @@ def fingerprint(model: nn.Module, blocks: list[Block], *facts: str) -> str:
 
 
 class ResumeDir:
-    """The finished blocks of one compression. ValueError if the directory holds another one's."""
+    """What is finished of one piece of work. ValueError if the directory holds another one's.
+
+    fingerprint   of all that the work depends on
+    """
 
     def __init__(self, path: str | os.PathLike, fingerprint: str) -> None:
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        marker = self.path / "fingerprint.json"
-        if not marker.exists():
-            _write_json(marker, fingerprint)
-        elif _read_json(marker) != fingerprint:
+        self.path, self.fingerprint = Path(path), fingerprint
+        if self._marker.exists() and read_json(self._marker) != fingerprint:
             raise ValueError(
-                f"{self.path} holds blocks of another compression (another model, budget or calibration): "
+                f"{self.path} holds unfinished work on something else (another model, text or request): "
                 "give an empty directory, or delete this one"
             )
+
+    @property
+    def _marker(self) -> Path:
+        return self.path / "fingerprint.json"
+
+    def _begin(self) -> None:
+        """Before anything is kept: a request that fails at once leaves nothing behind."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self._marker.exists():
+            write_json(self._marker, self.fingerprint)
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict] | None:
         """Tensors and record of a finished block, or None."""
         record = self.path / f"block_{index:04d}.json"
         if not record.exists():
             return None
-        return load_file(record.with_suffix(".safetensors")), _read_json(record)
+        return load_file(record.with_suffix(".safetensors")), read_json(record)
+
+    def load_json(self, name: str):
+        """What `save_json` wrote under that name, or None."""
+        path = self.path / f"{name}.json"
+        return read_json(path) if path.exists() else None
+
+    def save_json(self, name: str, data: object) -> None:
+        self._begin()
+        write_json(self.path / f"{name}.json", data)
+
+    def file(self, name: str) -> Path:
+        """A place for a file that its writer replaces whole."""
+        self._begin()
+        return self.path / name
 
     def save(self, index: int, tensors: dict[str, Tensor], record: dict) -> None:
+        self._begin()
         path = self.path / f"block_{index:04d}.json"
         part = path.with_suffix(".part")
         save_file({name: tensor.to("cpu", copy=False) for name, tensor in tensors.items()}, part)
         os.replace(part, path.with_suffix(".safetensors"))
-        _write_json(path, record)
+        write_json(path, record)
 
 
-def _write_json(path: Path, data: object) -> None:
+def write_json(path: Path, data: object) -> None:
+    """All of it or nothing."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(data))
     os.replace(part, path)
 
 
-def _read_json(path: Path):
+def read_json(path: Path):
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:

@@ -5,7 +5,7 @@ import shutil
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,9 +14,20 @@ from rana_kernels.allocate import DEFAULT, NEEDS
 from rana_kernels.calibrate import calibrate
 from rana_kernels.card import note
 from rana_kernels.checkpoint import attached_plan, check_target, read_manifest
-from rana_kernels.cli.options import AsJson, Dtype, RowLength, app, open_model, open_tokenizer, print_json
+from rana_kernels.cli.options import (
+    AsJson,
+    Dtype,
+    RowLength,
+    SearchHistory,
+    app,
+    hold_out,
+    open_model,
+    open_tokenizer,
+    print_json,
+)
 from rana_kernels.compress import compress as compress_model
 from rana_kernels.integrations.transformers import save
+from rana_kernels.search import Search, own_history
 from rana_kernels.tables import show_compression
 from rana_kernels.tokens import read_rows
 
@@ -25,6 +36,7 @@ class Method(str, Enum):
     """How ranks are chosen."""
 
     one_budget = DEFAULT
+    rankadaptor = "rankadaptor"
     paper = "paper"
     static = "static"
 
@@ -34,7 +46,8 @@ class Method(str, Enum):
 Examples:
   rana compress meta-llama/Llama-3.2-1B --calibration text.txt -o llama-rana
   rana compress ./model --calibration tokens.safetensors --flops-reduction 0.3 -o out --json
-After an interruption, the same command goes on from the last finished block."""
+  rana compress ./model --calibration text.txt --method rankadaptor --evaluations 50 -o out
+After an interruption, the same command goes on from the last finished block or evaluation."""
 )
 def compress(
     model: Annotated[str, typer.Argument(help="A model's directory, or its name on the Hugging Face hub.")],
@@ -49,9 +62,15 @@ def compress(
     method: Annotated[
         Method,
         typer.Option(
-            help="global: one budget for the whole model. paper: RaNA as published. static: low rank."
+            help="global: one budget for the whole model. rankadaptor: the same, corrected by measurements. "
+            "paper: RaNA as published. static: low rank."
         ),
     ] = Method.one_budget,
+    evaluations: Annotated[
+        int,
+        typer.Option(min=1, help="With rankadaptor: how many allocations to measure, global's the first."),
+    ] = 30,
+    history: SearchHistory = None,
     tokens: Annotated[int, typer.Option(min=1, help="Calibrate on at most so many tokens.")] = 131_072,
     sequence_length: RowLength = 512,
     dtype: Annotated[Dtype, typer.Option(help="Load and store the weights as.")] = Dtype.auto,
@@ -78,6 +97,10 @@ def compress(
     if evaluation is not None:
         held_out = read_rows(evaluation, tokenizer, original.config.vocab_size, length=sequence_length)
         dense = evaluate.perplexity(original, held_out, progress=progress).perplexity
+    search = None
+    if method is Method.rankadaptor:
+        rows, measured_on = hold_out(rows)
+        search = Search(measured_on, evaluations, seed, history or own_history())
     stats = calibrate(original, rows.split(4), seed=seed, progress=progress, **NEEDS[method.value])
     unfinished = output.resolve().with_name(f"{output.resolve().name}.resume")
     try:
@@ -86,11 +109,12 @@ def compress(
             stats=stats,
             flops_reduction=flops_reduction,
             method=method.value,
+            search=search,
             resume_dir=unfinished,
             progress=progress,
         )
     except KeyboardInterrupt:
-        print("rana: interrupted. The same command goes on from the last finished block", file=sys.stderr)
+        print("rana: interrupted. The same command goes on where this one stopped", file=sys.stderr)
         raise
     note(original, base_model=model, calibration={"data": calibration.name})
     if held_out is not None and evaluation is not None:
@@ -100,7 +124,11 @@ def compress(
     shutil.rmtree(unfinished)
     stored = read_manifest(output).facts["stored_bytes"]
     if as_json:
-        facts = {"directory": str(output), "tokens": stats.tokens, "stored_bytes": stored}
+        facts: dict[str, Any] = {"directory": str(output), "tokens": stats.tokens, "stored_bytes": stored}
+        if search:
+            facts["search"] = {"losses": search.losses, "dense": search.anchor}
         print_json({**facts, **json.loads(report.to_json())})
     else:
         show_compression(report, output, stored)
+        if search:
+            print(search.summary("global", "of the dense model"))

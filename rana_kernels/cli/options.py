@@ -8,6 +8,9 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from torch import Tensor
+
+HELD_OUT = 8  # where something is measured on the way, one row in so many is for that
 
 app = typer.Typer(
     help="Faster transformer inference: compress a model with RaNA, then evaluate and run it.",
@@ -32,6 +35,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 RowLength = Annotated[
     int, typer.Option("--sequence-length", min=2, help="Tokens in a row when the file is text.")
 ]
+SearchHistory = Annotated[
+    Path | None,
+    typer.Option(
+        "--history", help="Where searches are kept, to learn from; default: in your data directory."
+    ),
+]
 Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `rana compress` wrote.")]
 
 
@@ -50,6 +59,17 @@ def open_model(name: str, dtype: Dtype) -> Any:
         name, dtype=dtype.value, use_safetensors=True, trust_remote_code=False
     )
     return model.to(device())  # type: ignore[arg-type]
+
+
+def hold_out(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(Every row but one in eight, the ones left out.) ValueError for too few."""
+    chosen = torch.arange(len(rows)) % HELD_OUT == HELD_OUT - 1
+    if not chosen.any():
+        raise ValueError(
+            f"the text has {len(rows)} rows, wanted at least {HELD_OUT}: one in so many is held out to "
+            "measure on"
+        )
+    return rows[~chosen], rows[chosen]
 
 
 def open_tokenizer(name: str | Path) -> Any:
