@@ -34,7 +34,8 @@ def note(model: nn.Module, **facts: Any) -> None:
 
     base_model    directory or hub name
     calibration   {"data": what it was}
-    perplexity    {"data": what it was measured on, "compressed": …, "dense": …}
+    perplexity    {"data": what it was measured on, "compressed": …, "dense": …, "unrecovered": …}
+    recovery      {"steps": …, "tokens": …, "rank": of LoRA, "data": …, "dense": learnt from, or None}
     """
     plan, made = attached_plan(model), attached_facts(model)
     if plan is None:
@@ -92,14 +93,24 @@ def _facts(base: str, made: dict[str, Any]) -> list[tuple[str, str]]:
     words = [f"{calibration[key]} {word}" for key, word in (("tokens", "tokens"),) if key in calibration]
     words += [f"of {calibration['data']}"] if "data" in calibration else []
     words += [f"{key} {calibration[key]}" for key in ("seed", "sha256") if key in calibration]
-    measured = [f"{perplexity[key]:.4f} {key}" for key in ("compressed", "dense") if _number(perplexity, key)]
+    measured = [
+        f"{perplexity[key]:.4f} {key}"
+        for key in ("compressed", "unrecovered", "dense")
+        if _number(perplexity, key)
+    ]
     measured += [f"on {perplexity['data']}"] if "data" in perplexity else []
     kept = [f"{size[key] / 1e6:.1f} MB {key}" for key in ("before", "after") if _number(size, key)]
+    recovery = part("recovery")
+    trained = [f"{recovery[key]} {key}" for key in ("steps", "tokens") if _number(recovery, key)]
+    trained += [f"of {recovery['data']}"] if "data" in recovery else []
+    trained += [f"LoRA of rank {recovery['rank']}, merged"] if _number(recovery, "rank") else []
+    trained += [f"distilled from {recovery['dense']}"] if recovery.get("dense") else []
     made_with = [f"{name} {version}" for name, version in sorted(part("versions").items())]
     rows = {
         "base model": [base] if base else [],
         "calibration": words,
         "perplexity": measured or ["not measured"],
+        "recovered": trained,
         "weights": kept,
         "made with": made_with,
     }

@@ -14,7 +14,15 @@ try:
 except ModuleNotFoundError:  # optional for the package, not for its commands
     sys.exit("rana: the commands need transformers: pip install rana_kernels[transformers]")
 
-from rana_kernels.cli import compress, evaluate, generate, handover, info, tune  # noqa: F401 - commands register
+from rana_kernels.cli import (  # noqa: F401 - commands register
+    compress,
+    evaluate,
+    generate,
+    handover,
+    info,
+    recover,
+    tune,
+)
 from rana_kernels.cli.options import app
 
 

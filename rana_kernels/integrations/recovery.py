@@ -1,0 +1,127 @@
+"""Recovery of a compressed model by LoRA of PEFT, merged into its adapters.
+
+LoRA is added to both factors of every adapter (`factored.py`), as the authors of RaNA do, and to what was
+left dense: merging then adds nothing, and sizes, cost and format stay. Ranks are given by PEFT's
+`rank_pattern`; rsLoRA (arXiv 2312.03732) scales each linear's by the root of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from rana_kernels import lora_ranks
+from rana_kernels.evaluate import perplexity
+from rana_kernels.factored import close, factor
+from rana_kernels.recover import Training, train
+from rana_kernels.refit import refit
+from rana_kernels.resume import ResumeDir
+from rana_kernels.search import Search, best_allocation
+
+ALPHA = 16  # rsLoRA multiplies by ALPHA / √rank
+REFIT_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Lora:
+    """rank of every linear, or on average where `search` shares them out, which trains for `search_steps`."""
+
+    rank: int = 16
+    search_steps: int = 20
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.search_steps < 1:
+            raise ValueError(
+                f"Lora: rank is {self.rank}, search_steps {self.search_steps}, wanted at least 1"
+            )
+
+
+def recover(
+    model: nn.Module,
+    rows: Tensor,
+    how: Training = Training(),  # noqa: B008 - frozen
+    lora: Lora = Lora(),  # noqa: B008 - frozen
+    *,
+    dense: nn.Module | None = None,
+    search: Search | None = None,
+    resume_dir: Path | None = None,
+    progress: bool = True,
+) -> None:
+    """Train a compressed model of `rana.load` on `rows` of tokens [n, T], in place.
+
+    dense        the model that it was compressed from, to distil from
+    search       share the ranks out between the sites by measuring; its anchor is the loss before
+    resume_dir   where the search and the training go on from after an interruption
+
+    Thresholds are refitted at the end, so that every adapter keeps its planned live rows. Raises ValueError
+    as `train` does.
+    """
+    store = ResumeDir(resume_dir, _fingerprint(model, rows, how, lora, dense, search)) if resume_dir else None
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    factor(model)
+    pattern = _ranks(model, rows, how, lora, dense, search, store, progress)
+    tuned = _with_lora(model, pattern, how.seed)
+    state = store.file("training.safetensors") if store else None
+    train(tuned, rows, how, dense=dense, state=state, progress=progress)
+    tuned.merge_and_unload()
+    refit(model, rows[: max(1, REFIT_TOKENS // rows.shape[1])])
+    close(model)
+
+
+def _ranks(
+    model: nn.Module,
+    rows: Tensor,
+    how: Training,
+    lora: Lora,
+    dense: nn.Module | None,
+    search: Search | None,
+    store: ResumeDir | None,
+    progress: bool,
+) -> dict[str, int]:
+    sites, owner = lora_ranks.sites(model)
+    if search is None:
+        return dict.fromkeys(owner, lora.rank)
+    short = Training(lora.search_steps, how.batch, how.accumulate, how.learning_rate, how.seed)
+
+    def measure(allocation: Tensor) -> float:
+        tuned = _with_lora(model, lora_ranks.ranks(model, owner, allocation, lora.rank), how.seed)
+        train(tuned, rows, short, dense=dense, progress=False)
+        loss = perplexity(tuned, search.held_out, progress=False).nll
+        tuned.unload()
+        return loss
+
+    search.anchor = perplexity(model, search.held_out, progress=False).nll
+    best = best_allocation("lora", sites, measure, search, store, progress)
+    return lora_ranks.ranks(model, owner, best, lora.rank)
+
+
+def _with_lora(model: Any, pattern: dict[str, int], seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=max(pattern.values()),
+        rank_pattern=pattern,
+        lora_alpha=ALPHA,
+        use_rslora=True,
+        target_modules=list(pattern),
+    )
+    return get_peft_model(model, config)
+
+
+def _fingerprint(
+    model: nn.Module, rows: Tensor, how: Training, lora: Lora, dense: nn.Module | None, search: Search | None
+) -> str:
+    facts = [asdict(how), asdict(lora), dense is not None, search.digest if search else None]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    digest.update(rows.to(torch.int64).numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

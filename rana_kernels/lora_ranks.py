@@ -1,0 +1,60 @@
+"""How many ranks of LoRA each linear of a factored model gets, of one budget of trained weights.
+
+All the same, or by an allocation of RankAdaptor's search (`search.py`): a site is what reads one input.
+"""
+
+from torch import Tensor, nn
+
+from rana_kernels.factored import factored
+from rana_kernels.models import Block, find_blocks
+from rana_kernels.performance import Site
+
+
+def sites(model: nn.Module) -> tuple[list[Site], dict[str, int]]:
+    """The sites of a factored model, and which one each of the linears to train belongs to."""
+    blocks = find_blocks(model)
+    places = [(block, role) for block in blocks for role in block.inputs]
+    owner = {name: i for i, place in enumerate(places) for name in _linears(model, *place)}
+    cost = [0.0] * len(places)
+    for name, i in owner.items():
+        cost[i] += _cost(model, name)
+    depth = {block.index: i / max(1, len(blocks) - 1) for i, block in enumerate(blocks)}
+    found = [
+        Site(role, depth[block.index], part / sum(cost))
+        for (block, role), part in zip(places, cost, strict=True)
+    ]
+    return found, owner
+
+
+def ranks(model: nn.Module, owner: dict[str, int], allocation: Tensor, rank: int) -> dict[str, int]:
+    """Ranks of each linear: `rank` where the allocation is 0, and in all no more weights than that takes."""
+    budget = sum(rank * _cost(model, name) for name in owner)
+    low, high = 0.0, 2.0 * rank / float(allocation.exp().min())
+    for _ in range(40):
+        middle = (low + high) / 2
+        spent = sum(_rank(middle, allocation, i) * _cost(model, name) for name, i in owner.items())
+        low, high = (middle, high) if spent <= budget else (low, middle)
+    return {name: _rank(low, allocation, i) for name, i in owner.items()}
+
+
+def _rank(unit: float, allocation: Tensor, site: int) -> int:
+    return max(1, int(unit * float(allocation[site].exp()) + 1e-6))
+
+
+def _linears(model: nn.Module, block: Block, role: str) -> list[str]:
+    """The plain linears of the adapters, or left dense, that read one input."""
+    modules = dict(factored(model))
+    names = []
+    for name in block.inputs[role]:
+        if name in modules:
+            names += [f"{name}.{part}" for part, _ in modules[name].named_children()]
+        elif isinstance(model.get_submodule(name), nn.Linear):
+            names.append(name)
+    return names
+
+
+def _cost(model: nn.Module, name: str) -> int:
+    """Trained weights of one rank."""
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear), "_linears finds no others"
+    return linear.in_features + linear.out_features
