@@ -37,7 +37,8 @@ class Site:
 
 def features(sites: list[Site], allocations: Tensor) -> Tensor:
     """[n, SIZE] float64 of allocations [n, sites]. A number added to all of an allocation changes nothing."""
-    share, depth = (torch.tensor([getattr(s, key) for s in sites]).double() for key in ("share", "depth"))
+    share = torch.tensor([site.share for site in sites], dtype=torch.float64)
+    depth = torch.tensor([site.depth for site in sites], dtype=torch.float64)
     a = allocations.double()
     a = a - (a @ share)[:, None]
     columns = [(a * share * _size(share)).sum(1)]
