@@ -556,7 +556,7 @@ def train(
 
     A model of another kind, which is not checked in:
 
-    `python examples/train_demo_model.py train --architecture gpt_neox --steps 1700 --cosine-steps 1700
+    `python examples/train_demo_model.py train --architecture gpt_neox --steps 900 --cosine-steps 1700
     --out build/gpt_neox_model --work-dir build/gpt_neox_work`
     """
     torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rana_kernels.measure import CompressReport
@@ -18,7 +19,7 @@ def _out() -> Console:
 def show_compression(report: CompressReport, output: Path, stored: int) -> None:
     """Planned ranks, FLOPs and bytes; `stored` bytes are in the directory."""
     console = _out()
-    console.print(_rank_table(report.plan, {}))
+    console.print(_rank_table(report.plan))
     blocks, whole = report.block_flops_reduction, report.model_flops_reduction
     before, after = report.bytes_before / 1e6, report.bytes_after / 1e6
     console.print(
@@ -28,17 +29,46 @@ def show_compression(report: CompressReport, output: Path, stored: int) -> None:
     )
 
 
-def show_evaluation(
-    found: dict[str, float], dense: dict[str, float] | None, plan: Plan, live: dict[str, float]
-) -> None:
-    """Speeds and perplexities, then kept rows: `live` has a measured mean for each adapter's first linear."""
+def show_evaluation(facts: dict[str, Any], plan: Plan) -> None:
+    """`facts`, as the command has them: speeds and perplexities, kept rows and their spread, and spots."""
     table = Table("", "perplexity", "tokens/s", "tokens/s, writing one by one")
-    for name, numbers in (("compressed", found), ("dense", dense)):
+    for name, numbers in (("compressed", facts["model"]), ("dense", facts["dense"])):
         if numbers is not None:
             rates = (numbers["tokens_per_second"], numbers["decode_tokens_per_second"])
             table.add_row(name, f"{numbers['perplexity']:.4f}", *(f"{rate:.1f}" for rate in rates))
     _out().print(table)
-    _out().print(_rank_table(plan, live))
+    _out().print(_spread_table(facts["adapters"], plan))
+    density = facts["density"]
+    spread = ", ".join(f"{name} {value:.3f}" for name, value in density["tokens"].items())
+    _out().print(
+        f"Cost of the blocks' linears, of the dense cost: {density['measured']:.3f} measured, "
+        f"{density['planned']:.3f} planned; over tokens {spread}",
+        highlight=False,
+    )
+    _out().print(_spot_table("Tokens that keep most", facts["keep_most"]))
+    if "lose_most" in facts:
+        _out().print(_spot_table("Predictions that lose most", facts["lose_most"]))
+
+
+def _spread_table(adapters: list[dict[str, Any]], plan: Plan) -> Table:
+    """Rows that each adapter keeps: planned and measured means, and quantiles over tokens."""
+    columns = ("stored", "planned", "mean", "p5", "median", "p95", "max")
+    table = Table("layer", "", *columns, title="Rows kept a token", title_justify="left")
+    for entry in adapters:
+        adapter = plan.adapter_of(entry["names"][0])
+        assert adapter is not None, "the entries are of the plan's adapters"
+        shown = {"stored": entry["rank"], "mean": entry["kept"], **entry}
+        table.add_row(*_place(adapter), *(f"{shown[column]:.0f}" for column in columns))
+    return table
+
+
+def _spot_table(title: str, spots: list[dict[str, Any]]) -> Table:
+    table = Table("cost", "loss", "dense", "after", "next", title=title, title_justify="left")
+    for spot in spots:
+        dense = "" if spot["dense_loss"] is None else f"{spot['dense_loss']:.2f}"
+        words = (escape(repr(spot[key])) for key in ("text", "next"))
+        table.add_row(f"{spot['keep']:.3f}", f"{spot['loss']:.2f}", dense, *words)
+    return table
 
 
 def show_tuning(choices: dict[str, Any], path: Path) -> None:
@@ -49,13 +79,12 @@ def show_tuning(choices: dict[str, Any], path: Path) -> None:
     _out().print(table)
 
 
-def _rank_table(plan: Plan, live: dict[str, float]) -> Table:
-    """Kept of stored rows: a line a layer. `live` has measured means; without one, the plan's is shown."""
+def _rank_table(plan: Plan) -> Table:
+    """Kept of stored rows: a line a layer."""
     layers: dict[str, dict[str, str]] = {}
     for adapter in plan.adapters:
         layer, column = _place(adapter)
-        kept = live.get(adapter.names[0], adapter.live)
-        shown = "dense" if adapter.kind == "dense" else f"{kept:.0f}/{adapter.rank}"
+        shown = "dense" if adapter.kind == "dense" else f"{adapter.live:.0f}/{adapter.rank}"
         layers.setdefault(layer, {})[column] = shown
     columns = list(dict.fromkeys(column for cells in layers.values() for column in cells))
     table = Table("layer", *columns, title="Rows kept of rows stored, mean over tokens", title_justify="left")

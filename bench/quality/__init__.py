@@ -1,6 +1,7 @@
 """Evidence: what each way to skip work costs in perplexity, at equal cost, through one evaluation.
 
 __main__.py    the command
+run.py         the order of things
 subject.py     the model and its texts
 contenders.py  every method, as a function from a budget to a model and the cost of its tokens
 masks.py       the baselines that leave weights as they are and zero inputs: TEAL, WINA, CATS

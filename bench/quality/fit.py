@@ -25,14 +25,19 @@ def fit(build: Callable[[float], Candidate], keep: float, rows: Tensor) -> tuple
     Raises ValueError for a budget that the method cannot meet.
     """
     some = rows[torch.linspace(0, len(rows) - 1, min(FIT_ROWS, len(rows))).round().long()]
-    asked, found = keep, 0.0
+    asked, tried = keep, []
     for _ in range(TRIES):
         candidate = build(asked)
         found = measured_keep(candidate, some)
-        if abs(found - keep) <= TOLERANCE / 2:
-            return candidate, asked
+        tried.append((abs(found - keep), asked, found, candidate))
+        # ranks come whole: asking for a little more may change nothing
+        if tried[-1][0] <= TOLERANCE / 2 or found in (cost for _, _, cost, _ in tried[:-1]):
+            break
         asked += keep - found
-    raise ValueError(f"asked for {asked:.3f} it costs {found:.3f}, wanted {keep}")
+    miss, asked, found, candidate = min(tried, key=lambda entry: entry[0])
+    if miss > TOLERANCE:
+        raise ValueError(f"asked for {asked:.3f} it costs {found:.3f}, wanted {keep}")
+    return candidate, asked
 
 
 def measured_keep(candidate: Candidate, rows: Tensor) -> float:

@@ -38,6 +38,11 @@ class Row:
     layers: dict[str, list[float]] = field(default_factory=dict)
     failed: str = ""
 
+    @property
+    def key(self) -> str:
+        recovered = " recovered" if self.recovered else ""
+        return f"{self.scope} {self.method} {self.budget:.2f}{recovered}"
+
 
 @dataclass
 class Measured:

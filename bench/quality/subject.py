@@ -50,9 +50,6 @@ class Subject:
         model = copy.deepcopy(self.dense)
         return model, replace(self.stats, model=model)
 
-    def calibrated_on(self, rows: Tensor) -> "Subject":
-        return replace(self, calibration=rows)
-
     def linears(self, scope: str) -> set[str]:
         return {name for block in self.blocks for name in scoped(block, scope)}
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from rana_kernels import evaluate
 from rana_kernels.checkpoint import attached_plan
@@ -22,11 +23,17 @@ from rana_kernels.cli.options import (
     open_tokenizer,
     print_json,
 )
+from rana_kernels.density import MARGIN, costs_of, planned_live
 from rana_kernels.integrations.transformers import load
+from rana_kernels.live import LiveCount, count_live
+from rana_kernels.plan import Plan
+from rana_kernels.spots import Field, keep_of_predictions
 from rana_kernels.tables import show_evaluation
 from rana_kernels.tokens import read_rows
 
-LIVE_TOKENS = 4096  # on which kept rows are counted: a mean over so many is steady
+LIVE_TOKENS = 16384  # on which kept rows are counted: on fewer, the mean depends on which file they are of
+SPOTS = 5
+QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 
 
 @app.command(
@@ -46,30 +53,87 @@ def evaluate_model(
     sequence_length: RowLength = 512,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity, tokens a second and the rows that the masks keep."""
+    """Measure perplexity, tokens a second, and the rows that the masks keep: their spread over tokens, and
+    where it is most. Warns where they are not those that the model was planned with.
+    """
     model: Any = load(directory, device=device())
-    rows = read_rows(
-        text, open_tokenizer(directory), model.config.vocab_size, length=sequence_length, tokens=tokens
-    )
-    dense = None if against is None else _measure(open_model(against, Dtype(dtype_name(model))), rows)
+    tokenizer = open_tokenizer(directory)
+    rows = read_rows(text, tokenizer, model.config.vocab_size, length=sequence_length, tokens=tokens)
+    original = None if against is None else open_model(against, Dtype(dtype_name(model)))
+    dense = None if original is None else _measure(original, rows)
     found = _measure(model, rows)
-    some = rows[: max(1, LIVE_TOKENS // rows.shape[1])]
-    kept = evaluate.kept_rows(model, some, progress=sys.stderr.isatty())
+    # rows apart from one another: neighbours come from the same file
+    some = rows[:: -(-rows.numel() // LIVE_TOKENS)]
+    progress = sys.stderr.isatty()
+    with count_live(model) as counts:
+        losses = evaluate.token_losses(model, some, progress=progress)
+    dense_losses = None if original is None else evaluate.token_losses(original, some, progress=progress)
     plan = attached_plan(model)
     assert plan is not None, "load gives models with a plan"
-    live = {name: count.mean for name, count in kept.items()}
-    if as_json:
-        adapters = [
-            {"names": a.names, "kind": a.kind, "rank": a.rank, "planned": a.live, "kept": live[a.names[0]]}
-            for a in plan.adapters
-            if a.kind != "dense"
-        ]
-        print_json({"model": found, "dense": dense, "adapters": adapters})
-    else:
-        show_evaluation(found, dense, plan, live)
+    facts = {
+        "model": found,
+        "dense": dense,
+        "density": _density(plan, counts),
+        "adapters": _adapters(plan, counts),
+        **_spots(plan, counts, some, losses, dense_losses, tokenizer),
+    }
+    print_json(facts) if as_json else show_evaluation(facts, plan)
+    _warn(facts["density"])
 
 
-def _measure(model: Any, rows: torch.Tensor) -> dict[str, float]:
+def _measure(model: Any, rows: Tensor) -> dict[str, float]:
     found = evaluate.perplexity(model, rows, progress=sys.stderr.isatty())
     half = max(1, min(64, rows.shape[1] // 2))
     return {**asdict(found), "decode_tokens_per_second": evaluate.decode_speed(model, rows[:1, :half], half)}
+
+
+def _density(plan: Plan, counts: dict[str, LiveCount]) -> dict[str, Any]:
+    """Cost as a fraction of the dense cost: planned, measured, and its quantiles over tokens."""
+    costs = costs_of(plan)
+    keep = costs.keep_of_tokens(counts)
+    return {
+        "planned": 1 - plan.reduction,
+        "measured": float(keep.mean()),
+        "drift": costs.drift(counts, planned_live(plan)),
+        "margin": MARGIN,
+        "tokens": {name: float(torch.quantile(keep, share)) for name, share in QUANTILES.items()},
+    }
+
+
+def _adapters(plan: Plan, counts: dict[str, LiveCount]) -> list[dict[str, Any]]:
+    found = []
+    for adapter in plan.adapters:
+        if adapter.kind != "dense":
+            count = counts[adapter.names[0]]
+            spread = dict(zip(QUANTILES, count.quantiles(*QUANTILES.values()), strict=True))
+            sizes = {"rank": adapter.rank, "planned": adapter.live, "kept": count.mean}
+            found.append({"names": adapter.names, "kind": adapter.kind, **sizes, **spread})
+    return found
+
+
+def _spots(
+    plan: Plan,
+    counts: dict[str, LiveCount],
+    rows: Tensor,
+    losses: Tensor,
+    dense: Tensor | None,
+    tokenizer: Any,
+) -> dict[str, list[dict[str, Any]]]:
+    """The tokens that keep most, and the predictions that lose most, if there is a dense model to lose to."""
+    keep = keep_of_predictions(costs_of(plan).keep_of_tokens(counts), rows)
+    field = Field(rows, keep, losses, dense, tokenizer)
+    most = {"keep_most": field.where_most(keep, SPOTS)}
+    if dense is not None:
+        most["lose_most"] = field.where_most(losses - dense, SPOTS)
+    return {name: [asdict(spot) for spot in spots] for name, spots in most.items()}
+
+
+def _warn(density: dict[str, Any]) -> None:
+    if abs(density["drift"]) > MARGIN:
+        print(
+            f"rana: warning: on this text the masks keep {abs(density['drift']):.1%} "
+            f"{'more' if density['drift'] > 0 else 'less'} than planned (cost {density['measured']:.3f}, "
+            f"planned {density['planned']:.3f}), and up to {MARGIN:.0%} is usual: it is not like the "
+            "calibration text. Calibrate on text like this one",
+            file=sys.stderr,
+        )

@@ -1,0 +1,130 @@
+"""The plots, from the results alone. Colours are those of Okabe and Ito; markers differ as well."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from bench.quality.tables import LABELS, LAYER_BUDGET, TITLES, label
+
+COLOURS = dict(
+    zip(LABELS, ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#222222"), strict=True)
+)
+MARKERS = dict(zip(LABELS, "sv^<oDP", strict=True))
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#d8d8d8",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def draw(data: dict[str, Any], path: Path) -> list[Path]:
+    """`path`.png and, beside it, one for the layers and one for kept rows; the files that were written."""
+    figures = {
+        path.with_suffix(".png"): cost(data),
+        path.with_name(f"{path.stem}-layers.png"): layers(data),
+        path.with_name(f"{path.stem}-rows.png"): kept_rows(data),
+    }
+    written = []
+    for place, figure in figures.items():
+        if figure is not None:
+            figure.supxlabel(data["conditions"][-1], fontsize=6, color="0.4")
+            figure.savefig(place, dpi=130, metadata={"Software": None})
+            written.append(place)
+    return written
+
+
+def cost(data: dict[str, Any]) -> Figure:
+    """Perplexity over dense against the cost that was measured, a panel a scope."""
+    rows = [row for row in data["rows"].values() if not row["failed"]]
+    scopes = [scope for scope in TITLES if any(row["scope"] == scope for row in rows)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1 + 4 * len(scopes), 4.6))
+        panels = figure.subplots(1, len(scopes), sharey=True, squeeze=False)[0]
+        for axes, scope in zip(panels, scopes, strict=True):
+            _cost_panel(axes, [row for row in rows if row["scope"] == scope])
+            axes.set_title(TITLES[scope].split(" (")[0], loc="left", fontsize=9)
+            axes.set_xlabel("multiply-adds measured, of the dense ones")
+        panels[0].set_ylabel("perplexity above dense")
+        panels[0].legend()
+    return figure
+
+
+def _cost_panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(label(row), []).append(row)
+    for name, group in groups.items():
+        method, recovered = group[0]["method"], group[0]["recovered"]
+        points = sorted((row["keep"], row["over_dense"]) for row in group)
+        axes.plot(
+            *zip(*points, strict=True), MARKERS[method] + ("--" if recovered else "-"),
+            color=COLOURS[method], label=name, markersize=5, fillstyle="none" if recovered else "full",
+        )  # fmt: skip
+    # a model may come out better than dense, and the axis must show it
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def layers(data: dict[str, Any]) -> Figure | None:
+    """The share of its output's energy that each layer loses, at one budget."""
+    rows = [
+        row
+        for row in data["rows"].values()
+        if row["scope"] == "both" and row["budget"] == LAYER_BUDGET and row["layers"]
+    ]
+    if not rows:
+        return None
+    parts = list(rows[0]["layers"])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1 + 4 * len(parts), 4))
+        panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+        for axes, part in zip(panels, parts, strict=True):
+            for row in (row for row in rows if not row["recovered"]):
+                method = row["method"]
+                lost = [1 - share for share in row["layers"][part]]
+                axes.semilogy(lost, MARKERS[method] + "-", color=COLOURS[method], label=label(row))
+            axes.set_title(f"{part}, at a cost of {LAYER_BUDGET}", loc="left", fontsize=9)
+            axes.set_xlabel("layer")
+        panels[0].set_ylabel("share of the output's energy that is lost")
+        panels[-1].legend()
+    return figure
+
+
+def kept_rows(data: dict[str, Any]) -> Figure | None:
+    """Rows that tokens keep, adapter by adapter: planned mean, median, and what nine of ten keep."""
+    found = data.get("spread", {})
+    if not found:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 1 + 2.6 * len(found)))
+        panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+        for axes, (key, entry) in zip(panels, found.items(), strict=True):
+            _rows_panel(axes, entry["adapters"])
+            axes.set_title(key, loc="left", fontsize=9)
+        panels[0].legend(ncols=3)
+    return figure
+
+
+def _rows_panel(axes: Axes, adapters: list[dict[str, Any]]) -> None:
+    places = range(len(adapters))
+    share = {q: [a[q] / a["rank"] for a in adapters] for q in ("planned", "p5", "median", "p95")}
+    axes.vlines(places, share["p5"], share["p95"], color=COLOURS["global"], label="p5 to p95 of tokens")
+    axes.plot(places, share["median"], "D", color=COLOURS["global"], markersize=4, label="median token")
+    axes.plot(places, share["planned"], "_", color="#222222", markersize=8, label="planned mean")
+    axes.set(ylim=(0, 1), ylabel="rows kept of rows stored")
+    axes.set_xticks(places, [_short(a["names"]) for a in adapters], rotation=90, fontsize=6)
+
+
+def _short(names: list[str]) -> str:
+    layer = next((part for part in names[0].split(".") if part.isdigit()), "")
+    return f"{layer} " + " ".join(name.rpartition(".")[2].removesuffix("_proj") for name in names)
