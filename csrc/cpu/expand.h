@@ -19,6 +19,17 @@ constexpr int kTokensAtOnce = 4;
 constexpr int kPanelTokens = 6;
 #endif
 
+// How far ahead of their use the rows are asked for. The hardware follows a dozen streams only as long as the
+// loads of one are close together in time, which the sums of several tokens between them prevent.
+constexpr int64_t kAheadBytes = 256;
+constexpr int64_t kLineBytes = 64;
+
+template <class T>
+inline void ask_for(const T* chunk) {
+  const char* p = reinterpret_cast<const char*>(chunk) + kAheadBytes;
+  for (int64_t i = 0; i < kChunk * static_cast<int64_t>(sizeof(T)); i += kLineBytes) __builtin_prefetch(p + i);
+}
+
 // sums[m][0, kChunk) += Σ values[s][m] · rows of step s, for kSteps steps and kTokens tokens.
 template <class Step, int kSteps, int kTokens, class Rows>
 inline void add_tile(Rows rows, const typename Step::Value* values, int64_t tokens, float* sums, int64_t lds) {
@@ -57,7 +68,9 @@ inline void add_rows(const T* const* row, const float* values, int64_t size, flo
   for (int r = 0; r < kRows; r++) h[r] = splat(values[r]);
   const auto add = [&](int64_t n, auto load_at) {
     Chunk s = load(sums + n);
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; r++) {
+      ask_for(row[r] + n);
       const Chunk w = load_at(row[r] + n);
       s.lo += h[r] * w.lo;
       s.hi += h[r] * w.hi;
@@ -88,8 +101,11 @@ int64_t add_groups(const Masked<Step>& h, int64_t s, const Element<Step>* rows, 
         continue;
       }
     int64_t n = 0;
-    for (; n + kChunk <= size; n += kChunk)
+    for (; n + kChunk <= size; n += kChunk) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kSteps * kRows; i++) ask_for(row[i] + n);
       add_chunk<Step, kSteps>([&](int i) { return Step::rows(row + i * kRows, n); }, values, h.tokens, sums + n, lds);
+    }
     if (n < size)
       add_chunk<Step, kSteps>([&](int i) { return Step::rows(row + i * kRows, n, size - n); }, values, h.tokens,
                               sums + n, lds);
@@ -105,15 +121,16 @@ void stream_rows(const Masked<Step>& h, const Element<Step>* rows, int64_t ld, i
   const int64_t most = std::max<int64_t>(kSumBytes / sizeof(float) / h.tokens / kChunk, 16) * kChunk;
   const int64_t width = std::min(most, chunks_of(end - begin) * kChunk);
   const int64_t lds = width + kChunk;  // not a multiple of the page: that would put all tokens in one cache set
-  std::vector<float> sums(h.tokens * lds);
+  std::vector<Chunk> aligned(h.tokens * lds / kChunk);  // a sum across two cache lines costs twice as much
+  float* const sums = reinterpret_cast<float*>(aligned.data());
   for (int64_t n = begin; n < end; n += width) {
     const int64_t size = std::min(width, end - n);
-    std::fill(sums.begin(), sums.end(), 0.0f);
-    int64_t s = add_groups<Step, kStreams / Step::kRows>(h, 0, rows + n, ld, size, sums.data(), lds);
-    s = add_groups<Step, 4 / Step::kRows>(h, s, rows + n, ld, size, sums.data(), lds);
-    add_groups<Step, 1>(h, s, rows + n, ld, size, sums.data(), lds);
+    std::fill(aligned.begin(), aligned.end(), Chunk{});
+    int64_t s = add_groups<Step, kStreams / Step::kRows>(h, 0, rows + n, ld, size, sums, lds);
+    s = add_groups<Step, 4 / Step::kRows>(h, s, rows + n, ld, size, sums, lds);
+    add_groups<Step, 1>(h, s, rows + n, ld, size, sums, lds);
     for (int64_t m = 0; m < h.tokens; m++)
-      for (int64_t i = 0; i < size; i += kChunk) done(m, n + i, load(sums.data() + m * lds + i));
+      for (int64_t i = 0; i < size; i += kChunk) done(m, n + i, load(sums + m * lds + i));
   }
 }
 
