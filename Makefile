@@ -14,7 +14,7 @@ help:
 	@echo "make lint      ruff, clang-format, mypy make format     apply the formatters"
 	@echo "make gpu       on a machine with a card: build, test there, time there (PYTHON=... that has torch)"
 	@echo "make compile-check  compile the Triton kernels for cards that are not here; what they use"
-	@echo "make test-stacks    PEFT, lm-eval, a server, and the pages under docs/, in a .venv-stacks of their own"
+	@echo "make test-stacks    PEFT, lm-eval, ONNX, a server, and the pages under docs/, in a .venv-stacks of their own"
 	@echo "make test-transformers  transformers 5.0 and 5.17"
 	@echo "make build     .venv with the package compiled in it (what the others start from)"
 
@@ -49,14 +49,14 @@ test: build
 test-slow: build
 	$(BIN)/python -m pytest -q -m "not gpu and not stacks"
 
-# PEFT, lm-eval, a server: an environment of their own, with the libraries that `build` left in the package.
+# PEFT, lm-eval, ONNX, a server: an environment of their own, with the libraries that `build` left in the package.
 STACKS := .venv-stacks
 $(STACKS)/ready: pyproject.toml
 	$(PYTHON) -m venv $(STACKS)
 	$(STACKS)/bin/pip install -q -U pip
 	$(STACKS)/bin/pip install -q "torch==2.13.0"
 	$(STACKS)/bin/pip install -q "transformers[serving]" peft "lm-eval[hf]" accelerate "numpy<2.4" \
-	    rich safetensors typer hypothesis pytest
+	    onnx onnxruntime onnxscript rich safetensors typer hypothesis pytest
 	pwd > $$($(STACKS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rana_kernels.pth
 	touch $@
 

@@ -95,8 +95,9 @@ def test_compiled_backends_answer_the_same_list(device):
 
 
 @pytest.mark.parametrize("op", ops.SCHEMAS)
-def test_triton_answers_the_same_list(op):
-    tree = ast.parse((PACKAGE / "backends" / "triton" / f"{op}.py").read_text())
+@pytest.mark.parametrize("place", ["backends/triton/{op}.py", "integrations/onnx.py"])
+def test_triton_and_onnx_answer_the_same_list(place, op):
+    tree = ast.parse((PACKAGE / place.format(op=op)).read_text())
     functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
     schema = [a.name for a in getattr(ops.torch.ops.rana, op).default._schema.arguments]
     assert [a.arg for a in functions[op].args.args] == schema

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-NEEDS = {"transformers": "transformers", "serving": "fastapi lm_eval", "peft": "peft"}
+NEEDS = {
+    "transformers": "transformers",
+    "serving": "fastapi lm_eval",
+    "peft": "peft",
+    "deployment": "onnx onnxscript onnxruntime",
+}
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -84,3 +89,8 @@ def test_peft(run, folder):
     run("peft")
     assert (folder / "build/merged/rana.json").is_file()
     assert (folder / "build/lora/adapter_config.json").is_file()
+
+
+def test_deployment(run, folder):
+    run("deployment")
+    assert len((folder / "build/c.txt").read_text().split()) == 16
