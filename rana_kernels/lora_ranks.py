@@ -48,13 +48,16 @@ def _linears(model: nn.Module, block: Block, role: str) -> list[str]:
     for name in block.inputs[role]:
         if name in modules:
             names += [f"{name}.{part}" for part, _ in modules[name].named_children()]
-        elif isinstance(model.get_submodule(name), nn.Linear):
+        elif _is_linear(model.get_submodule(name)):
             names.append(name)
     return names
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Of torch, or what GPT-2 has for it."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 def _cost(model: nn.Module, name: str) -> int:
     """Trained weights of one rank."""
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear), "_linears finds no others"
-    return linear.in_features + linear.out_features
+    return sum(model.get_parameter(f"{name}.weight").shape)

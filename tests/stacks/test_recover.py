@@ -1,0 +1,153 @@
+"""Recovery with LoRA of PEFT: it lowers the loss, costs nothing, and goes on after an interruption."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import rana_kernels as rana
+from rana_kernels import recover as training
+from rana_kernels.checkpoint import attached_plan
+from rana_kernels.evaluate import perplexity
+from rana_kernels.factored import factor, factored
+from rana_kernels.live import count_live
+from rana_kernels.recover import Training
+from rana_kernels.search import Search
+from tests.test_cli import compressed, folder, run  # noqa: F401 - fixtures
+from tests.test_compress import assert_equal_states, logits, make_model, tokens
+
+pytest.importorskip("peft")
+recovery = pytest.importorskip("rana_kernels.integrations.recovery")
+
+HOW, LORA = Training(steps=12, batch=2, learning_rate=5e-3), recovery.Lora(rank=4, search_steps=3)
+MODELS = ("Llama", "Phi3", "GPTNeoX", "OPT", "GPT2")
+
+
+def adapted(name: str = "Llama", dtype: torch.dtype = torch.float32, method: str = "paper") -> nn.Module:
+    model = make_model(name).to(dtype)
+    rana.compress(model, [tokens()], flops_reduction=0.4, method=method, progress=False)
+    return model
+
+
+def sizes(model: nn.Module) -> dict[str, tuple]:
+    return {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_falls_and_nothing_else_changes(name, tmp_path):
+    model = adapted(name)
+    plan, shapes, before = attached_plan(model), sizes(model), perplexity(model, tokens(), progress=False).nll
+    recovery.recover(model, tokens(), HOW, LORA, progress=False)
+    assert perplexity(model, tokens(), progress=False).nll < before - 0.05
+    assert sizes(model) == shapes
+    # the exact zeros of ReLU cost nothing: OPT may end a little below
+    assert plan.reduction - 1e-3 < attached_plan(model).reduction < plan.reduction + 0.02
+    with count_live(model) as counts, torch.no_grad():
+        model(input_ids=tokens())
+    for adapter in attached_plan(model).adapters:
+        if adapter.kind != "dense":
+            assert counts[adapter.names[0]].mean == pytest.approx(adapter.live, rel=0.01, abs=0.05)
+    rana.save(model, tmp_path / "out")
+    loaded = rana.load(tmp_path / "out")
+    assert_equal_states(model, loaded)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_what_is_trained_is_what_is_merged():
+    """The model with its LoRA, and without it but merged, before thresholds are fitted."""
+    model = adapted()
+    factor(model)
+    pattern = recovery._ranks(model, tokens(), HOW, LORA, None, None, None, False)
+    assert set(pattern) == {
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name
+    }
+    tuned = recovery._with_lora(model, pattern, 0)
+    training.train(tuned, tokens(), HOW, progress=False)
+    wanted, thresholds = logits(tuned), [module.threshold.clone() for _, module in factored(model)]
+    merged = tuned.merge_and_unload()
+    assert all(torch.equal(m.threshold, t) for (_, m), t in zip(factored(merged), thresholds, strict=True))
+    away = (logits(merged) - wanted).abs().flatten(0, 1).amax(1)
+    assert away.median() < 1e-4 and (away < 1e-3).float().mean() > 0.9  # a rounding may turn a mask over
+
+
+def test_half_precision_is_trained_in_float32():
+    model = adapted(dtype=torch.bfloat16)
+    before = perplexity(model, tokens(), progress=False).nll
+    kinds, train = [], recovery.train
+    with pytest.MonkeyPatch.context() as patch:
+
+        def spy(tuned, *args, **options):
+            kinds.extend(p.dtype for p in tuned.parameters() if p.requires_grad)
+            return train(tuned, *args, **options)
+
+        patch.setattr(recovery, "train", spy)
+        recovery.recover(model, tokens(), HOW, LORA, progress=False)
+    assert set(kinds) == {torch.float32} and model.dtype == torch.bfloat16
+    assert perplexity(model, tokens(), progress=False).nll < before - 0.05
+
+
+def test_distilling_from_the_dense_model():
+    dense = make_model()
+
+    def away(model: nn.Module) -> float:
+        ours, theirs = logits(model).log_softmax(-1), logits(dense).log_softmax(-1)
+        return float((theirs.exp() * (theirs - ours)).sum())
+
+    model = adapted()
+    before = away(model)
+    slow = Training(steps=20, batch=2, learning_rate=5e-4)
+    recovery.recover(model, tokens(), slow, LORA, dense=dense, progress=False)
+    assert away(model) < 0.8 * before
+
+
+def test_ranks_are_searched_and_an_interruption_costs_little(tmp_path, monkeypatch):
+    def recovered(**how) -> tuple[nn.Module, Search]:
+        model, search = adapted(), Search(tokens(3), 4)
+        recovery.recover(model, tokens(), HOW, LORA, search=search, progress=False, **how)
+        return model, search
+
+    whole, wanted = recovered()
+    assert len(wanted.losses) == 4 and min(wanted.losses) < wanted.anchor
+    monkeypatch.setattr(training, "SAVED_EVERY", 4)
+    step, count = training._step, 0
+
+    def interrupted(*args):
+        nonlocal count
+        count += 1
+        if count in (
+            8,
+            8 + 2 * LORA.search_steps + 10,
+        ):  # in the third evaluation, in step 10 of the training
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(training, "_step", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            recovered(resume_dir=tmp_path)
+    count = 10**6
+    again, search = recovered(resume_dir=tmp_path)
+    assert search.losses == wanted.losses and count - 10**6 == HOW.steps - 8
+    assert_equal_states(whole, again)
+    with pytest.raises(ValueError, match="unfinished work on something else"):
+        recovery.recover(adapted(), tokens(5), HOW, LORA, resume_dir=tmp_path, progress=False)
+
+
+def test_the_command_line(folder, compressed, tmp_path, run):  # noqa: F811
+    asked = ["recover", compressed, "--text", folder / "text.txt", "--sequence-length", 64, "--steps", 4]
+    asked += ["--rank", 2, "--learning-rate", 0.003, "--dense", folder]
+    asked += ["--history", tmp_path / "history", "--evaluations", 2, "--search-steps", 1]
+    code, out, err = run(*asked, "-o", tmp_path / "out", "--json")
+    found = json.loads(out)
+    assert code == 0, err
+    assert found["perplexity"]["compressed"] < found["perplexity"]["unrecovered"]
+    assert len(found["search"]["losses"]) == 2 and found["tokens"] == 4 * 4 * 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history", "out"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| recovered | 4 steps, 1024 tokens, of text.txt, LoRA of rank 2, merged, distilled from" in card
+    assert " unrecovered, on text.txt |" in card
+    code, out, _ = run(*asked[:-6], "-o", tmp_path / "out", "--evaluation", folder / "text.txt")
+    assert code == 0 and "became" in out
+    code, _, err = run(*asked, "-o", compressed)
+    assert code == 1 and "wanted another directory to write" in err
