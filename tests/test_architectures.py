@@ -1,8 +1,6 @@
 """Every architecture of the README's table, and models of somebody's own."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from rana_kernels.install import install
 from rana_kernels.models import ARCHITECTURES, describe, find_blocks
 from rana_kernels.modules import RanaLinear, RanaMLP, RanaReceiver
 from tests.architectures import MODELS, table
+from tests.child import python
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -73,7 +72,7 @@ def test_none_of_them_loads_without_the_package(tmp_path):
         "    else: sys.exit(f'{place} was loaded')"
     )
     places = [str(tmp_path / name) for name in MODELS]
-    done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True)
+    done = python("-c", code, *places)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

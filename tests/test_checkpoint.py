@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +17,9 @@ import rana_kernels as rana
 from rana_kernels.card import card, note
 from rana_kernels.checkpoint import MANIFEST, attach_plan, attached_plan, read_manifest, write_manifest
 from rana_kernels.headers import CheckpointError, read_header
+from tests.child import python
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 
-ROOT = Path(__file__).parent.parent
 WEIGHTS = "model.safetensors"
 THRESHOLD = "model.layers.0.mlp.threshold"
 
@@ -445,18 +443,13 @@ def test_a_model_that_was_not_compressed_is_told_so(tmp_path):
 # other processes
 
 
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
 def test_without_the_package_transformers_stops(original):
     """The empty `weight` of every adapted linear is what it trips over, instead of inventing weights."""
     code = (
         "import sys; from transformers import AutoModelForCausalLM;"
         "AutoModelForCausalLM.from_pretrained(sys.argv[1]); print('loaded')"
     )
-    done = python(code, str(original))
+    done = python("-c", code, str(original))
     assert done.returncode != 0 and "loaded" not in done.stdout
     assert "RuntimeError" in done.stderr and "mismatch" in done.stderr
 
@@ -467,7 +460,7 @@ def test_importing_the_package_is_enough_and_does_not_import_transformers(origin
         "from transformers import AutoModelForCausalLM;"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(model.model.layers[0].mlp))"
     )
-    done = python(code, str(original))
+    done = python("-c", code, str(original))
     assert "RanaMLP" in done.stdout, done.stderr
 
 
@@ -478,5 +471,5 @@ def test_the_package_works_without_transformers():
         "try: rana.load('x')\n"
         "except ImportError as error: print(error)"
     )
-    done = python(code)
+    done = python("-c", code)
     assert "rana_kernels.load needs transformers: pip install" in done.stdout, done.stderr

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from rana_kernels import backends, ops
+from tests.child import python
 
-ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).with_name("cuda_registers.txt")
 PINNED = "release 13.0"
 TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -123,7 +123,7 @@ def test_the_library_loads_and_serves_without_a_card():
     """On this torch, whatever it was built with; and importing it starts nothing on a device."""
     code = "import torch, rana_kernels; from rana_kernels import backends; print(backends.serving())"
     code += "; assert not torch.cuda.is_initialized()"
-    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    child = python("-c", code)
     assert child.returncode == 0, child.stderr
     served = eval(child.stdout.splitlines()[-1])
     assert {op: devices["cuda"] for op, devices in served.items()} == dict.fromkeys(ops.SCHEMAS, "cuda")

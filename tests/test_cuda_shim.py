@@ -7,7 +7,6 @@ shim ended counts as a failure, so all of this happens in children.
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from tests.cases import Case, exact_result, make_inputs
+from tests.child import pytest_passes
 from tests.cuda_shim import build
 from tests.cuda_shim.build import OPS
 
@@ -27,14 +27,8 @@ SCHEDULES = ("forward", "reverse", "random:1", "mixed:2")
 
 def run_ops(library: Path, select: str, marks: str, **environment: str) -> str:
     """tests/test_ops.py in a child that the shim serves."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.cuda_shim.plugin"]
-    command += ["-p", "no:cacheprovider", "-k", select, "-m", marks, "tests/test_ops.py"]
-    environment = {"RANA_SHIM_LIBRARY": str(library), "PYTHONPATH": str(build.ROOT), **environment}
-    child = subprocess.run(
-        command, cwd=build.ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-5000:]
-    return child.stdout
+    command = ["-p", "tests.cuda_shim.plugin", "-k", select, "-m", marks, "tests/test_ops.py"]
+    return pytest_passes(*command, RANA_SHIM_LIBRARY=str(library), **environment)
 
 
 def passed(output: str) -> int:

@@ -2,15 +2,13 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from rana_kernels import backends
+from tests.child import pytest_passes, python
 
-ROOT = Path(__file__).parent.parent
 AVX2 = {"avx2", "fma", "f16c"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 NEEDS = {"baseline": set(), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 | {"avx512_bf16"}}
@@ -59,24 +57,11 @@ def test_ops_are_exact_and_close_on(isa):
         pytest.skip(f"_cpu_{isa} is not built")
     if absent := NEEDS[isa] - processor_flags():
         pytest.skip(f"this processor lacks {', '.join(sorted(absent))}")
-    options = ["-m", "isa", "-k", "not reference", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "tests/test_ops.py", "tests/test_isa.py"],
-        cwd=ROOT,
-        env={**os.environ, "RANA_CPU_ISA": isa, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
-    assert re.search(r"[1-9]\d\d passed", child.stdout), child.stdout[-500:]
+    options = ["-m", "isa", "-k", "not reference"]
+    printed = pytest_passes(*options, "tests/test_ops.py", "tests/test_isa.py", RANA_CPU_ISA=isa)
+    assert re.search(r"[1-9]\d\d passed", printed), printed[-500:]
 
 
 def test_an_unknown_instruction_set_is_refused():
-    child = subprocess.run(
-        [sys.executable, "-c", "import rana_kernels"],
-        cwd=ROOT,
-        env={**os.environ, "RANA_CPU_ISA": "sse9", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    child = python("-c", "import rana_kernels", RANA_CPU_ISA="sse9")
     assert child.returncode != 0 and "RANA_CPU_ISA is 'sse9', wanted one of baseline" in child.stderr

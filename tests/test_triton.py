@@ -1,37 +1,23 @@
 """The Triton backend where no card is: interpreted, compiled for cards, and how problems are cut up."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from rana_kernels import backends, ops
 from rana_kernels.backends import triton as backend
+from tests.child import pytest_passes, python
 
 pytestmark = pytest.mark.skipif(not backend.available(), reason="the triton package is not installed")
-ROOT = Path(__file__).parent.parent
-
-
-def python(code: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-        capture_output=True,
-        text=True,
-    )
 
 
 # Who serves
 
 
 def test_importing_the_package_does_not_import_triton():
-    child = python("import rana_kernels, sys; assert 'triton' not in sys.modules, 'imported'")
+    child = python("-c", "import rana_kernels, sys; assert 'triton' not in sys.modules, 'imported'")
     assert child.returncode == 0, child.stderr
 
 
@@ -51,7 +37,7 @@ assert 'triton' not in {s for served in backends.serving().values() for s in ser
 try: rana_kernels.use_backend('triton')
 except RuntimeError as error: print(error)
 """
-    child = python(code)
+    child = python("-c", code)
     assert child.returncode == 0 and "pip install triton" in child.stdout, child.stderr
 
 
@@ -70,7 +56,7 @@ def test_triton_leaves_the_cpu_alone_unless_interpreted():
 
 def test_the_environment_chooses_triton_for_the_cpu():
     code = "from rana_kernels import backends; print(backends.serving())"
-    child = python(code, RANA_BACKEND="triton", TRITON_INTERPRET="1")
+    child = python("-c", code, RANA_BACKEND="triton", TRITON_INTERPRET="1")
     assert child.stdout.count("'triton'") == 2 * len(ops.SCHEMAS), child.stderr
 
 
@@ -91,16 +77,8 @@ SELECTIONS = {
 @pytest.mark.parametrize("marker, expression", SELECTIONS.values(), ids=SELECTIONS)
 def test_interpreted(marker, expression):
     """The shared tests of the ops, in a process that interprets."""
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", marker, "-k", expression]
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "tests/test_ops.py"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
-    assert re.search(r"[1-9]\d+ passed", child.stdout), child.stdout[-500:]
+    printed = pytest_passes("-m", marker, "-k", expression, "tests/test_ops.py", TRITON_INTERPRET="1")
+    assert re.search(r"[1-9]\d+ passed", printed), printed[-500:]
 
 
 # The kernels compiled for cards

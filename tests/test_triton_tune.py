@@ -1,17 +1,13 @@
 """`rana tune`, on a small model in Triton's interpreter, with a clock that prefers what the test says."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from rana_kernels.backends import triton
+from tests.child import python
 
 pytestmark = pytest.mark.skipif(not triton.available(), reason="the triton package is not installed")
-ROOT = Path(__file__).parent.parent
 
 SCRIPT = """
 import json, sys
@@ -57,13 +53,7 @@ print(json.dumps({key: list(c)[1:] for key, c in choices.items()}))
 
 def test_the_fastest_configuration_is_written(tmp_path):
     path = tmp_path / "no-card.json"
-    child = subprocess.run(
-        [sys.executable, "-c", SCRIPT, path],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    child = python("-c", SCRIPT, path, TRITON_INTERPRET="1")
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-3000:]
     table = json.loads(path.read_text())
     assert table["card"] == "no-card" and table["triton"] and table["torch"]

@@ -1,0 +1,27 @@
+"""Other processes, for what depends on how a process starts: the environment, or what it imports first."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
+    """This Python with other arguments, at the repository's root; `environment` is added to our own."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def pytest_passes(*arguments: str, **environment: str) -> str:
+    """What pytest prints in a process of its own; fails unless tests ran there and all of them passed."""
+    child = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments, **environment)
+    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
+    assert " passed" in child.stdout, child.stdout[-500:]
+    return child.stdout
