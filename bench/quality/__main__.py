@@ -44,6 +44,9 @@ def main(
     spread_tokens: Annotated[
         int, typer.Option(min=2, help="Of each kind of text, to see how kept rows spread.")
     ] = DEFAULT.spread_tokens,
+    recovery_steps: Annotated[
+        int, typer.Option(min=0, help="Also train each compressed model so long; needs PEFT.")
+    ] = DEFAULT.recovery_steps,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a row where a file is text.")] = 512,
     output: Annotated[
         Path | None, typer.Option(help="JSON file; default bench/results/quality-<model>.json.")
@@ -68,7 +71,11 @@ def main(
         path = output or RESULTS / f"quality-{subject.name}.json"
         store = Store(path, subject, conditions())
         settings = Settings(
-            tuple(budget or DEFAULT.budgets), tuple(method or DEFAULT.methods), ablation_tokens, spread_tokens
+            tuple(budget or DEFAULT.budgets),
+            tuple(method or DEFAULT.methods),
+            ablation_tokens,
+            spread_tokens,
+            recovery_steps,
         )
         run(subject, store, settings, console)
     except (ValueError, OSError) as error:

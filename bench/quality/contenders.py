@@ -19,6 +19,7 @@ from rana_kernels.calibrate import Stats
 from rana_kernels.density import Costs, costs_of
 from rana_kernels.layer import Layer
 from rana_kernels.plan import Adapter, Plan
+from rana_kernels.search import Search
 
 
 @dataclass
@@ -60,6 +61,17 @@ def one_budget(subject: Subject, scope: str, keep: float) -> Candidate:
     return _compressed(subject, scope, plan_curves(subject.stats, curves, (1 - keep) * part / total))
 
 
+def by_search(subject: Subject, scope: str, keep: float) -> Candidate:
+    """Measures whole models, on rows that its statistics do not have."""
+    if scope != "both":
+        raise ValueError("rankadaptor measures what a whole model loses")
+    part, held_out = subject.searched
+    plan = rana.plan(
+        part.stats, flops_reduction=1 - keep, method="rankadaptor", search=Search(held_out), progress=False
+    )
+    return _compressed(part, scope, plan)
+
+
 CONTENDERS: dict[str, Callable[[Subject, str, float], Candidate]] = {
     "static": static,
     "teal": teal,
@@ -67,6 +79,7 @@ CONTENDERS: dict[str, Callable[[Subject, str, float], Candidate]] = {
     "cats": cats,
     "paper": as_published,
     "global": one_budget,
+    "rankadaptor": by_search,
 }
 
 

@@ -69,11 +69,10 @@ def measure(model: nn.Module, rows: Tensor) -> Measured:
     return Measured(losses, counts)
 
 
-def fill(row: Row, candidate: Candidate, asked: float, rows: Tensor, dense: float) -> Row:
+def fill(row: Row, candidate: Candidate, rows: Tensor, dense: float) -> None:
     """Measure `candidate` on `rows`; `dense` is the dense model's perplexity there."""
     found = measure(candidate.model, rows)
-    row.asked, row.perplexity = asked, found.perplexity
+    row.perplexity = found.perplexity
     row.over_dense = found.perplexity / dense - 1
     row.keep = candidate.costs.keep(found.counts)
     row.tokens = found.spread(candidate.costs)
-    return row

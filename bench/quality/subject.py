@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rana_kernels.budget import Curve, model_curves
 from rana_kernels.calibrate import Stats, calibrate
-from rana_kernels.cli.options import Dtype, open_model, open_tokenizer
+from rana_kernels.cli.options import Dtype, hold_out, open_model, open_tokenizer
 from rana_kernels.models import Block, find_blocks
 from rana_kernels.tokens import read_rows
 
@@ -44,6 +44,12 @@ class Subject:
     def curves(self) -> list[Curve]:
         """What every multiply-add is worth: serves every budget of `global`."""
         return model_curves(self.stats, progress=False)
+
+    @cached_property
+    def searched(self) -> tuple["Subject", Tensor]:
+        """The subject with an eighth of its calibration text held out, and that: for what measures."""
+        rows, held_out = hold_out(self.calibration)
+        return replace(self, calibration=rows), held_out
 
     def copy(self) -> tuple[nn.Module, Stats]:
         """A dense model to be changed, and the statistics as its own."""

@@ -1,0 +1,197 @@
+"""The quality benchmark: end to end on a tiny random model, and that its baselines cost what they say."""
+
+import json
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer import Typer
+from typer.testing import CliRunner
+
+pytest.importorskip("matplotlib", reason="the plots need the extra `plots`")
+
+from bench.quality.__main__ import main
+from bench.quality.contenders import CONTENDERS, Candidate, cats, one_budget, teal, wina
+from bench.quality.fit import TOLERANCE, fit, measured_keep
+from bench.quality.layers import kept_energy
+from bench.quality.measure import measure
+from bench.quality.subject import SCOPES, Subject, open_subject, scoped
+from rana_kernels.density import costs_of, planned_live
+from rana_kernels.models import find_blocks
+
+BUDGETS = (0.56, 0.4)
+METHODS = ("teal", "cats", "global")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(["<end>", *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(place)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(place)
+    for name in ("calibration", "evaluation"):
+        rows = torch.randint(1, 257, (12, 48), dtype=torch.int32)
+        save_file({"input_ids": rows}, place / f"{name}.safetensors")
+    return place
+
+
+@pytest.fixture(scope="module")
+def subject(folder) -> Subject:
+    return open_subject(str(folder), None, None, tokens=576, length=48)
+
+
+def command(folder, output, *more: object):
+    app = Typer()
+    app.command()(main)
+    arguments = [folder, "--output", output, "--ablation-tokens", 96, "--spread-tokens", 96, "--tokens", 576]
+    arguments += [x for budget in BUDGETS for x in ("--budget", budget)]
+    arguments += [x for method in METHODS for x in ("--method", method)]
+    return CliRunner().invoke(app, [str(a) for a in (*arguments, "--sequence-length", 48, *more)])
+
+
+@pytest.fixture(scope="module")
+def results(folder, tmp_path_factory):
+    """What one run of the command wrote, and where."""
+    output = tmp_path_factory.mktemp("out") / "quality-tiny.json"
+    done = command(folder, output)
+    assert done.exit_code == 0, done.output
+    return json.loads(output.read_text()), output
+
+
+def test_every_contender_is_measured_at_equal_cost(results):
+    data, _ = results
+    rows = data["rows"]
+    assert set(rows) == {f"{s} {m} {b:.2f}" for s in SCOPES for m in METHODS for b in BUDGETS}
+    for row in rows.values():
+        if not row["failed"]:
+            assert row["keep"] == pytest.approx(row["budget"], abs=0.03), row  # few tokens, few ranks
+            assert row["perplexity"] > 1 and all(len(v) == 2 for v in row["layers"].values())
+    assert "CATS leaves" in rows["both cats 0.40"]["failed"]
+    assert not any(row["failed"] for key, row in rows.items() if "global" in key and "both" in key)
+    assert all(math.isfinite(number) for number in _numbers(data))
+
+
+def test_tables_and_plots_have_it_all(results):
+    _, output = results
+    page = output.with_suffix(".md").read_text()
+    for words in ("| RaNA, global |", "out of reach", "MLPs alone", "Energy recovered of mlp", "| prose |"):
+        assert words in page, words
+    for name in ("", "-layers", "-rows"):
+        assert output.with_name(f"{output.stem}{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(output.parent.glob("*.part"))
+
+
+def test_a_second_run_measures_nothing_again(results, folder):
+    data, output = results
+    done = command(folder, output)
+    assert done.exit_code == 0 and "cost" not in done.output
+    assert json.loads(output.read_text()) == data
+
+
+def test_results_of_another_text_are_not_mixed(results, folder):
+    _, output = results
+    done = command(folder, output, "--calibration", folder / "evaluation.safetensors")
+    assert done.exit_code == 1 and "of another model or other text" in done.output
+
+
+def _numbers(data) -> Iterator[float]:
+    if isinstance(data, dict | list):
+        for value in data.values() if isinstance(data, dict) else data:
+            yield from _numbers(value)
+    elif isinstance(data, int | float):
+        yield data
+
+
+@pytest.mark.parametrize("build", [teal, wina])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_masked_inputs_cost_the_inputs_that_are_not_zero(build, scope, subject):
+    candidate = build(subject, scope, 0.5)
+    done, all_of_it = [], []
+
+    def count(module, args) -> None:
+        done.append(int((args[0] != 0).sum()) * module.out_features)
+        all_of_it.append(args[0].numel() * module.out_features)
+
+    for name in subject.linears(scope):
+        candidate.model.get_submodule(f"{name}.linear").register_forward_pre_hook(count)
+    found = measure(candidate.model, subject.evaluation)
+    assert candidate.costs.keep(found.counts) == pytest.approx(sum(done) / sum(all_of_it))
+    assert candidate.costs.keep(found.counts) == pytest.approx(0.5, abs=0.05)
+    assert len(done) > len(subject.linears(scope))
+
+
+def test_wina_weighs_inputs_by_their_columns(subject):
+    name = subject.blocks[0].down
+    masked = wina(subject, "both", 0.5).model.get_submodule(name)
+    x = torch.randn(5, 176)
+    scores = x.abs() * subject.dense.get_submodule(name).weight.norm(dim=0)
+    assert torch.equal(masked.masks(x)[""], scores >= masked.threshold)
+    assert torch.equal(masked(x), masked.linear(x * masked.masks(x)[""]))
+
+
+def test_cats_costs_the_gate_and_the_neurons_it_keeps(subject):
+    candidate = cats(subject, "mlp", 0.6)
+    neurons: list[torch.Tensor] = []
+    for block in subject.blocks:
+        down = candidate.model.get_submodule(block.down)
+        down.register_forward_pre_hook(lambda _module, args: neurons.append((args[0] != 0).sum(-1)))
+    found = measure(candidate.model, subject.evaluation)
+    kept = torch.cat([n.flatten() for n in neurons]).double().mean() / 176
+    assert candidate.costs.keep(found.counts) == pytest.approx((1 + 2 * float(kept)) / 3)
+    assert candidate.costs.keep(found.counts) == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.parametrize("method", ["static", "paper", "global"])
+def test_adapters_cost_what_their_plan_says(method, subject):
+    candidate = CONTENDERS[method](subject, "both", 0.6)
+    costs, live = costs_of(candidate.plan), planned_live(candidate.plan)
+    by_hand = sum(
+        a.rank * a.in_features * (a.kind == "rank") + a.live * sum(a.out_features)
+        if a.kind != "dense"
+        else a.in_features * sum(a.out_features)
+        for a in candidate.plan.adapters
+    )
+    assert costs.fixed + sum(live[name] * row for name, row in costs.row.items()) == pytest.approx(by_hand)
+    found = measure(candidate.model, subject.evaluation)
+    per_token = costs.keep_of_tokens(found.counts)
+    assert len(per_token) == subject.evaluation.numel()
+    assert float(per_token.mean()) == pytest.approx(costs.keep(found.counts))
+    assert costs.drift(found.counts, {n: c.mean for n, c in found.counts.items()}) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_one_budget_leaves_the_rest_dense(scope, subject):
+    plan = one_budget(subject, scope, 0.6).plan
+    inside = subject.linears(scope)
+    assert {n for a in plan.adapters if a.kind != "dense" for n in a.names} <= inside
+    assert inside == {name for block in find_blocks(subject.dense) for name in scoped(block, scope)}
+
+
+def test_asking_is_corrected_until_the_cost_is_right(subject):
+    def build(keep: float) -> Candidate:
+        return teal(subject, "both", keep - 0.04)
+
+    candidate, asked = fit(build, 0.5, subject.evaluation)
+    assert abs(measured_keep(candidate, subject.evaluation) - 0.5) <= TOLERANCE
+    assert asked == pytest.approx(0.54, abs=0.02)
+    with pytest.raises(ValueError, match="it costs 0.3"):
+        fit(lambda keep: teal(subject, "both", 0.3), 0.5, subject.evaluation)
+
+
+def test_the_dense_model_keeps_all_of_its_energy(subject):
+    shares = kept_energy(subject, subject.dense, subject.evaluation[:2])
+    assert shares == {"qkv": [1.0, 1.0], "mlp": [1.0, 1.0]}
+    worse = kept_energy(subject, teal(subject, "both", 0.2).model, subject.evaluation[:2])
+    assert all(0 < share < 1 for part in worse.values() for share in part)
