@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass, replace
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from bench.quality.measure import Row, fill, measure
 from bench.quality.recovery import recover
 from bench.quality.spread import in_prose, spread
 from bench.quality.store import Store
-from bench.quality.subject import SCOPES, Subject
+from bench.quality.subject import SCOPES, Subject, some_rows
 
 LAYER_ROWS = 8  # on which layers are compared
 SPREAD = (("global", 0.56), ("paper", 0.56), ("global", 0.35))
@@ -36,7 +35,7 @@ def run(subject: Subject, store: Store, settings: Settings, console: Console) ->
     """Measure what the store does not have yet."""
     for scope in SCOPES:
         tokens = subject.evaluation.numel() if scope == "both" else settings.ablation_tokens
-        compare(subject, store, scope, settings, _spread_out(subject.evaluation, tokens), console)
+        compare(subject, store, scope, settings, some_rows(subject.evaluation, tokens), console)
     if subject.prose is not None:
         look_closer(subject, store, settings, console)
 
@@ -56,7 +55,7 @@ def compare(
             try:
                 candidate = _candidate(subject, store, row, rows, settings.recovery_steps)
                 fill(row, candidate, rows, store.section("dense")[scope]["perplexity"])
-                some = _spread_out(rows, LAYER_ROWS * rows.shape[1])
+                some = some_rows(rows, LAYER_ROWS * rows.shape[1])
                 row.layers = kept_energy(subject, candidate.model, some)
             except ValueError as error:  # a budget that the method cannot meet is a result too
                 row.failed = str(error)
@@ -89,15 +88,8 @@ def look_closer(subject: Subject, store: Store, settings: Settings, console: Con
         key = f"{method} at {keep:.2f}"
         if method in settings.methods and not store.has("spread", key):
             with console.status(f"spread of {key}"):
-                rows = max(1, settings.spread_tokens // subject.evaluation.shape[1])
-                store.put("spread", key, spread(subject, other, method, keep, rows))
+                store.put("spread", key, spread(subject, other, method, keep, settings.spread_tokens))
             console.print(f"spread of {key}: done", highlight=False)
-
-
-def _spread_out(rows: Tensor, tokens: int) -> Tensor:
-    """About so many tokens, in whole rows and at least one, spread over the text."""
-    count = max(1, min(len(rows), tokens // rows.shape[1]))
-    return rows[torch.linspace(0, len(rows) - 1, count).round().long()]
 
 
 def _line(row: Row) -> str:

@@ -11,20 +11,20 @@ from torch import Tensor
 
 from bench.quality.contenders import CONTENDERS, Candidate
 from bench.quality.measure import QUANTILES, Measured, measure
-from bench.quality.subject import Subject
+from bench.quality.subject import Subject, some_rows
 from rana_kernels.density import planned_live
 from rana_kernels.spots import Field, keep_of_predictions
 
 SPOTS = 8
 
 
-def spread(subject: Subject, other: Subject, method: str, keep: float, rows: int) -> dict[str, Any]:
-    """How `method`, asked for `keep`, does on `rows` rows of the texts of two subjects with one model.
+def spread(subject: Subject, other: Subject, method: str, keep: float, tokens: int) -> dict[str, Any]:
+    """How `method`, asked for `keep`, does on `tokens` tokens of the texts of two subjects with one model.
 
     {"texts": a reading for each pair of calibration and text, "adapters": kept rows of each on its own
     kind of text, "keep_most" and "lose_most": spots}; the latter calibrated on the first subject.
     """
-    texts = {"own": subject.evaluation[:rows], "prose": other.evaluation[:rows]}
+    texts = {"own": some_rows(subject.evaluation, tokens), "prose": some_rows(other.evaluation, tokens)}
     dense = {name: measure(subject.dense, text) for name, text in texts.items()}
     made = {"own": subject, "prose": other}
     readings, detail = [], {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rana_kernels.budget import Curve, model_curves
@@ -93,3 +94,9 @@ def open_subject(
 def documentation() -> Iterable[str]:
     """English prose that every Python has: its language reference, as `help()` prints it."""
     return topics.values()
+
+
+def some_rows(rows: Tensor, tokens: int) -> Tensor:
+    """About so many tokens, in whole rows and at least one, spread over the text."""
+    count = max(1, min(len(rows), tokens // rows.shape[1]))
+    return rows[torch.linspace(0, len(rows) - 1, count).round().long()]
