@@ -151,4 +151,10 @@ inline void check_masked_mlp(const Tensor& x, const Tensor& B, const Tensor& up_
   if (!known) check.fail("activation", "'" + activation + "'", "one of silu, gelu, gelu_tanh, relu, relu2");
 }
 
+inline void check_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const Check check("linear", "x", x);
+  check.matrix("weight", weight, -1, last_size(x));
+  check.bias("bias", bias, weight.size(0));
+}
+
 }  // namespace rana

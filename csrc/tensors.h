@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 #include <vector>
 
 #include "check.h"
@@ -39,6 +40,19 @@ inline Tensor empty_output(const Tensor& input, int64_t columns) {
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = columns;
   return torch::stable::new_empty(input, sizes);
+}
+
+// An op of torch's. `stack` holds its arguments, and its result afterwards.
+inline Tensor call(const char* name, const char* overload, StableIValue* stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// torch's own x weightᵀ + bias
+inline Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  return call("aten::linear", "", stack.data());
 }
 
 }  // namespace rana

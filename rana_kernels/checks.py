@@ -130,3 +130,10 @@ def masked_mlp(
     _vector(op, "down_bias", down_bias, down_rows.shape[1], x.dtype, x)
     if activation not in ACTIVATIONS:
         _fail(op, "activation", repr(activation), "one of " + ", ".join(ACTIVATIONS))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    op = "linear"
+    _input(op, "x", x)
+    _matrix(op, "weight", weight, None, x.shape[-1], x)
+    _vector(op, "bias", bias, weight.shape[0], x.dtype, x)

@@ -112,3 +112,12 @@ def masked_mlp(ctx, grad: Tensor):
          grad_down, None, None, grad_down_bias],
         [x, B, up_rows, gate_rows, None, up_bias, gate_bias, down_rows, None, None, down_bias],
     ), None  # fmt: skip
+
+
+def linear(ctx, grad: Tensor):
+    # the weight of an lm_head is large and often frozen: no copy of it, and torch accumulates wide as it is
+    x, weight, bias = ctx.saved_tensors
+    flat = grad.reshape(-1, grad.shape[-1])
+    grad_x = flat @ weight if ctx.needs_input_grad[0] else None
+    grad_weight = flat.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+    return _like([grad_x, grad_weight, flat.sum(0)], [x, weight, bias])

@@ -2,12 +2,13 @@
 
     x [..., K]      input                       rows [R, N]     one contiguous row a rank (or a neuron)
     B [R, K]        x -> h = Bx                 threshold       float32, [] or [R]
+    weight [N, K]   x -> y, nothing masked
     h [..., R]      rank values (or neurons)    scale [R]       float32
     y [..., N]      output                      bias [N]
 
 The mask is one rule everywhere: keep `h_i` unless `|h_i|·scale_i < threshold_i` (RaNA, arXiv
 2503.18216, section 3; `threshold` is the square root of the paper's t for ranks, where scale is 1).
-It is decided on the float32 value of `h`. x, B, rows and bias share a dtype (float32, bfloat16 or
+It is decided on the float32 value of `h`. x, B, rows, weight and bias share a dtype (float32, bfloat16 or
 float16), sums are float32, and y is rounded once; with more than 16 tokens the masked `h` may be rounded
 to that dtype as well. Weights must be finite, and their rows contiguous.
 
@@ -29,6 +30,15 @@ SCHEMAS = {
     "masked_mlp": "(Tensor x, Tensor B, Tensor up_rows, Tensor? gate_rows, Tensor threshold,"
     " Tensor? up_bias, Tensor? gate_bias, Tensor down_rows, Tensor down_scale, Tensor down_threshold,"
     " Tensor? down_bias, str activation) -> Tensor",
+    "linear": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+}
+
+# where each op's N is: an argument, and the dimension of it
+_WIDTH = {
+    "masked_linear": ("rows", 1),
+    "masked_lowrank_linear": ("rows", 1),
+    "masked_mlp": ("down_rows", 1),
+    "linear": ("weight", 0),
 }
 
 # float32 whatever the dtype of the input: autocast leaves these alone
@@ -86,14 +96,25 @@ def masked_mlp(
     )  # fmt: skip
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A dense layer, `y = x @ weight.T + bias`: for few tokens at the speed at which weights are read.
+
+    x [..., K] · weight [N, K] · bias [N] -> y [..., N]
+
+    For lm_head, and for linears that stay dense beside adapters. For many tokens it is torch's own product.
+    """
+    return torch.ops.rana.linear.default(x, weight, bias)
+
+
 def _fake(name: str):
     check = getattr(checks, name)
+    argument, dimension = _WIDTH[name]
 
     def fake(*args):
         filled = [*args, *[None] * (len(_argument_names(name)) - len(args))]
         check(*filled)
-        rows = filled[_argument_names(name).index("down_rows" if name == "masked_mlp" else "rows")]
-        return filled[0].new_empty((*filled[0].shape[:-1], rows.shape[1]))
+        width = filled[_argument_names(name).index(argument)].shape[dimension]
+        return filled[0].new_empty((*filled[0].shape[:-1], width))
 
     return fake
 

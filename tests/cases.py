@@ -35,6 +35,7 @@ class Case:
 
     gate: None (ungated), "shared" (the ranks of up) or a number of ranks of its own; R counts up's.
     per_row: one threshold a row, or a 0-d one; in an MLP this is the down threshold.
+    A dense `linear` has no R, density and thresholds.
     """
 
     op: str
@@ -56,18 +57,18 @@ class Case:
 
     @property
     def id(self) -> str:
-        mlp, lowrank = self.op == "masked_mlp", self.op != "masked_linear"
+        mlp, lowrank, masked = self.op == "masked_mlp", self.op != "masked_linear", self.op != "linear"
         parts = [
             self.op,
             "x".join(["M", *map(str, self.lead)]),
             f"K{self.K}" * lowrank,
-            f"R{self.R}",
+            f"R{self.R}" * masked,
             f"gate_{self.gate}-{self.activation}-I{self.I}" * mlp,
             f"N{self.N}",
-            f"keep{self.density:g}",
+            f"keep{self.density:g}" * masked,
             "bias" * self.bias,
             "scale" * (self.scale and self.op == "masked_linear"),
-            "per_row" if self.per_row else "one_threshold",
+            ("per_row" if self.per_row else "one_threshold") * masked,
         ]
         return "-".join(filter(None, parts))
 
@@ -78,14 +79,17 @@ LOWRANK = [(1, 1, 1), (7, 3, 5), (16, 16, 16), (33, 17, 65), (64, 48, 100), (96,
 LOWRANK += [(129, 8, 33), (0, 4, 8), (8, 0, 4), (8, 4, 0)]
 MLP = [(1, 1, 1, 1), (7, 3, 9, 5), (16, 16, 32, 16), (33, 17, 65, 31), (64, 48, 130, 70), (31, 64, 100, 33)]
 MLP += [(0, 4, 8, 4), (8, 0, 6, 4), (8, 4, 0, 4), (8, 4, 6, 0)]
+# (K, N) of a dense layer
+DENSE = [(1, 1), (7, 5), (16, 16), (33, 65), (64, 100), (17, 48), (130, 256), (0, 8), (8, 0)]
 LEADS = [(1,), (5,), (33,), (), (16,), (2, 1), (300,), (0,), (2, 3), (64,), (2, 0, 3)]
 # past the sizes at which a CPU backend splits its work: long inputs, wide outputs, many neurons
-LONG = [(3, 66000), (30, 4500)], [(4200, 30, 70)], [(33, 17, 4500, 31)]
+LONG = [(3, 66000), (30, 4500)], [(4200, 30, 70)], [(33, 17, 4500, 31)], [(4200, 70), (30, 4500)]
 LONG_LEADS = [(1,), (2,), (16,), (20,), (40,)]
 # projections and MLPs of models of 0.1 to 1 billion weights, with R = 0.4 K
 REAL_LINEAR = [(1536, 576), (4096, 2048)]
 REAL_LOWRANK = [(576, 240, 1536), (2048, 816, 5632), (768, 304, 3001)]
 REAL_MLP = [(576, 240, 1536, 576), (768, 304, 3072, 768)]
+REAL_DENSE = [(576, 576), (2048, 3001)]
 REAL_LEADS = [(1,), (4,), (40,)]
 DENSITIES = (0.5, 0.25, 1.0, 0.0)
 
@@ -97,7 +101,7 @@ def _zip(shapes, leads, *choices) -> Iterator[tuple]:
     return zip(product(shapes, leads), cycle(turns), strict=False)
 
 
-def _cases(linear, lowrank, mlp, leads) -> list[Case]:
+def _cases(linear, lowrank, mlp, dense, leads) -> list[Case]:
     flag, cases = (True, False), []
     for ((R, N), lead), (density, bias, per_row, scale) in _zip(linear, leads, DENSITIES, flag, flag, flag):
         cases.append(Case("masked_linear", R, N, 0, 0, None, lead, density, bias, per_row, scale))
@@ -111,18 +115,21 @@ def _cases(linear, lowrank, mlp, leads) -> list[Case]:
         cases.append(
             Case("masked_mlp", R, N, K, neurons, gate, lead, density, bias, per_row, activation=activation)
         )
+    for ((K, N), lead), (bias,) in _zip(dense, leads, flag):
+        cases.append(Case("linear", 0, N, K, lead=lead, bias=bias))
     return cases
 
 
-CASES = _cases(LINEAR, LOWRANK, MLP, LEADS) + _cases(*LONG, LONG_LEADS)
+CASES = _cases(LINEAR, LOWRANK, MLP, DENSE, LEADS) + _cases(*LONG, LONG_LEADS)
 # enough for each instruction set
 FEW_CASES = [c for c in CASES if zlib.crc32(c.id.encode()) % 6 == 0]
-REAL_CASES = _cases(REAL_LINEAR, REAL_LOWRANK, REAL_MLP, REAL_LEADS)
+REAL_CASES = _cases(REAL_LINEAR, REAL_LOWRANK, REAL_MLP, REAL_DENSE, REAL_LEADS)
 # one plain problem an op, for tests about something else than shapes, and the same in other forms
 SMALL = {
     "masked_linear": Case("masked_linear", 33, 65, lead=(3,)),
     "masked_lowrank_linear": Case("masked_lowrank_linear", 17, 65, 33, lead=(3,)),
     "masked_mlp": Case("masked_mlp", 17, 31, 33, 65, gate=12, lead=(3,)),
+    "linear": Case("linear", 0, 65, 33, lead=(3,)),
 }
 FORMS = {
     "linear": SMALL["masked_linear"],
@@ -132,6 +139,8 @@ FORMS = {
     "mlp_separate": SMALL["masked_mlp"],
     "mlp_shared": replace(SMALL["masked_mlp"], gate="shared", bias=False, activation="gelu_tanh"),
     "mlp_ungated": replace(SMALL["masked_mlp"], gate=None, activation="gelu", per_row=False),
+    "dense": SMALL["linear"],
+    "dense_bare": replace(SMALL["linear"], bias=False),
 }
 
 
@@ -140,13 +149,21 @@ def input_of(args: dict) -> str:
 
 
 def matrices_of(args: dict) -> list[str]:
-    return [n for n in ("B", "rows", "up_rows", "gate_rows", "down_rows") if args.get(n) is not None]
+    return [
+        n for n in ("B", "rows", "up_rows", "gate_rows", "down_rows", "weight") if args.get(n) is not None
+    ]
 
 
 def make_inputs(case: Case, dtype: torch.dtype, *, integers: bool = False, device: str = "cpu") -> dict:
     """The arguments of `case.op` by name, in the order of its schema."""
     draw = (_Integers if integers else _Gaussian)(case, dtype)
-    build = {"masked_linear": _linear, "masked_lowrank_linear": _lowrank, "masked_mlp": _mlp}[case.op]
+    kinds = {
+        "masked_linear": _linear,
+        "masked_lowrank_linear": _lowrank,
+        "masked_mlp": _mlp,
+        "linear": _dense,
+    }
+    build = kinds[case.op]
     return {n: a.to(device) if isinstance(a, Tensor) else a for n, a in build(case, draw).items()}
 
 
@@ -188,6 +205,11 @@ def _mlp(case: Case, draw) -> dict:
     scores = _neurons(_cast(args, torch.float64), _decide).abs() * args["down_scale"].double()
     args["down_threshold"] = draw.threshold(scores, case.per_row, after_rounding=True)
     return args
+
+
+def _dense(case: Case, draw) -> dict:
+    x, weight = draw.input(case.K, decode=40, prefill=2), draw.matrix(case.N, case.K, fan=64, along=1)
+    return {"x": x, "weight": weight, "bias": draw.bias(case.N)}
 
 
 class _Gaussian:
@@ -298,6 +320,8 @@ def dense(op: str, args: dict, dtype: torch.dtype, masks: list[Tensor] | None = 
         used.append(_kept(h, threshold, scale) if masks is None else masks[len(used)])
         return h.where(used[-1], 0)
 
+    if op == "linear":
+        return _affine(a["x"], a["weight"].T, a["bias"]), used
     if op == "masked_linear":
         return _affine(masked(a["h"], a["threshold"], a["scale"]), a["rows"], a["bias"]), used
     if op == "masked_lowrank_linear":

@@ -176,7 +176,7 @@ def test_generate(compressed, run):
 def test_info(run):
     code, out, _ = run("info", "--json")
     found = json.loads(out)
-    assert code == 0 and set(found["serving"]) == {"masked_linear", "masked_lowrank_linear", "masked_mlp"}
+    assert code == 0 and set(found["serving"]) == set(rana.ops.SCHEMAS)
     code, out, _ = run("info")
     assert code == 0 and "masked_mlp" in out and torch.__version__ in out
     assert str(rana.report()) == repr(rana.report()) == out.removesuffix("\n")

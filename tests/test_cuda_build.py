@@ -20,7 +20,7 @@ PINNED = "release 13.0"
 TARGETS = ("sm_80", "sm_90", "sm_100")
 DTYPES = {"f": "float32", "N3c108BFloat16E": "bfloat16", "N3c104HalfE": "float16"}
 TOKENS = (1, 4, 8)
-KERNEL = re.compile(r"\d(masked_\w+)_kernelI(f|N3c108BFloat16E|N3c104HalfE)Li(\d)E")
+KERNEL = re.compile(r"\d(masked_\w+|linear)_kernelI(f|N3c108BFloat16E|N3c104HalfE)Li(\d)E")
 LIBRARY = backends.library("cuda")
 
 built = pytest.mark.skipif(
@@ -106,7 +106,7 @@ def test_weights_are_read_16_bytes_at_a_time_with_eight_loads_in_flight():
     assert len(loads) == len(ops.SCHEMAS) * len(DTYPES) * len(TOKENS)
     for key, code in loads.items():
         wide = [i for i, instruction in enumerate(code) if "LDG.E.EF.128" in instruction]
-        phases = 1 if key[0] == "masked_linear" else 2 if key[0] == "masked_lowrank_linear" else 3
+        phases = {"masked_lowrank_linear": 2, "masked_mlp": 3}.get(key[0], 1)
         assert len(wide) == 8 * phases, (key, len(wide))
         for phase in range(phases):
             first, last = wide[8 * phase], wide[8 * phase + 7]

@@ -83,6 +83,10 @@ CHECKED = {
         (Case("masked_mlp", 48, 300, 40, 600, gate=20), "3"),
         (Case("masked_mlp", 48, 70, 40, 300, gate="shared", lead=(5,)), "2"),
     ],
+    "linear": [
+        (Case("linear", 0, 1500, 33), "1"),
+        (Case("linear", 0, 300, 600, lead=(13,)), "2"),
+    ],
 }
 
 
@@ -158,6 +162,7 @@ MUTANTS = {
     "tokens_share_sums": (LOWRANK, "expand.cuh", "(int64_t(split) * M + first)", "(int64_t(split) * M)"),
     "nobody_waits": (OPS[0], f"{OPS[0]}.cu", WAIT, ""),
     "down_too_early": (OPS[2], f"{OPS[2]}.cu", f"{GRID_SYNC}{DOWN}", DOWN),
+    "other_bias": (OPS[3], f"{OPS[3]}.cu", "float(op.bias[n])", "float(op.bias[m])"),
     "gate_for_up": (OPS[2], f"{OPS[2]}.cu", "sum_of_splits(gate, tokens", "sum_of_splits(up, tokens"),
 }
 

@@ -30,6 +30,7 @@ LARGE = {
     "masked_linear": Case("masked_linear", 4096, 2048),
     "masked_lowrank_linear": Case("masked_lowrank_linear", 816, 5632, 2048),
     "masked_mlp": Case("masked_mlp", 816, 2048, 2048, 5632, gate=800),
+    "linear": Case("linear", 0, 5632, 2048),
 }
 every_form = pytest.mark.parametrize("case", FORMS.values(), ids=FORMS)
 every_large = pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)

@@ -42,6 +42,10 @@ def named(values: dict):
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 every_op = pytest.mark.parametrize("case", named(SMALL))
 every_form = pytest.mark.parametrize("case", named(FORMS))
+every_masked_op = pytest.mark.parametrize("case", named({n: c for n, c in SMALL.items() if n != "linear"}))
+every_masked_form = pytest.mark.parametrize(
+    "case", named({n: c for n, c in FORMS.items() if c.op != "linear"})
+)
 
 
 def assert_same_bits(y, wanted, what: str = "") -> None:
@@ -69,7 +73,7 @@ def test_gaussians_are_close(implementation, case, dtype):
 
 
 @pytest.mark.parametrize("integers", [True, False], ids=["integers", "gaussians"])
-@every_op
+@every_masked_op
 def test_cases_mask_what_they_say(case, integers):
     """The inputs themselves: not zero, neither are the outputs, and the masks near the wanted density."""
     sizes = {"masked_linear": ["N"], "masked_lowrank_linear": ["K"], "masked_mlp": ["K", "I"]}[case.op]
@@ -85,6 +89,14 @@ def test_cases_mask_what_they_say(case, integers):
         kept[c.density] += [m.double().mean() for m in masks]
     means = {density: float(torch.stack(shares).mean()) for density, shares in kept.items()}
     assert means[0.0] == 0 and means[1.0] == 1 and 0.1 < means[0.25] < means[0.5] < 0.7, means
+
+
+@pytest.mark.parametrize("integers", [True, False], ids=["integers", "gaussians"])
+def test_dense_cases_are_not_zero(integers):
+    for c in CASES:
+        if c.op == "linear" and min(c.tokens * c.N, c.K) > 4:
+            args = make_inputs(c, torch.bfloat16, integers=integers)
+            assert args["x"].any() and args["weight"].any() and dense(c.op, args, torch.float64)[0].any()
 
 
 # 3. memory
@@ -331,7 +343,7 @@ def test_full_rank_and_threshold_0_is_the_dense_layer(implementation):
 @every_dtype
 @pytest.mark.parametrize("huge", [1e30, INF], ids=str)
 @pytest.mark.parametrize("lead", [(1,), (5,), (40,)], ids=str)
-@every_form
+@every_masked_form
 def test_a_huge_threshold_leaves_the_bias(implementation, case, lead, huge, dtype):
     args = make_inputs(replace(case, lead=lead), dtype, device=implementation.device)
     last = "down_threshold" if case.op == "masked_mlp" else "threshold"
@@ -403,7 +415,8 @@ def test_ranks_may_pass_the_range_of_float16(implementation):
 
 
 WITH_NAN = {
-    k: FORMS[k] for k in ("linear", "linear_bare", "lowrank", "lowrank_bare", "mlp_separate", "mlp_shared")
+    k: FORMS[k]
+    for k in ("linear", "linear_bare", "lowrank", "lowrank_bare", "mlp_separate", "mlp_shared", "dense")
 }
 WITH_NAN |= {a: replace(FORMS["mlp_ungated"], activation=a) for a in ACTIVATIONS}
 
@@ -426,7 +439,7 @@ def test_nan_reaches_its_row_and_no_other(implementation, case, density, M):
 @pytest.mark.parametrize("M", [1, 3, 40])
 @pytest.mark.parametrize("value", [INF, -INF], ids=str)
 @every_dtype
-@pytest.mark.parametrize("op", ["masked_linear", "masked_lowrank_linear"])
+@pytest.mark.parametrize("op", ["masked_linear", "masked_lowrank_linear", "linear"])
 def test_infinity_reaches_y(implementation, op, dtype, value, M):
     args = make_inputs(replace(SMALL[op], lead=(M,), density=0.0), dtype, device=implementation.device)
     args[input_of(args)][0, 1] = value
@@ -476,6 +489,8 @@ def test_every_number_is_read_and_written(implementation, dtype, M):
         assert_same_numbers(implementation("masked_lowrank_linear", args), some[:M, None])
         args = {"x": one.expand(M, 1), "B": some[:, None], "rows": torch.eye(500).to(one), "threshold": zero}
         assert_same_numbers(implementation("masked_lowrank_linear", args), some.expand(M, -1))
+    args = {"x": one.expand(M, 1), "weight": numbers[:, None], "bias": None}
+    assert_same_numbers(implementation("linear", args), numbers.expand(M, -1))
 
 
 @pytest.mark.isa
@@ -486,6 +501,7 @@ def test_sums_beyond_float16_are_infinite(implementation, added, wanted, M):
     rows = torch.tensor([[65504.0], [added]], dtype=torch.float16, device=implementation.device)
     args = {"h": h, "rows": rows, "threshold": torch.zeros((), device=implementation.device)}
     assert (implementation("masked_linear", args) == wanted).all()
+    assert (implementation("linear", {"x": h, "weight": rows.T.contiguous(), "bias": None}) == wanted).all()
 
 
 OTHERS = {"random": None, "zero": 0.0, "huge": 6e4, "inf": INF, "nan": NAN}
@@ -509,6 +525,7 @@ WIDE = {
     "masked_linear": Case("masked_linear", 512, 1000),
     "masked_lowrank_linear": Case("masked_lowrank_linear", 256, 1000, 4200),
     "masked_mlp": Case("masked_mlp", 256, 500, 300, 1000, gate="shared"),
+    "linear": Case("linear", 0, 1000, 4200),
 }
 
 
@@ -574,6 +591,15 @@ BAD = {
     "down_scale_short": ("masked_mlp", "down_scale", lambda s: s[1:]),
     "down_threshold_short": ("masked_mlp", "down_threshold", lambda t: t[1:]),
     "down_bias_short": ("masked_mlp", "down_bias", lambda b: b[1:]),
+    "linear_x_scalar": ("linear", "x", lambda x: x.sum()),
+    "linear_x_integer": ("linear", "x", lambda x: x.int()),
+    "weight_narrow": ("linear", "weight", lambda weight: weight[:, 1:]),
+    "weight_dtype": ("linear", "weight", lambda weight: weight.half()),
+    "weight_vector": ("linear", "weight", lambda weight: weight[0]),
+    "weight_transposed": ("linear", "weight", lambda weight: weight.T.contiguous().T),
+    "weight_elsewhere": ("linear", "weight", lambda weight: weight.to("meta")),
+    "linear_bias_short": ("linear", "bias", lambda b: b[1:]),
+    "linear_bias_dtype": ("linear", "bias", lambda b: b.double()),
     "activation": ("masked_mlp", "activation", lambda a: "swish"),
     "activation_empty": ("masked_mlp", "activation", lambda a: ""),
 }

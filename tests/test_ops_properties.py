@@ -27,6 +27,9 @@ mlps = st.builds(
     activation=st.sampled_from(list(ACTIVATIONS)),
     **common,
 )
+denses = st.builds(
+    Case, op=st.just("linear"), R=st.just(0), N=size, K=size, lead=common["lead"], bias=common["bias"]
+)
 
 
 @settings(
@@ -35,7 +38,7 @@ mlps = st.builds(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(case=st.one_of(linears, lowranks, mlps), dtype=st.sampled_from(DTYPES))
+@given(case=st.one_of(linears, lowranks, mlps, denses), dtype=st.sampled_from(DTYPES))
 def test_any_problem_is_exact(implementation, case, dtype):
     args = make_inputs(case, dtype, integers=True, device=implementation.device)
     y = implementation(case.op, args)

@@ -110,7 +110,7 @@ def test_kernels_fit_the_card(compiled, capability):
         assert r.streams or r.kernel.startswith("products"), f"streams nothing: {r}"
 
 
-@pytest.mark.parametrize("tokens, launches", [(1, 1), (16, 1), (200, {"masked_mlp": 2})])
+@pytest.mark.parametrize("tokens, launches", [(1, 1), (16, 1), (200, {"masked_mlp": 2, "linear": 0})])
 def test_launches(compiled, tokens, launches):
     """One for decoding. For prefill, those besides cuBLAS: a mask in an epilogue, the neurons."""
     from importlib import import_module

@@ -103,13 +103,15 @@ def calls(shape: str, tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, li
         [t(tokens, K), t(2 * R, K), t(R, neurons), t(R, neurons), torch.empty(2 * R), None, None]
         + [t(neurons, N), scale, torch.empty(()), None, "silu"],
     )
+    yield "linear", [t(tokens, K), t(neurons, K), t(neurons)]
 
 
 def compile_all(capabilities=tuple(CARDS), shapes=tuple(SHAPES), quiet: bool = True) -> list[Compiled]:
     """Every kernel × dtype × tokens × shape for these cards; see `Compiled`."""
-    from rana_kernels.backends.triton import masked_linear, masked_lowrank_linear, masked_mlp
+    from rana_kernels.backends.triton import linear, masked_linear, masked_lowrank_linear, masked_mlp
 
-    modules = {m.__name__.split(".")[-1]: m for m in (masked_linear, masked_lowrank_linear, masked_mlp)}
+    modules = (linear, masked_linear, masked_lowrank_linear, masked_mlp)
+    modules = {m.__name__.split(".")[-1]: m for m in modules}
     grid = [(c, s, m, d) for c in capabilities for s in shapes for m in TOKENS for d in DTYPES]
     rows: dict[Compiled, None] = {}
     for capability, shape, tokens, dtype in track(grid, "compiling", disable=quiet):

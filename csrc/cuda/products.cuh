@@ -10,27 +10,20 @@
 
 namespace {
 
-inline Tensor call(const char* name, const char* overload, StableIValue* stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // a @ b in float32, of matrices of any element type
 inline Tensor wide_product(const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), 0};
-  if (a.scalar_type() == ScalarType::Float) return call("aten::mm", "", stack.data());
+  if (a.scalar_type() == ScalarType::Float) return rana::call("aten::mm", "", stack.data());
   stack[2] = from(ScalarType::Float);
-  return call("aten::mm", "dtype", stack.data());
+  return rana::call("aten::mm", "dtype", stack.data());
 }
 
 // z @ rows + bias in the shape of an output for `input`
 inline Tensor last_product(const Tensor& z, const Tensor& rows, const OptionalTensor& bias, const Tensor& input) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(z), from(torch::stable::transpose(rows, 0, 1)), from(bias)};
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = rows.size(1);
-  return torch::stable::reshape(call("aten::linear", "", stack.data()), sizes);
+  return torch::stable::reshape(rana::torch_linear(z, torch::stable::transpose(rows, 0, 1), bias), sizes);
 }
 
 // x [..., K] as [tokens, K]

@@ -1,4 +1,4 @@
-// h = B x for a few tokens: dot products with the rows of B, in float32.
+// h = B x for a few tokens: dot products with the rows of B, in float32, handed over one by one.
 //
 // The rows are dealt out in turn to teams of warps, so that every block reads as many as any other. The
 // warps of a team split each row between them and meet only when all rows of a round are read: loads stay
@@ -19,13 +19,13 @@ struct Tokens {
   int count;
 };
 
-// h = B x, as a kernel gets it. `warps_a_row` is a power of two, at most the warps of a block.
+// B x, as a kernel gets it. `warps_a_row` is a power of two, at most the warps of a block.
 template <class T>
 struct Projection {
   Tokens<T> x;
   Matrix<T> B;
   int warps_a_row;
-  float* h;  // [x.count, B.rows]
+  float* h;  // [x.count, B.rows], where the next phase reads it
 };
 
 // Rows that a warp reads side by side: so many loads are in flight.
@@ -69,9 +69,9 @@ __device__ void add_products(const T* B, int64_t stride, int rows, const Tokens<
   }
 }
 
-// h[m][r] = B[r] · x[m]; a grid barrier has to follow.
-template <bool kWide, int kTokens, class T>
-__device__ void project_rows(const Projection<T>& projection) {
+// Calls done_with(m, r, B[r] · x[m]), once for each.
+template <bool kWide, int kTokens, class T, class Done>
+__device__ void project_rows(const Projection<T>& projection, Done done_with) {
   const auto& [x, B, warps_a_row, h] = projection;
   constexpr int kRows = kRowsAtOnce<kWide>, kSize = kGroup<kWide, kTokens>, kShare = kLanes / kSize;
   using Round = Partials<kTokens>;
@@ -106,16 +106,24 @@ __device__ void project_rows(const Projection<T>& projection) {
       if (row >= B.rows) continue;
       float sum = 0;
       for (int w = 0; w < warps_a_row; w++) sum += partials.at[here * warps_a_row + w][slot][m];
-      h[m * B.rows + row] = sum;
+      done_with(m, row, sum);
     }
     __syncthreads();
   }
 }
 
+template <int kTokens, class T, class Done>
+__device__ void project(const Projection<T>& projection, Done done_with) {
+  if (projection.B.wide) project_rows<true, kTokens>(projection, done_with);
+  else project_rows<false, kTokens>(projection, done_with);
+}
+
+// h[m][r] = B[r] · x[m]; a grid barrier has to follow.
 template <int kTokens, class T>
 __device__ void project(const Projection<T>& projection) {
-  if (projection.B.wide) project_rows<true, kTokens>(projection);
-  else project_rows<false, kTokens>(projection);
+  float* const h = projection.h;
+  const int64_t ld = projection.B.rows;
+  project<kTokens>(projection, [=](int m, int64_t row, float sum) { h[m * ld + row] = sum; });
 }
 
 }  // namespace

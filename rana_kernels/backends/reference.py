@@ -81,6 +81,12 @@ def masked_mlp(
     return masked_linear(g, _widen(down_rows), down_threshold, down_scale, bias_down).to(x.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    checks.linear(x, weight, bias)
+    y = _widen(x) @ _widen(weight).T
+    return (y if bias is None else y + _widen(bias)).to(x.dtype)
+
+
 def _widen(t: Tensor) -> Tensor:
     return t.to(checks.wide_dtype(t.dtype))
 

@@ -11,7 +11,7 @@ from torch.utils import cpp_extension
 
 SHIM = Path(__file__).parent
 ROOT = SHIM.parent.parent
-OPS = ("masked_linear", "masked_lowrank_linear", "masked_mlp")
+OPS = ("masked_linear", "masked_lowrank_linear", "masked_mlp", "linear")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 FLAGS = (
     "-std=c++17",

@@ -20,7 +20,7 @@ def kernel(
 ):  # fmt: skip
     """All phases, or the one that PHASE numbers."""
     if PHASE == 0 or PHASE == 1:
-        project(x, B, h, M, K, R, stride_B, M_PAD, PROJECT_R, PROJECT_K)
+        project(x, B, None, h, M, K, R, stride_B, M_PAD, PROJECT_R, PROJECT_K)
     if PHASE == 0:
         grid_barrier(state)
     if PHASE == 0 or PHASE == 2:

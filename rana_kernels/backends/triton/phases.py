@@ -3,7 +3,7 @@
 A decode kernel is one launch of a grid that stays resident. Its programs work through a phase, wait
 for one another, and go on to the next: what one phase leaves in scratch memory the next one reads.
 
-    project   h = x Bᵀ                                        scratch h [M, R]
+    project   h = x Bᵀ                                        scratch h [M, R], or y
     expand    the kept rows times their h, in tiles of        scratch sums [SHARES, M, N]
               columns × interleaved shares of the rows
     finish    sums over the shares, in order; bias; dtype     y [M, N]
@@ -43,8 +43,10 @@ def grid_barrier(state):
 
 
 @triton.jit
-def project(x, B, h, M, K, R, stride_B, M_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """h [M, R] = x [M, K] Bᵀ. Each program takes blocks of BLOCK_R rows of B and streams them once."""
+def project(
+    x, B, bias, h, M, K, R, stride_B, M_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """h [M, R] = x [M, K] Bᵀ + bias. Each program takes blocks of BLOCK_R rows of B and streams them once."""
     m = tl.arange(0, M_PAD)
     for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
@@ -59,7 +61,10 @@ def project(x, B, h, M, K, R, stride_B, M_PAD: tl.constexpr, BLOCK_R: tl.constex
                 products = b.to(tl.float32) * token.to(tl.float32)[None, :]
                 # the elements of one load are one thread's: adding them up needs no other thread
                 sums += tl.sum(tl.reshape(products, [BLOCK_R, BLOCK_K // VECTOR, VECTOR]), 2)
-            tl.store(h + r, tl.sum(sums, 1), mask=r < R)
+            total = tl.sum(sums, 1)
+            if bias is not None:
+                total += tl.load(bias + r, mask=r < R, other=0).to(tl.float32)
+            tl.store(h + r, rounded(total, h.dtype.element_ty), mask=r < R)
         else:
             sums = tl.zeros([BLOCK_R, M_PAD], tl.float32)
             for first_k in range(0, K, BLOCK_K):
@@ -69,7 +74,13 @@ def project(x, B, h, M, K, R, stride_B, M_PAD: tl.constexpr, BLOCK_R: tl.constex
                     x + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0
                 )
                 sums = dot(b, tokens, sums)
-            tl.store(h + m[None, :] * R + r[:, None], sums, mask=(m < M)[None, :] & (r < R)[:, None])
+            if bias is not None:
+                sums += tl.load(bias + r, mask=r < R, other=0).to(tl.float32)[:, None]
+            tl.store(
+                h + m[None, :] * R + r[:, None],
+                rounded(sums, h.dtype.element_ty),
+                mask=(m < M)[None, :] & (r < R)[:, None],
+            )
 
 
 @triton.jit

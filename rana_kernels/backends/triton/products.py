@@ -112,11 +112,11 @@ def project(x: Tensor, B: Tensor, threshold: Tensor, config: Prefill) -> Tensor:
 
 
 def expand(z: Tensor, rows: Tensor, bias: Tensor | None, config: Prefill) -> Tensor:
-    """z [M, R] masked already · rows [R, N] -> z rows + bias."""
+    """z [M, R] masked already · rows [R, N], in any layout -> z rows + bias."""
     if config.cublas:
         return torch.mm(z, rows) if bias is None else torch.addmm(bias, z, rows)
     y = z.new_empty(len(z), rows.shape[1])
-    _launch(z, rows, y, None, None, bias, None, (rows.stride(0), 1), config)
+    _launch(z, rows, y, None, None, bias, None, rows.stride(), config)
     return y
 
 
@@ -151,7 +151,7 @@ def neurons(
 
 def _launch(
     a: Tensor, b: Tensor, y: Tensor, in_threshold: Tensor | None, in_scale: Tensor | None,
-    bias: Tensor | None, out_threshold: Tensor | None, strides: tuple[int, int], config: Prefill,
+    bias: Tensor | None, out_threshold: Tensor | None, strides: tuple[int, ...], config: Prefill,
 ) -> None:  # fmt: skip
     (M, N), K = y.shape, a.shape[1]
     with on(y.device):

@@ -1,0 +1,34 @@
+#include "common.h"
+
+namespace {
+
+// Up to this many tokens the loops of `project` are faster than torch's product.
+constexpr int64_t kProjectTokens = 16;
+
+// y = h + bias, [tokens, columns]. `bias` may be null.
+template <class T>
+void finish(const std::vector<float>& h, int64_t tokens, int64_t columns, const T* bias, T* y) {
+  parallel(columns, tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t m = 0; m < tokens; m++)
+      for (int64_t n = begin; n < end; n++) y[m * columns + n] = T(h[m * columns + n] + (bias ? float(bias[n]) : 0.0f));
+  });
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  rana::check_linear(x, weight, bias);
+  const int64_t tokens = tokens_of(x), columns = weight.size(0);
+  if (tokens > kProjectTokens) return rana::torch_linear(x, weight, bias);
+  Tensor y = empty_output(x, columns);
+  for_dtype(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const Packed<T> input(x);
+    const auto b = packed<T>(bias);
+    T* out = static_cast<T*>(y.mutable_data_ptr());
+    finish<T>(project<T>(input.data, tokens, weight), tokens, columns, data_of(b), out);
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rana, CPU, m) { m.impl("linear", TORCH_BOX(&linear)); }

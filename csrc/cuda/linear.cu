@@ -1,0 +1,48 @@
+#include "launch.cuh"
+
+namespace {
+
+template <class T>
+struct Linear {
+  Projection<T> projection;
+  const T* bias;  // may be null
+  T* y;
+};
+
+template <class T, int kTokens>
+__global__ void __launch_bounds__(kThreads<kTokens>, 1) linear_kernel(const __grid_constant__ Linear<T> op) {
+  const int64_t columns = op.projection.B.rows;
+  project<kTokens>(op.projection, [&](int m, int64_t n, float sum) {
+    op.y[m * columns + n] = T(op.bias ? sum + float(op.bias[n]) : sum);
+  });
+}
+
+template <class T>
+void decode(const Device& device, Linear<T> op) {
+  for_tokens(op.projection.x.count, [&](auto tokens) {
+    constexpr Block block{kThreads<tokens()>, sizeof(Partials<tokens()>)};
+    const Kernel kernel(device, linear_kernel<T, tokens()>, block);
+    op.projection.warps_a_row = warps_a_row(op.projection.B.columns * sizeof(T), kWarps<tokens()>);
+    kernel.launch(items<tokens()>(op.projection), op);
+  });
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  rana::check_linear(x, weight, bias);
+  const int64_t tokens = tokens_of(x);
+  if (tokens > kDecodeTokens) return rana::torch_linear(x, weight, bias);
+  Tensor y = empty_output(x, weight.size(0));
+  if (y.numel() == 0) return y;
+  const Device device("linear", x);
+  for_dtype(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const Packed<T> input(x);
+    const auto b = packed<T>(bias);
+    decode<T>(device, {projection(input, tokens, weight), data_of(b), static_cast<T*>(y.mutable_data_ptr())});
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rana, CUDA, m) { m.impl("linear", TORCH_BOX(&linear)); }

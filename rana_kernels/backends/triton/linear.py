@@ -1,0 +1,46 @@
+"""`linear` in Triton: one launch for decoding, one product for prefill."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rana_kernels import checks
+from rana_kernels.backends.triton import configurations, products
+from rana_kernels.backends.triton.launch import packed, run, seated, tokens_of
+from rana_kernels.backends.triton.phases import project
+
+
+@triton.jit
+def kernel(
+    x, weight, bias, y, M, K, N, stride_weight, state,
+    M_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr, THREADS: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """The one phase that there is."""
+    project(x, weight, bias, y, M, K, N, stride_weight, M_PAD, BLOCK_N, BLOCK_K)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    checks.linear(x, weight, bias)
+    tokens, bias = tokens_of("linear", "x", x), packed(bias)
+    if len(tokens) == 0 or len(weight) == 0:
+        y = x.new_empty(len(tokens), len(weight))
+    elif configurations.decodes(len(tokens), tokens.dtype):
+        y = _decode(tokens, weight, bias)
+    else:
+        config = configurations.prefill("linear", tokens, weight)
+        y = products.expand(tokens, weight.T, bias, config)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _decode(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    (M, K), N = x.shape, len(weight)
+    config = configurations.decode("linear", x, weight)
+    block_n, block_k = config.blocks(K, x.itemsize)
+    y = x.new_empty(M, N)
+    run(
+        kernel, 1, seated(config, triton.cdiv(N, block_n), x.device), config, x.device,
+        x, weight, bias, y, M, K, N, weight.stride(0),
+        M_PAD=configurations.padded(M), BLOCK_N=block_n, BLOCK_K=block_k,
+    )  # fmt: skip
+    return y
