@@ -3,7 +3,7 @@
 The paper's method decomposes each linear once; one budget for the whole model has to see all of them
 before it can decide, so there each is decomposed again for its modules. A block's factors are dropped
 when its modules are in place, so that there are never two copies of the model. Only linears are
-replaced: embeddings, norms and lm_head stay.
+replaced: embeddings and norms stay, and so do the weights of lm_head and of linears left dense.
 """
 
 import time
@@ -19,8 +19,9 @@ from rana_kernels import allocate, paper
 from rana_kernels.calibrate import Stats, calibrate
 from rana_kernels.card import made_from
 from rana_kernels.checkpoint import attach_plan
+from rana_kernels.dense import serve_dense
 from rana_kernels.fill import block_tensors, with_threshold
-from rana_kernels.install import check_plan, put
+from rana_kernels.install import check_plan, dense_names, put
 from rana_kernels.layer import Layer
 from rana_kernels.measure import AdapterReport, CompressReport, measure, model_bytes, model_flops_reduction
 from rana_kernels.models import describe, find_blocks
@@ -75,6 +76,7 @@ def compress(
         measured += reports
     asked = plan or Plan((), method, flops_reduction)
     done = asked.with_adapters(tuple(adapters))
+    serve_dense(model, dense_names(model, done))
     report = CompressReport(
         plan=done,
         adapters=measured,

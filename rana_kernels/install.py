@@ -4,9 +4,12 @@
 dtype of the linear it replaces (the meta device included), ready to be loaded.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from rana_kernels.dense import serve_dense
 from rana_kernels.layer import linear_of
 from rana_kernels.models import Block, find_blocks
 from rana_kernels.modules import RanaMLP, RanaNeuronLinear, joint_linears
@@ -21,6 +24,15 @@ def install(model: nn.Module, plan: Plan) -> None:
     for block, adapters in check_plan(model, plan):
         like = linear_of(model, block.linears[0]).weight
         swap(model, build_block(block, adapters, like.device, like.dtype))
+    serve_dense(model, dense_names(model, plan))
+
+
+def dense_names(model: nn.Module, plan: Plan) -> list[str]:
+    """The linears that stay dense: those of the plan that do, and lm_head where the model has one."""
+    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
+    heads = [name for name, module in model.named_modules() if module is head]
+    return [adapter.names[0] for adapter in plan.adapters if adapter.kind == "dense"] + heads
 
 
 def put(model: nn.Module, block: Block, adapters: list[Adapter], tensors: dict[str, Tensor]) -> None:

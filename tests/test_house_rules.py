@@ -27,6 +27,7 @@ KERNEL_ROOMS = {
     "ops": {"checks", "gradients", "backends.reference"},
     "backends": {"ops", "backends.reference", "backends.triton"},
     "modules": {"ops", "backends.reference", "checks"},
+    "dense": {"ops"},
 }
 # the rooms above them see kernels through modules; the reference also gives them masks to count
 HIDDEN = {"ops", "gradients", "backends"}
