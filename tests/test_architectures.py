@@ -45,7 +45,7 @@ def test_compressed_saved_loaded_and_generating(name, method, tmp_path):
     model = make_model(name)
     report = rana.compress(model, [tokens()], flops_reduction=0.2, method=method, progress=False)
     head = model.get_output_embeddings()
-    dense = [p for p in model.modules() if type(p) in (nn.Linear, Conv1D) and p is not head]
+    dense = [p for p in model.modules() if isinstance(p, nn.Linear | Conv1D) and p is not head]
     if method != "global":  # which decides by itself what stays dense
         assert len(dense) == len(find_blocks_of(name)), "all linears but o are adapted"
     assert 0.15 < report.block_flops_reduction < 0.3
