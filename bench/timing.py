@@ -47,12 +47,12 @@ def interleave(contenders: dict[str, Callable[[], object]], threads: int, rounds
     finally:
         torch.set_num_threads(before)
     return Round(
-        {name: _summary(values[1:]) for name, values in seconds.items()},
+        {name: summary(values[1:]) for name, values in seconds.items()},
         max(statistics.median(values[1:]) for values in streams.values()),
     )
 
 
-def _summary(seconds: list[float]) -> Timing:
+def summary(seconds: list[float]) -> Timing:
     ordered = sorted(1e6 * s for s in seconds)
     at = lambda fraction: ordered[round(fraction * (len(ordered) - 1))]  # noqa: E731
     return Timing(at(0.5), at(0.2), at(0.8))

@@ -1,0 +1,132 @@
+"""The command: `python -m bench.decode`."""
+
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from bench import __main__ as cpu
+from bench import gpu
+from bench.decode import contenders, drafts, tables
+from bench.decode.measure import Setting, random_tokens, take_turns
+from bench.decode.profile import Share, where_time_goes
+from bench.decode.shapes import SHAPES, random_model
+from bench.decode.steps import Decoder, compiled
+from bench.kernels import DTYPES
+from rana_kernels.evaluate import perplexity
+
+DRAFT_PROMPTS, DRAFT_PROMPT, DRAFT_TOKENS = 4, 64, 64
+Models = dict[str, PreTrainedModel]
+console = Console(record=True, width=None if sys.stdout.isatty() else 160)
+
+
+def main(
+    model: Annotated[
+        str, typer.Argument(help=f"{', '.join(SHAPES)}, or the directory of a model with its tokens.")
+    ],
+    prompt: Annotated[list[int], typer.Option(help="Tokens before; several times for several.")] = [32, 1024],  # noqa: B006 - typer wants a list
+    batch: Annotated[list[int], typer.Option(help="Rows at a time; likewise.")] = [1, 2, 4, 8],  # noqa: B006
+    threads: Annotated[list[int] | None, typer.Option(help="Thread counts; default 1 and all.")] = None,
+    keep: Annotated[float, typer.Option(help="Cost of the blocks' linears, dense = 1.")] = 0.56,
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    compile: Annotated[bool, typer.Option(help="Compiled steps, in place of eager ones.")] = False,
+    rounds: Annotated[int, typer.Option(min=3, help="In each of them every contender decodes.")] = 9,
+    turn: Annotated[int, typer.Option(min=1, help="Tokens that it decodes in a round.")] = 4,
+    read: Annotated[int, typer.Option(help="Longer prompts, all rows together, are made up.")] = 2048,
+    tests: Annotated[bool, typer.Option(help="Run those of the ops first, or write nothing.")] = True,
+    output: Annotated[Path | None, typer.Option(help="CSV; default bench/results/decode-….csv.")] = None,
+) -> None:
+    """Time whole models, taking turns: dense, dense with our product, static low rank, RaNA.
+
+    A shape has random weights, and thresholds such that the masks keep what the plan says. A directory is
+    compressed on its calibration.safetensors, and has its perplexity on evaluation.safetensors in each
+    row. All have the same static cache and the same loop; tokens a second are those of all rows together.
+
+    Example:  python -m bench.decode llama-3.2-1b --prompt 32 --batch 1 --threads 1
+    """
+    if tests:
+        cpu.require_green_tests()
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    stamp = gpu.conditions() if device == "cuda" else cpu.conditions()
+    name = Path(model).name
+    console.print(f"{name}, {dtype}, keep {keep}, {'compiled' if compile else 'eager'}: {stamp}")
+    folder = None if model in SHAPES else Path(model)
+    models = _models(model, folder, keep, DTYPES[dtype], device)
+    facts = {n: {"perplexity": "random weights"} for n in models}
+    if folder:
+        facts = _perplexities(models, load_file(folder / "evaluation.safetensors")["input_ids"].long())
+    steps = {n: (m, compiled(m) if compile else m.forward) for n, m in models.items()}
+    room = models["dense"].config.max_position_embeddings - turn * (rounds + 1) - 1
+    lengths = [length for length in prompt if length <= room]
+    counts = (
+        [torch.get_num_threads()] if device == "cuda" else threads or sorted({1, torch.get_num_threads()})
+    )
+    rows = []
+    for length, size, count in track(list(product(lengths, batch, counts)), "timing", console=console):
+        setting = Setting(length, size, count, read=length * size <= read)
+        for row in tables.rows(setting, take_turns(steps, setting, rounds, turn)):
+            rows.append({"model": name, "dtype": dtype, "keep": keep, "compiled": compile} | row)
+            rows[-1] |= facts[row["contender"]]
+    console.print(tables.speed_table(rows, "time to the first token, and tokens a second after it (medians)"))
+    for count in counts:
+        console.print(tables.share_table(_shares(steps, Setting(lengths[0], 1, count, read=True))))
+    if folder:
+        prompts = load_file(folder / "evaluation.safetensors")["input_ids"][:DRAFT_PROMPTS, :DRAFT_PROMPT]
+        for count in counts:
+            torch.set_num_threads(count)
+            found = drafts.measure_drafts(
+                models["dense"], models["rana"], prompts.long().to(device), DRAFT_TOKENS
+            )
+            console.print(tables.draft_table(found, count))
+    if tests:
+        _write(output or cpu.RESULTS / f"decode-{name}-{_machine(device)}.csv", rows, device)
+
+
+def _models(model: str, folder: Path | None, keep: float, dtype: torch.dtype, device: str) -> Models:
+    if folder:
+        return contenders.from_directory(folder, keep, dtype, device)
+    return contenders.from_random(random_model(SHAPES[model], dtype, device), keep)
+
+
+def _perplexities(models: Models, rows: Tensor) -> dict[str, dict[str, object]]:
+    return {n: {"perplexity": round(perplexity(m, rows).perplexity, 3)} for n, m in models.items()}
+
+
+@torch.inference_mode()
+def _shares(steps: dict, setting: Setting) -> dict[str, list[Share]]:
+    torch.set_num_threads(setting.threads)
+    shares = {}
+    for name, (model, step) in steps.items():
+        decoder = Decoder(model, 1, setting.prompt + 17, step)
+        decoder.read(random_tokens(model, setting))
+        decoder.decode(8)
+        shares[name] = where_time_goes(decoder)
+    return shares
+
+
+def _machine(device: str) -> str:
+    return gpu.card() if device == "cuda" else cpu.processor()
+
+
+def _write(path: Path, rows: list[dict[str, object]], device: str) -> None:
+    """The rows as CSV, and beside it everything that was printed."""
+    (gpu.write if device == "cuda" else cpu.write)(path, rows)
+    partial = path.with_suffix(".partial")
+    partial.write_text(console.export_text(), encoding="utf-8")
+    partial.replace(path.with_suffix(".txt"))
+    console.print(f"wrote {path} and {path.with_suffix('.txt').name}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,79 @@
+"""Speculative decoding: a RaNA model drafts, and the dense model that it was made from checks."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+DRAFTED = (2, 4, 8)  # tokens drafted before each check
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """`accepted` of the `drafted` tokens that stood a check, in the mean; tokens a second of `generate`."""
+
+    drafted: int
+    accepted: float
+    tokens_per_second: float
+    dense_tokens_per_second: float
+
+    @property
+    def speedup(self) -> float:
+        return self.tokens_per_second / self.dense_tokens_per_second
+
+
+@torch.inference_mode()
+def measure_drafts(
+    dense: PreTrainedModel, draft: PreTrainedModel, prompts: Tensor, tokens: int, rounds: int
+) -> list[Drafting]:
+    """Over the rows of `prompts` [n, T], one at a time, `tokens` new ones each, greedily.
+
+    Raises RuntimeError if a text with drafts is another than that of the dense model alone.
+    """
+    wanted = [_generate(dense, row[None], tokens)[0] for row in prompts]
+    found = []
+    for drafted in DRAFTED:
+        draft.generation_config.num_assistant_tokens = drafted
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
+        draft.generation_config.assistant_confidence_threshold = 0.0
+        alone, together, checks = 0.0, 0.0, 0
+        for _ in range(rounds):
+            for row, text in zip(prompts, wanted, strict=True):
+                alone += _generate(dense, row[None], tokens)[1]
+                with _Calls(dense) as calls:
+                    again, seconds = _generate(dense, row[None], tokens, assistant_model=draft)
+                if not torch.equal(again, text):
+                    raise RuntimeError(f"with {drafted} drafted tokens the text is another than without")
+                together += seconds
+                checks += calls.count
+        new = rounds * len(prompts) * tokens
+        found.append(Drafting(drafted, new / checks - 1, new / together, new / alone))
+    return found
+
+
+def _generate(model: PreTrainedModel, prompt: Tensor, tokens: int, **options) -> tuple[Tensor, float]:
+    begin = time.perf_counter()
+    text = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=tokens, max_new_tokens=tokens,
+        do_sample=False, pad_token_id=0, **options,
+    )  # fmt: skip
+    return text, time.perf_counter() - begin
+
+
+class _Calls:
+    """Counts the forward passes of a model within the block."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.count = model, 0
+
+    def __enter__(self) -> "_Calls":
+        self._hook = self.model.register_forward_hook(self._add)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _add(self, *_: object) -> None:
+        self.count += 1
