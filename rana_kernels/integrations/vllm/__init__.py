@@ -1,0 +1,101 @@
+"""vLLM: our checkpoints in its own engine, by the plugin group `vllm.general_plugins`.
+
+To vLLM we are a quantization method named "rana", found by the checkpoint's own config. Its models merge
+linears that read the same input (q, k and v; gate and up): one layer there holds several of our adapters
+(`weights.py`), and computes them one after the other (`method.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import regex
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.models.utils import WeightsMapper
+
+from rana_kernels.checkpoint import MANIFEST, METHOD, plan_from_config, read_manifest
+from rana_kernels.integrations.vllm.method import RanaLinearMethod
+from rana_kernels.plan import Adapter, Plan
+
+
+def register() -> None:
+    """The plugin: make vLLM know our checkpoints. It may be called any number of times in a process."""
+    register_quantization_config(METHOD)(RanaConfig)
+
+
+class RanaConfig(QuantizationConfig):
+    """`quantization_config` of config.json, as vLLM reads it: which adapters each of its layers holds."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.adapters = {name: adapter for adapter in plan.adapters for name in adapter.names}
+        # RanaMLP keeps what up and gate share under the MLP's own name; vLLM's first layer holds it
+        self._shared: dict[str, str] = {}
+
+    def get_name(self) -> Any:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RanaConfig:
+        """Raises CheckpointError for another format or a broken plan."""
+        return cls(plan_from_config(config))
+
+    def maybe_update_config(self, model_name: str, hf_config=None, revision=None) -> None:
+        """Check the files against their manifest, where the model is a directory that has one.
+
+        vLLM calls this once the config is read, before any weight is. Raises CheckpointError.
+        """
+        if os.path.isdir(model_name) and (Path(model_name) / MANIFEST).is_file():
+            manifest = read_manifest(model_name)
+            manifest.verify(manifest.files)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method for one layer: ours if one of its linears is adapted.
+
+        Raises ValueError where the plan and vLLM divide the model differently.
+        """
+        if not isinstance(layer, LinearBase):
+            return None
+        parent, _, own = prefix.rpartition(".")
+        names = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(own, [own])]
+        adapters = {name: self.adapters[name] for name in names if name in self.adapters}
+        if all(adapter.kind == "dense" for adapter in adapters.values()):
+            return UnquantizedLinearMethod()
+        _check_names(prefix, names, adapters)
+        if isinstance(layer, ColumnParallelLinear):
+            owner = parent.rpartition(".")[2]
+            self._shared[rf"(\.{owner})\.(B|threshold)$"] = rf"\1.{own}.\2"
+        return RanaLinearMethod(names, list(dict.fromkeys(adapters.values())))
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+        """Names of the checkpoint that are others in vLLM, beyond what its models already map."""
+        return WeightsMapper(orig_to_new_regex={regex.compile(k): v for k, v in self._shared.items()})
+
+
+def _check_names(prefix: str, names: list[str], adapters: dict[str, Adapter]) -> None:
+    missing = [name for name in names if name not in adapters]
+    if missing:
+        raise ValueError(f"{prefix}: the plan has nothing for {', '.join(missing)}, which vLLM computes here")
+    for adapter in adapters.values():
+        if not set(adapter.names) <= set(names):
+            raise ValueError(
+                f"{prefix}: vLLM computes {', '.join(names)} here, the plan has {', '.join(adapter.names)} "
+                "in one adapter. Compress the model with separate adapters for them"
+            )

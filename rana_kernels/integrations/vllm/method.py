@@ -1,0 +1,87 @@
+"""How a vLLM layer computes its adapters: one op for each, outputs side by side."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_reduce_scatter
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from rana_kernels import ops  # noqa: F401  (defines torch.ops.rana)
+from rana_kernels.integrations.vllm.weights import Pieces, Share, pieces_of
+from rana_kernels.plan import Adapter
+
+
+class RanaLinearMethod(LinearMethodBase):
+    """What one layer does with its adapters.
+
+    names      the linears that the layer computes, as the plan calls them
+    adapters   theirs, each once
+    """
+
+    pieces: Pieces
+
+    def __init__(self, names: list[str], adapters: list[Adapter]) -> None:
+        self.names, self.adapters = names, adapters
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_: object,
+    ) -> None:
+        """Give the layer the tensors of its adapters, empty. ValueError where plan and layer do not fit."""
+        split = input_size_per_partition < input_size
+        start = layer.tp_rank * input_size_per_partition if split else 0
+        inputs = Share(start, input_size_per_partition, input_size)
+        self.pieces = pieces_of(layer, self.names, self.adapters, inputs, output_partition_sizes)
+        self.pieces.register(layer, params_dtype)
+        joint = [adapter for adapter in self.adapters if adapter.bias and len(adapter.names) > 1]
+        if joint and len(self.adapters) > 1:
+            raise ValueError(
+                f"{layer.prefix}: {', '.join(joint[0].names)} share an adapter and have a bias, and "
+                "vLLM's layer computes others too. Compress the model with another plan"
+            )
+        if joint:  # vLLM makes the bias after this, and loads it by the layer's loader
+            layer.weight_loader = partial(_load_bias, layer.weight_loader, joint[0].width)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Raises CheckpointError if anything was not loaded."""
+        self.pieces.check(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        outputs, at = [], 0
+        for i, piece in enumerate(self.pieces.pieces):
+            part = None if bias is None else bias[at : at + piece.width]
+            outputs.append(self._compute(layer, i, x, part))
+            at += piece.width
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _compute(self, layer: nn.Module, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        piece = self.pieces.pieces[index]
+
+        def own(name: str) -> Tensor:
+            return self.pieces.view(getattr(layer, name), name, index)
+
+        if piece.adapter.kind == "dense":
+            return F.linear(x, own("weight"), bias)
+        rows, threshold = own("rows"), own("threshold")
+        if piece.adapter.kind == "neuron":
+            return torch.ops.rana.masked_linear(x, rows, threshold, own("scale"), bias)
+        if not piece.scattered:
+            return torch.ops.rana.masked_lowrank_linear(x, own("B"), rows, threshold, bias)
+        # the mask is of the sums over all processes, not of what each adds to them
+        h = tensor_model_parallel_reduce_scatter(F.linear(x.float(), own("B")))
+        wide_bias = None if bias is None else bias.float()
+        return torch.ops.rana.masked_linear(h, rows, threshold, None, wide_bias).to(x.dtype)
+
+
+def _load_bias(load, total: int, bias: nn.Parameter, stored: Tensor, shard: str | int | None = None) -> None:
+    """A joint adapter stores the bias of all its linears with the first of them."""
+    load(bias, stored, None if stored.shape[0] == total else shard)
