@@ -2,7 +2,8 @@
 
 Streams: memory is O(K²) for each distinct input (q, k and v share one, up and gate share one) plus
 the sample, whatever the number of tokens. RaNA (arXiv 2503.18216, algorithm 1) keeps the tokens
-themselves; the second moment Σ x xᵀ is all that its decomposition needs of them.
+themselves; the second moment Σ x xᵀ is all that its decomposition needs of them. Several processes can
+share the work (`pool.py`), and find the same.
 """
 
 import hashlib
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from rana_kernels.models import Block, decoder_name, find_blocks, is_described
+from rana_kernels.pool import Pool, exact
 from rana_kernels.sensitivity import Gradients
 
 INPUTS = ("qkv", "o", "mlp", "down")
@@ -74,19 +77,27 @@ class _Sampler:
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed, self.seen = size, seed, 0
-        self.priority = torch.empty(0, dtype=torch.int64)
+        self.positions = torch.empty(0, dtype=torch.int64)  # of the held ones, ascending
+
+    def skip(self, count: int) -> None:
+        """Leave the next `count` tokens to another process."""
+        self.seen += count
 
     def select(self, count: int) -> tuple[Tensor, Tensor]:
         """For the next `count` tokens: indices of the held ones to keep, and of the new ones to take."""
-        priority = torch.cat([self.priority, _hash(self.seen, count, self.seed)])
-        chosen = priority.topk(min(self.size, len(priority)), largest=False).indices.sort().values
-        held = len(self.priority)
-        self.priority, self.seen = priority[chosen], self.seen + count
+        positions = torch.cat([self.positions, torch.arange(self.seen, self.seen + count)])
+        chosen, held = self.choose(positions), len(self.positions)
+        self.positions, self.seen = positions[chosen], self.seen + count
         return chosen[chosen < held], chosen[chosen >= held] - held
 
+    def choose(self, positions: Tensor) -> Tensor:
+        """Indices of those of `positions` that are sampled, ascending."""
+        count = min(self.size, len(positions))
+        return _hash(positions, self.seed).topk(count, largest=False).indices.sort().values
 
-def _hash(start: int, count: int, seed: int) -> Tensor:
-    """splitmix64 of positions start ... start + count - 1; int64 products wrap around, as wanted."""
+
+def _hash(positions: Tensor, seed: int) -> Tensor:
+    """splitmix64; int64 products wrap around, as wanted."""
 
     def signed(constant: int) -> int:
         return constant - (1 << 64) if constant >= 1 << 63 else constant
@@ -94,7 +105,7 @@ def _hash(start: int, count: int, seed: int) -> Tensor:
     def xor_shift(z: Tensor, bits: int) -> Tensor:
         return z ^ ((z >> bits) & ((1 << (64 - bits)) - 1))
 
-    z = torch.arange(start + 1, start + count + 1) * signed(0x9E3779B97F4A7C15) + seed
+    z = (positions + 1) * signed(0x9E3779B97F4A7C15) + seed
     z = xor_shift(z, 30) * signed(0xBF58476D1CE4E5B9)
     z = xor_shift(z, 27) * signed(0x94D049BB133111EB)
     return xor_shift(z, 31)
@@ -117,6 +128,7 @@ def calibrate(
     seed: int = 0,
     inputs: Iterable[str] = INPUTS,
     gradients: bool = True,
+    group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> Stats:
     """Run `calibration` through the blocks of `model` and collect what their linears read.
@@ -127,11 +139,14 @@ def calibrate(
     inputs          which distinct inputs: "qkv", "o", "mlp" (up and gate) and "down"
     gradients       also how the loss depends on each output, on the first tokens (one backward pass
                     for each of their rows); needs a model with a language-model head
+    group           processes that share the work: each calls this with the same model and calibration,
+                    runs every P-th item, and returns the statistics of all, the same bits as one process
 
     The defaults serve every method; what one of them needs is `rana_kernels.allocate.NEEDS[method]`.
 
     The model is left as it was. Raises ValueError for an unknown architecture, an empty or ill-typed
-    calibration, or activations that are not finite (it names the linear that reads them).
+    calibration, activations that are not finite (it names the linear that reads them), or a group whose
+    processes have different calibrations.
     """
     wanted = _wanted(inputs)
     if sample_tokens < 1:
@@ -140,28 +155,51 @@ def calibrate(
     sampler, digest = _Sampler(sample_tokens, seed), hashlib.sha256(f"{sample_tokens} {seed}".encode())
     decoder = model.get_submodule(decoder_name(model))
     device = next(decoder.parameters()).device
+    pool, items = Pool(group, device), 0
     no_cache = {} if is_described(model) else {"use_cache": False}
     slopes = Gradients(model) if gradients else None
     with _collecting(model, find_blocks(model), wanted, batch, stats), torch.no_grad():
-        for kwargs in _batches(calibration, progress):
+        for items, kwargs in enumerate(_batches(calibration, progress and pool.rank == 0), 1):
             ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
             batch.tokens = (
                 torch.ones(ids.numel(), dtype=torch.bool) if mask is None else mask.flatten().bool().cpu()
             )
             digest.update(ids.flatten()[batch.tokens.to(ids.device)].to("cpu", torch.int64).numpy().tobytes())
-            batch.keep, batch.take = sampler.select(int(batch.tokens.sum()))
+            count, own = int(batch.tokens.sum()), pool.owns(items - 1)
             kwargs = {key: _to(value, device) for key, value in kwargs.items()}
-            others = {key: value for key, value in kwargs.items() if key != "input_ids"}
-            decoder(kwargs["input_ids"], **others, **no_cache)
+            if own:
+                batch.keep, batch.take = sampler.select(count)
+                others = {key: value for key, value in kwargs.items() if key != "input_ids"}
+                decoder(kwargs["input_ids"], **others, **no_cache)
+            else:
+                sampler.skip(count)
             if slopes:
                 batch.paused = True
-                slopes.add(kwargs)
+                slopes.add(kwargs, run=own)
                 batch.paused = False
     if sampler.seen == 0:
         raise ValueError("calibrate: the calibration holds no tokens, wanted an iterable of input_ids")
+    pool.require_same(digest.digest(), items)
+    _pool(stats, sampler, pool)
     stats.tokens, stats.digest = sampler.seen, digest.hexdigest()
-    stats.gradients = slopes.means() if slopes else {}
+    stats.gradients = slopes.means(pool) if slopes else {}
     return stats
+
+
+def _pool(stats: Stats, sampler: _Sampler, pool: Pool) -> None:
+    """Sum the moments, and sample from the samples, of all processes."""
+    held = torch.full((pool.size, sampler.size), -1)
+    held[pool.rank, : len(sampler.positions)] = sampler.positions
+    positions = pool.reduce(held, dist.ReduceOp.MAX).flatten().sort().values
+    positions = positions[positions >= 0]
+    positions = positions[sampler.choose(positions)]
+    kept = torch.isin(sampler.positions, positions)
+    places = torch.searchsorted(positions, sampler.positions[kept])
+    for found in stats.inputs.values():
+        pool.reduce(found.moment)
+        sample = found.sample.new_zeros(len(positions), found.sample.shape[1])
+        sample[places.to(sample.device)] = found.sample[kept.to(sample.device)]
+        found.sample = pool.reduce(sample)
 
 
 def _wanted(inputs: Iterable[str]) -> tuple[str, ...]:
@@ -251,10 +289,10 @@ def _hook(key: tuple[int, str], reader: str, narrows: bool, batch: _Batch, stats
             moment = torch.zeros(size, size, dtype=torch.float64, device=x.device)
             stats.inputs[key] = InputStats(moment, x[:0])
         found = stats.inputs[key]
-        # products in float32, sums of them in float64: the tail of a long sum stays
+        # products in float32, sums of them in float64, without rounding: the same in every order
         for chunk in wide.split(2048):
             seen = F.linear(chunk, module.weight.float()) if narrows else chunk
-            found.moment += seen.T @ seen
+            found.moment += exact(seen.T @ seen)
         kept = found.sample[batch.keep.to(x.device)]
         found.sample = torch.cat([kept, x[batch.take.to(x.device)]])
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from rana_kernels.models import find_blocks, is_described
+from rana_kernels.pool import Pool
 
 TOKENS = 32768  # how many of the calibration's first tokens are differentiated: the means settle soon
 
@@ -25,25 +27,37 @@ class Gradients:
         self.names = [name for block in find_blocks(model) for name in block.linears]
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, kwargs: dict[str, Any]) -> None:
-        """Differentiate the next-token loss of one batch of model inputs, row by row."""
+    def add(self, kwargs: dict[str, Any], run: bool = True) -> None:
+        """Differentiate the next-token loss of one batch of model inputs, row by row.
+
+        run   False: another process does, and its tokens are counted here
+        """
         for i in range(len(kwargs["input_ids"])):
             if self.tokens >= TOKENS:
                 return
-            self._row({k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in kwargs.items()})
+            self._row({k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in kwargs.items()}, run)
 
-    def means(self) -> dict[str, Tensor]:
-        return {name: total / max(1, self.tokens) for name, total in self.sums.items()}
+    def means(self, pool: Pool) -> dict[str, Tensor]:
+        """Of all processes; empty where there was no row with a loss."""
+        # a process that had no row does not know how wide the outputs are
+        widths = torch.tensor([self.sums[name].numel() if name in self.sums else 0 for name in self.names])
+        means = {}
+        for name, width in zip(self.names, pool.reduce(widths, dist.ReduceOp.MAX).tolist(), strict=True):
+            total = self.sums.get(name, torch.zeros(width, dtype=torch.float64, device=pool.device))
+            if width:
+                means[name] = pool.reduce(total) / self.tokens
+        return means
 
-    def _row(self, kwargs: dict[str, Any]) -> None:
+    def _row(self, kwargs: dict[str, Any], run: bool) -> None:
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         labels = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         if not (labels >= 0).any():
             return
-        with torch.enable_grad(), self._differentiating():
-            # a sum: then a token's derivative does not depend on how many others there are
-            logits = self._logits(kwargs)[0, :-1].float()
-            F.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum").backward()
+        if run:
+            with torch.enable_grad(), self._differentiating():
+                # a sum: then a token's derivative does not depend on how many others there are
+                logits = self._logits(kwargs)[0, :-1].float()
+                F.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum").backward()
         self.tokens += ids.numel() if mask is None else int(mask.sum())
 
     def _logits(self, kwargs: dict[str, Any]) -> Tensor:
@@ -83,7 +97,8 @@ class Gradients:
     def _collector(self, name: str):
         def collect(gradient: Tensor) -> None:
             squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0, dtype=torch.float64)
-            self.sums[name] = self.sums.get(name, 0) + squares
+            # float32 summed in float64: no rounding, so no order, unless rows differ by seven orders
+            self.sums[name] = self.sums.get(name, 0) + squares.float().double()
 
         return lambda _module, _args, output: output.register_hook(collect) and None
 

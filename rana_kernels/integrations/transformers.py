@@ -33,6 +33,7 @@ from rana_kernels.checkpoint import (
 )
 from rana_kernels.headers import CheckpointError, check_tensors, read_header
 from rana_kernels.install import install
+from rana_kernels.integrations.sharding import SetAside, processes
 from rana_kernels.modules import check_thresholds
 
 
@@ -109,6 +110,7 @@ class RanaQuantizer(HfQuantizer):
     """What `from_pretrained` calls. The hooks take `**_`: their arguments differ between versions."""
 
     requires_calibration = True
+    aside: SetAside | None = None  # what is cut for the processes that share the model
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
         plan = plan_from_config(self.quantization_config.to_dict())
@@ -118,18 +120,28 @@ class RanaQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"config.json: the plan does not fit {type(model).__name__}: {error}"
             ) from None
-        files = [Path(file) for file in checkpoint_files or ()]
-        _check_files(model, files)
+        self.files = [Path(file) for file in checkpoint_files or ()]
+        _check_files(model, self.files)
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        check_tensors(files, _stored_tensors(model, files), tied)
+        check_tensors(self.files, _stored_tensors(model, self.files), tied)
+        if processes(model) > 1:
+            self.aside = SetAside(model)
         return model
 
     def _process_model_after_weight_loading(self, model, **_):
+        if self.aside:
+            self.aside.put_back(model, self.files, next(model.parameters()).device)
+        elif (getattr(model, "_tp_size", None) or 1) > 1:  # its quantizers are not told before
+            raise ImportError(
+                f"transformers {transformers.__version__} has tp_plan, wanted 5.17 or later for it"
+            )
         # transformers places tensors itself and so passes by the check of load_state_dict
         check_thresholds(model)
         return model
 
     def is_serializable(self, **_) -> bool:
+        if self.aside:
+            raise ValueError("each process has a share of this model: to save it, load it without tp_plan")
         return True
 
     @property
