@@ -29,8 +29,7 @@ __all__ = [
 
 backends.load_libraries()
 use_backend(os.environ.get("RANA_BACKEND", "auto"))
-if find_spec("transformers"):
-    integrations.register_with_transformers()
+integrations.register()
 
 
 def __getattr__(name: str):

@@ -15,7 +15,6 @@ For inference: no gradient goes through the collectives, and asking for one is a
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -131,7 +130,7 @@ class Dense(_Piece):
     """A linear that was not adapted, in a layer whose others were."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return torch.ops.rana.linear(x, self.weight, self.bias)
 
 
 # what stands in a linear's place
