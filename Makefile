@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py rana_kernels/ops.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* bench/*.cpp examples/*/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
-.PHONY: help build demo test test-slow test-stacks test-transformers lint format bench gpu compile-check sanitize clean
+.PHONY: help build demo test test-slow test-stacks test-vllm test-transformers lint format bench gpu compile-check sanitize clean
 
 help:
 	@echo "make demo      compress the checked-in model, generate from it, time it, write build/demo/report.html"
@@ -15,6 +15,7 @@ help:
 	@echo "make gpu       on a machine with a card: build, test there, time there (PYTHON=... that has torch)"
 	@echo "make compile-check  compile the Triton kernels for cards that are not here; what they use"
 	@echo "make test-stacks    PEFT, lm-eval, ONNX, a server, and the pages under docs/, in a .venv-stacks of their own"
+	@echo "make test-vllm  vLLM's models on the CPU, in a .venv-vllm of their own"
 	@echo "make test-transformers  transformers 5.0 and 5.17"
 	@echo "make build     .venv with the package compiled in it (what the others start from)"
 
@@ -63,6 +64,21 @@ $(STACKS)/ready: pyproject.toml
 test-stacks: build $(STACKS)/ready
 	$(STACKS)/bin/python -m pytest -q -m stacks tests/stacks
 
+# vLLM without its dependencies, which would bring torch for CUDA: its models run without a card, its engine does
+# not. The package is installed, not only found, because vLLM looks for its entry point.
+VLLM := .venv-vllm
+$(VLLM)/ready: pyproject.toml tests/stacks/vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q -U pip "setuptools>=77"
+	$(VLLM)/bin/pip install -q "torch==2.13.0"
+	$(VLLM)/bin/pip install -q -r tests/stacks/vllm.txt
+	$(VLLM)/bin/pip install -q --no-deps "vllm==0.33.0" compressed-tensors xgrammar apache-tvm-ffi
+	RANA_BUILD=none $(VLLM)/bin/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+test-vllm: build $(VLLM)/ready
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m "stacks and not gpu" tests/stacks/test_vllm.py
+
 # What touches transformers, on its oldest and a middle version; the newest is in .venv.
 test-transformers: build
 	for version in 5.0.0 5.17.0; do \
@@ -109,4 +125,4 @@ format: $(VENV)/lint
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf build dist *.egg-info rana_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache $(VENV) $(STACKS)
+	rm -rf build dist *.egg-info rana_kernels/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache $(VENV) $(STACKS) $(VLLM)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -101,6 +102,8 @@ def pytest_arguments() -> list[list[str]]:
         commands.append(["-m", "gpu and isa", "-k", "triton_cuda", "tests/test_ops.py"])
     if backends.library("cuda").exists():
         commands.append(["-m", "gpu and not slow", "-k", "registered_cuda", "tests/test_ops.py"])
+    if find_spec("vllm"):
+        commands.append(["-m", "gpu", "tests/stacks/test_vllm.py"])
     return commands
 
 

@@ -7,7 +7,6 @@ linears that read the same input (q, k and v; gate and up): one layer there hold
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 
 from rana_kernels.checkpoint import MANIFEST, METHOD, plan_from_config, read_manifest
+from rana_kernels.headers import CheckpointError, read_header
 from rana_kernels.integrations.vllm.method import RanaLinearMethod
 from rana_kernels.plan import Adapter, Plan
 
@@ -58,13 +58,23 @@ class RanaConfig(QuantizationConfig):
         return cls(plan_from_config(config))
 
     def maybe_update_config(self, model_name: str, hf_config=None, revision=None) -> None:
-        """Check the files against their manifest, where the model is a directory that has one.
+        """Check a model that is a directory: its manifest, if it has one, and that no linear is missing.
 
-        vLLM calls this once the config is read, before any weight is. Raises CheckpointError.
+        vLLM calls this once the config is read, before any weight is; with a quantization method it does not
+        ask itself whether it found all of them. Raises CheckpointError.
         """
-        if os.path.isdir(model_name) and (Path(model_name) / MANIFEST).is_file():
-            manifest = read_manifest(model_name)
+        place = Path(model_name)
+        if not place.is_dir():
+            return
+        if (place / MANIFEST).is_file():
+            manifest = read_manifest(place)
             manifest.verify(manifest.files)
+        found = {name for file in place.glob("*.safetensors") for name in read_header(file)}
+        missing = [name for name in self.adapters if f"{name}.weight" not in found]
+        if missing:
+            raise CheckpointError(
+                f"{place} has no weights for {', '.join(missing)}. Copy the checkpoint again"
+            )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for one layer: ours if one of its linears is adapted.
