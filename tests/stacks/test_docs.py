@@ -15,6 +15,7 @@ NEEDS = {
     "transformers": "transformers",
     "serving": "fastapi lm_eval",
     "peft": "peft",
+    "recovery": "peft",
     "deployment": "onnx onnxscript onnxruntime",
 }
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -89,6 +90,13 @@ def test_peft(run, folder):
     run("peft")
     assert (folder / "build/merged/rana.json").is_file()
     assert (folder / "build/lora/adapter_config.json").is_file()
+
+
+def test_recovery(run, folder):
+    out = run("recovery")
+    assert "allocations measured" in out and "became" in out and "with equal ranks" in out
+    assert len(list((folder / "build/searches").iterdir())) == 2
+    assert "LoRA of rank 4, merged" in (folder / "build/shared/README.md").read_text()
 
 
 def test_deployment(run, folder):

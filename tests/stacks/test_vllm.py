@@ -136,6 +136,26 @@ def test_the_models_of_vllm_compute_the_same(name, joint, tmp_path):
 
 
 @on_cpu
+def test_thresholds_stay_float32_and_layers_compile_whole(tmp_path):
+    from tests.stacks.vllm_on_cpu import Loaded
+
+    model, ids = make_model("Qwen2"), tokens(2, 24)
+    place = saved(model, separate(hand_plan(model), KINDS["mixed"]), tmp_path / "out")
+    served = Loaded(place, dtype="bfloat16")
+    layer = served.model.model.layers[0]
+    assert {p.dtype for n, p in layer.named_parameters() if n.endswith(("threshold", "scale"))} == {
+        torch.float32
+    }
+    assert layer.self_attn.qkv_proj.rows.dtype == layer.mlp.down_proj.B.dtype == torch.bfloat16
+    exact = wanted(place, ids)
+    assert (served.logits(ids) - exact).norm() < 0.03 * exact.norm()
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    for part in (layer.mlp, layer.self_attn.qkv_proj, layer.self_attn.o_proj):
+        found = torch.compile(part, fullgraph=True, dynamic=True, backend="eager")(x)
+        torch.testing.assert_close(found, part(x), rtol=0, atol=0)
+
+
+@on_cpu
 def test_the_demo_model_writes_the_same_tokens(tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -235,7 +255,7 @@ def test_damage_is_found(tmp_path):
     tensors["model.layers.0.self_attn.o_proj.weight"] = rows
     threshold = tensors.pop("model.layers.1.mlp.threshold")
     save_file(tensors, place / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="layers.1.mlp.gate_up_proj: 0 of 128 numbers of threshold"):
+    with pytest.raises(CheckpointError, match="layers.1.mlp.gate_up_proj: 0 of 64 numbers of threshold"):
         Loaded(place)
     tensors["model.layers.1.mlp.threshold"] = threshold[:-16].clone()
     save_file(tensors, place / "model.safetensors", {"format": "pt"})

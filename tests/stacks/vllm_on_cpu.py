@@ -33,13 +33,15 @@ def attend(layer: Attention, query: Tensor, key: Tensor, value: Tensor, *_, **__
 
 
 class Loaded:
-    """A checkpoint in vLLM's own model, float32; `rank` of `processes` that share it.
+    """A checkpoint in vLLM's own model; `rank` of `processes` that share it.
 
     The first one made decides the processes of all that follow.
     """
 
-    def __init__(self, place: Path, rank: int = 0, processes: int = 1, port: int = 0) -> None:
-        self.config = engine_config(place, processes)
+    def __init__(
+        self, place: Path, rank: int = 0, processes: int = 1, port: int = 0, dtype: str = "float32"
+    ) -> None:
+        self.config = engine_config(place, processes, dtype)
         torch.accelerator.empty_cache = lambda: None  # called after loading, and raises where no card is
         Attention.forward = attend
         with set_current_vllm_config(self.config):
@@ -57,11 +59,11 @@ class Loaded:
         return None if rows[0] is None else torch.stack(rows)
 
 
-def engine_config(place: Path, processes: int = 1) -> VllmConfig:
+def engine_config(place: Path, processes: int = 1, dtype: str = "float32") -> VllmConfig:
     """As the engine makes it of its arguments: plugins are found, the method by the checkpoint's config."""
     arguments = EngineArgs(
         model=str(place),
-        dtype="float32",
+        dtype=dtype,
         max_model_len=64,
         enforce_eager=True,
         tensor_parallel_size=processes,
