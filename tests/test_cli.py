@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rana_kernels as rana
 from rana_kernels import cli
+from rana_kernels.density import MARGIN
 from rana_kernels.evaluate import decode_speed, kept_rows, perplexity
 from rana_kernels.integrations import handover
 from rana_kernels.tokens import read_rows
@@ -159,8 +160,33 @@ def test_eval_against_the_dense_model(folder, compressed, run):
     assert {a["kind"] for a in found["adapters"]} == {"rank", "neuron"}
     for adapter in found["adapters"]:
         assert adapter["kept"] == pytest.approx(adapter["planned"], rel=0.3)
+        assert adapter["p5"] <= adapter["median"] <= adapter["p95"] <= adapter["max"] <= adapter["rank"]
+        assert adapter["p5"] < adapter["max"]
+    density = found["density"]
+    assert density["planned"] == pytest.approx(0.56, abs=0.01)
+    assert density["measured"] == pytest.approx(density["planned"], abs=0.02)
+    assert density["tokens"]["p5"] < density["measured"] < density["tokens"]["max"]
+    losses = [spot["loss"] - spot["dense_loss"] for spot in found["lose_most"]]
+    assert losses == sorted(losses, reverse=True) and losses[0] > 0
+    costs = [spot["keep"] for spot in found["keep_most"]]
+    assert len(costs) == 5 and costs[0] == pytest.approx(density["tokens"]["max"], abs=0.05)
+    words = [spot["text"] + spot["next"] for spot in found["lose_most"]]
+    assert all(text.strip("\ufffd") in TEXT for text in words), words
     code, out, _ = run(*command)
     assert code == 0 and "perplexity" in out and "down" in out
+    assert "p95" in out and "Tokens that keep most" in out and "lose most" not in out
+
+
+def test_eval_warns_of_text_that_is_not_like_the_calibration(folder, compressed, run, monkeypatch):
+    command = ["eval", compressed, "--text", folder / "text.txt", "--tokens", 512, "--sequence-length", 64]
+    _, out, err = run(*command, "--json")
+    drift = json.loads(out)["density"]["drift"]
+    assert abs(drift) < MARGIN and "warning" not in err
+    monkeypatch.setattr(cli.evaluate, "MARGIN", abs(drift) / 2)
+    code, out, err = run(*command, "--json")
+    assert code == 0 and json.loads(out)["density"]["drift"] == drift
+    more = "more" if drift > 0 else "less"
+    assert f"the masks keep {abs(drift):.1%} {more} than planned" in err
 
 
 def test_generate(compressed, run):

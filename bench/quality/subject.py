@@ -2,7 +2,6 @@
 
 import copy
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from rana_kernels.models import Block, find_blocks
 from rana_kernels.tokens import read_rows
 
 BATCH = 4  # rows at a time: the logits of more fall out of the caches
+CHARACTERS = 8  # of prose for a token: more than any tokenizer takes
 SCOPES = ("both", "mlp", "attention")
 
 
@@ -86,14 +86,14 @@ def open_subject(
     if tokenizer is not None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "topics.txt"
-            path.write_text("\n".join(documentation()), encoding="utf-8")
+            path.write_text(documentation()[: CHARACTERS * tokens], encoding="utf-8")
             prose = read(path)
     return Subject(Path(model).name, dense, tokenizer, *found, prose)
 
 
-def documentation() -> Iterable[str]:
+def documentation() -> str:
     """English prose that every Python has: its language reference, as `help()` prints it."""
-    return topics.values()
+    return "\n".join(topics.values())
 
 
 def some_rows(rows: Tensor, tokens: int) -> Tensor:
