@@ -32,9 +32,12 @@ class Costs:
         return (self.fixed + torch.stack(kept).sum(0)) / self.dense
 
     def drift(self, counts: dict[str, LiveCount], planned: dict[str, float]) -> float:
-        """By what fraction the rows kept differ from `planned` means, each weighing what it costs."""
-        found = self._masked({name: count.mean for name, count in counts.items()})
-        return found / self._masked(planned) - 1
+        """By what fraction of the `planned` means the rows kept differ, up or down, each weighing its cost.
+
+        Adapter by adapter: another kind of text needs more rows of some and fewer of others.
+        """
+        off = {name: abs(counts[name].mean - live) for name, live in planned.items()}
+        return self._masked(off) / self._masked(planned)
 
     def _masked(self, live: dict[str, float]) -> float:
         return sum(live[name] * cost for name, cost in self.row.items())

@@ -95,7 +95,7 @@ def _layers(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _spread(key: str, found: dict[str, Any]) -> list[str]:
-    texts = [["Calibrated on", "read", "over dense", "planned", "cost", "rows kept, against the plan",
+    texts = [["Calibrated on", "read", "over dense", "planned", "cost", "rows kept off the plan",
               "cost of a token: p5", "median", "p95", "max", "loss added: median", "p95", "max"]]  # fmt: skip
     for entry in found["texts"]:
         numbers = (entry["planned"], entry["keep"])
@@ -103,7 +103,7 @@ def _spread(key: str, found: dict[str, Any]) -> list[str]:
         more = (entry["more_loss"][q] for q in ("median", "p95", "max"))
         texts.append([
             KINDS[entry["calibrated"]], KINDS[entry["read"]], f"{entry['over_dense']:+.2%}",
-            *(f"{x:.3f}" for x in numbers), f"{entry['drift']:+.1%}",
+            *(f"{x:.3f}" for x in numbers), f"{entry['drift']:.1%}",
             *(f"{x:.3f}" for x in tokens), *(f"{x:.2f}" for x in more),
         ])  # fmt: skip
     rows = [["Adapter", "stored", "planned", "p5", "median", "p95", "max"]]

@@ -129,11 +129,10 @@ def _spots(
 
 
 def _warn(density: dict[str, Any]) -> None:
-    if abs(density["drift"]) > MARGIN:
+    if density["drift"] > MARGIN:
         print(
-            f"rana: warning: on this text the masks keep {abs(density['drift']):.1%} "
-            f"{'more' if density['drift'] > 0 else 'less'} than planned (cost {density['measured']:.3f}, "
-            f"planned {density['planned']:.3f}), and up to {MARGIN:.0%} is usual: it is not like the "
-            "calibration text. Calibrate on text like this one",
+            f"rana: warning: on this text the rows that masks keep are {density['drift']:.1%} off the plan's, "
+            f"more than the {MARGIN:.1%} of text like the calibration's (cost {density['measured']:.3f}, planned "
+            f"{density['planned']:.3f}). Calibrate on text like this one",
             file=sys.stderr,
         )
