@@ -131,8 +131,8 @@ def _spots(
 def _warn(density: dict[str, Any]) -> None:
     if density["drift"] > MARGIN:
         print(
-            f"rana: warning: on this text the rows that masks keep are {density['drift']:.1%} off the plan's, "
-            f"more than the {MARGIN:.1%} of text like the calibration's (cost {density['measured']:.3f}, planned "
-            f"{density['planned']:.3f}). Calibrate on text like this one",
+            f"rana: warning: on this text the rows that masks keep are {density['drift']:.1%} off the "
+            f"plan's, more than the {MARGIN:.1%} of text like the calibration's (cost "
+            f"{density['measured']:.3f}, planned {density['planned']:.3f}). Calibrate on text like this one",
             file=sys.stderr,
         )
