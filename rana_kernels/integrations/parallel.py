@@ -22,14 +22,17 @@ from rana_kernels.backends import reference
 from rana_kernels.checks import wide_dtype
 from rana_kernels.modules import Handoff, _Adapter
 
-# collectives, on the last dimension
+# collectives, on the last dimension. The first two have new names since torch 2.13
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_reduce = dist.all_reduce
 
 
 def _gather(share: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[..., C / P] of every process -> [..., C], in the order of the processes."""
     size, flat = group.size(), share.reshape(-1, share.shape[-1])
     shares = flat.new_empty(size * flat.shape[0], flat.shape[1])
-    dist.all_gather_into_tensor(shares, flat, group)
+    _all_gather(shares, flat, group=group)
     whole = shares.view(size, *flat.shape).movedim(0, 1)
     return whole.reshape(*share.shape[:-1], size * share.shape[-1])
 
@@ -39,14 +42,14 @@ def _scatter(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
     size, width = group.size(), partial.shape[-1] // group.size()
     parts = partial.reshape(-1, size, width).movedim(1, 0).contiguous()
     share = partial.new_empty(parts.shape[1], width)
-    dist.reduce_scatter_tensor(share, parts.view(-1, width), group=group)
+    _reduce_scatter(share, parts.view(-1, width), group=group)
     return share.view(*partial.shape[:-1], width)
 
 
 def _sum(partial: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
     """[..., N] of every process -> their sum, plus the bias, rounded once."""
     total = partial.to(wide_dtype(partial.dtype)).contiguous()
-    dist.all_reduce(total, group=group)
+    _all_reduce(total, group=group)
     return (total if bias is None else total + bias).to(partial.dtype)
 
 
