@@ -37,6 +37,7 @@ class RanaConfig(QuantizationConfig):
         self.adapters = {name: adapter for adapter in plan.adapters for name in adapter.names}
         # RanaMLP keeps what up and gate share under the MLP's own name; vLLM's first layer holds it
         self._shared: dict[str, str] = {}
+        self.packed_modules_mapping["gate_up_proj"] = ["gate_proj", "up_proj"]  # Qwen3-MoE says so too late
 
     def get_name(self) -> Any:
         return METHOD
