@@ -52,7 +52,7 @@ class Search:
     def summary(self, reference: str, anchor: str) -> str:
         """What measuring gained, in a line."""
         return (
-            f"{len(self.losses)} allocations measured: the loss of the best is {min(self.losses):.4f}, of "
+            f"{len(self.losses)} allocations measured: the loss of the best is {min(self.losses):.4f}, "
             f"{reference} {self.losses[0]:.4f}, {anchor} {self.anchor:.4f}"
         )
 

@@ -131,4 +131,4 @@ def compress(
     else:
         show_compression(report, output, stored)
         if search:
-            print(search.summary("global", "of the dense model"))
+            print(search.summary("of global", "of the dense model"))

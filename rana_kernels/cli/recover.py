@@ -97,7 +97,8 @@ def recover_model(
     after = evaluate.perplexity(model, measured_on, progress=progress).perplexity
     facts = {"steps": steps, "tokens": steps * batch * accumulate * rows.shape[1], "rank": rank, "seed": seed}
     recovery = {**facts, "data": text.name, "dense": dense}
-    found = {"compressed": after, "unrecovered": before, "data": (evaluation or text).name}
+    measured = f"rows left out of {text.name}" if evaluation is None else evaluation.name
+    found = {"compressed": after, "unrecovered": before, "data": measured}
     # what was noted of the dense model was perhaps measured on something else
     note(model, recovery=recovery, perplexity={**found, "dense": None})
     save(model, output, tokenizer)
@@ -108,7 +109,7 @@ def recover_model(
         return
     print(f"perplexity {before:.4f} became {after:.4f}; written to {output}")
     if search:
-        print(search.summary("equal ranks", "before any training"))
+        print(search.summary("with equal ranks", "before any training"))
 
 
 def _check_output(directory: Path, output: Path) -> None:

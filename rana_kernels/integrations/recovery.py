@@ -64,8 +64,6 @@ def recover(
     as `train` does.
     """
     store = ResumeDir(resume_dir, _fingerprint(model, rows, how, lora, dense, search)) if resume_dir else None
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     factor(model)
     pattern = _ranks(model, rows, how, lora, dense, search, store, progress)
     tuned = _with_lora(model, pattern, how.seed)
