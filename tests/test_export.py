@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import rana_kernels as rana
 from examples.deployment.compile import compile_program
-from examples.deployment.export import export
+from examples.deployment.export import export, package
 from examples.deployment.run import continuation
 from rana_kernels import backends, ops
 from tests.architectures import MODELS
@@ -107,32 +107,41 @@ def program(tmp_path_factory) -> Path:
 def packaged(program, tmp_path_factory) -> tuple[nn.Module, Path]:
     """A model of one layer, and its package."""
     path, model = tmp_path_factory.mktemp("package") / "model.pt2", small("Llama")
-    torch._inductor.aoti_compile_and_package(export(model, 32), package_path=str(path))
+    package(model, 32, path)
     return model, path
 
 
 def test_a_package_runs_from_python_and_from_c(program, packaged, tmp_path):
-    model, package = packaged
+    model, file = packaged
     wanted = generated(model, PROMPT)
-    assert continuation(torch._inductor.aoti_load_package(str(package)), PROMPT, 8) == wanted
+    assert continuation(torch._inductor.aoti_load_package(str(file)), PROMPT, 8) == wanted
     (tmp_path / "prompt.txt").write_text(" ".join(map(str, PROMPT)))
-    done = run_in(tmp_path, program, PACKAGE, package, "prompt.txt", 8)
+    done = run_in(tmp_path, program, PACKAGE, file, "prompt.txt", 8)
     assert [int(token) for token in done.stdout.split()] == wanted, done.stderr
 
 
 def test_the_c_program_says_what_is_wrong(program, packaged, tmp_path):
-    _, package = packaged
+    _, file = packaged
     (tmp_path / "prompt.txt").write_text("5 6 seven")
     (tmp_path / "_schemas.abi3.so").symlink_to(library("_schemas"))
     for words, arguments in {
         "wanted four arguments": [],
-        "_schemas.abi3.so": ["nowhere", package, "prompt.txt", 8],
-        "_cpu_": [tmp_path, package, "prompt.txt", 8],
-        "prompt.txt is no text file of token ids": [PACKAGE, package, "prompt.txt", 8],
+        "_schemas.abi3.so": ["nowhere", file, "prompt.txt", 8],
+        "_cpu_": [tmp_path, file, "prompt.txt", 8],
+        "prompt.txt is no text file of token ids": [PACKAGE, file, "prompt.txt", 8],
     }.items():
         done = run_in(tmp_path, program, *arguments)
         assert done.returncode == 1 and not done.stdout
         assert re.match(rf"run: .*{re.escape(words)}", done.stderr), done.stderr
+
+
+def test_more_tokens_than_the_cache_holds_are_refused(program, packaged, tmp_path):
+    _, file = packaged
+    (tmp_path / "prompt.txt").write_text(" ".join(map(str, PROMPT)))
+    for command in ((sys.executable, "-m", "examples.deployment.run"), (program, PACKAGE)):
+        done = run_in(tmp_path, *command, file, "prompt.txt", 25)
+        assert done.returncode != 0 and not done.stdout
+        assert "prompt and count are 33 tokens, the cache holds 32" in done.stderr
 
 
 @pytest.mark.slow

@@ -29,6 +29,15 @@ def export(model: PreTrainedModel, length: int) -> ExportedProgram:
         )
 
 
+def package(model: PreTrainedModel, length: int, output: Path) -> None:
+    """Export, compile for this processor, and write `output`, a .pt2 file that knows its `length`."""
+    partial = output.with_suffix(".partial.pt2")
+    options = {"aot_inductor.metadata": {"length": str(length)}}
+    program = export(model, length)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(partial), inductor_configs=options)
+    partial.replace(output)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="a directory that `rana compress` wrote")
@@ -36,10 +45,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens that the cache holds (default 512)")
     parser.add_argument("--dtype", default="auto", help="of the weights (default: that of the file)")
     arguments = parser.parse_args()
-    program = export(rana.load(arguments.model, dtype=arguments.dtype), arguments.length)
-    partial = arguments.output.with_suffix(".partial.pt2")
-    torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
-    partial.replace(arguments.output)
+    package(rana.load(arguments.model, dtype=arguments.dtype), arguments.length, arguments.output)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,12 @@ int main(int argc, char** argv) try {
   load_library(package + "/_cpu_" + instruction_set() + ".abi3.so");
   const c10::InferenceMode inference;
   torch::inductor::AOTIModelPackageLoader program(argv[2]);
-  for (const int64_t token : continuation(program, read_tokens(argv[3]), std::stoll(argv[4])))
-    std::cout << token << ' ';
+  const Tokens prompt = read_tokens(argv[3]);
+  const int64_t count = std::stoll(argv[4]), total = int64_t(prompt.size()) + count;
+  const std::string length = program.get_metadata().at("length");
+  if (total > std::stoll(length))
+    throw std::runtime_error("prompt and count are " + std::to_string(total) + " tokens, the cache holds " + length);
+  for (const int64_t token : continuation(program, prompt, count)) std::cout << token << ' ';
   std::cout << std::endl;
 } catch (const std::exception& error) {
   std::cerr << "run: " << error.what() << std::endl;

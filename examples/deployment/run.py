@@ -30,6 +30,9 @@ def main() -> None:
     arguments = parser.parse_args()
     prompt = [int(token) for token in arguments.prompt.read_text().split()]
     program = torch._inductor.aoti_load_package(arguments.model)
+    length = int(program.get_metadata()["length"])
+    if len(prompt) + arguments.count > length:
+        parser.error(f"prompt and count are {len(prompt) + arguments.count} tokens, the cache holds {length}")
     print(*continuation(program, prompt, arguments.count))
 
 
