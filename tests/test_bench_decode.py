@@ -1,0 +1,127 @@
+"""The benchmark of whole models, on one that is small enough to run it in seconds."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from bench.decode import tables
+from bench.decode.contenders import NAMES, from_random
+from bench.decode.drafts import measure_drafts
+from bench.decode.measure import Setting, take_turns
+from bench.decode.profile import where_time_goes
+from bench.decode.shapes import SHAPES, random_model
+from bench.decode.steps import Decoder, compiled
+from rana_kernels.dense import DenseLinear
+from rana_kernels.evaluate import kept_rows
+from rana_kernels.modules import RanaLinear, RanaMLP
+
+KEEP = 0.56
+TINY = LlamaConfig(
+    vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models():
+    return from_random(random_model(TINY, torch.float32, "cpu"), KEEP)
+
+
+def test_contenders_share_what_they_do_not_replace(models):
+    assert tuple(models) == NAMES
+    embeddings = {model.get_input_embeddings().weight.data_ptr() for model in models.values()}
+    assert len(embeddings) == 1
+    for name, model in models.items():
+        head = model.get_output_embeddings()
+        assert head.weight is model.get_input_embeddings().weight
+        assert isinstance(head, DenseLinear) == (name != "dense")
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(models["dense, ours"](ids).logits, models["dense"](ids).logits)
+
+
+def test_random_models_cost_what_was_asked_for(models):
+    """Counted on other tokens than those that the thresholds were set on."""
+    dense = sum(p.numel() for n, p in models["dense"].named_parameters() if "proj" in n)
+    o = sum(p.numel() for n, p in models["dense"].named_parameters() if "o_proj" in n)
+    ids = torch.randint(TINY.vocab_size, (2, 100))
+    counts = kept_rows(models["rana"], ids, progress=False)
+    for name in ("rana", "static"):
+        cost = o
+        for place, module in models[name].named_modules():
+            if isinstance(module, RanaLinear):
+                live = counts[place].mean if name == "rana" else module.rows.shape[0]
+                cost += module.B.numel() + live * module.rows.shape[1]
+            if isinstance(module, RanaMLP):
+                cost += module.B.numel()
+                for child in module.names:
+                    rows = getattr(module, child).rows
+                    cost += counts[f"{place}.{child}"].mean * rows.shape[1]
+        # ranks are multiples of 16: coarse, for a model of this size
+        assert cost / dense == pytest.approx(KEEP, rel=0.1), name
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_rows_of_a_setting(models, read):
+    steps = {name: (model, model.forward) for name, model in models.items()}
+    setting = Setting(prompt=24, batch=2, threads=1, read=read)
+    found = tables.rows(setting, take_turns(steps, setting, rounds=3, turn=2))
+    assert [row["contender"] for row in found] == list(NAMES)
+    assert found[0]["x dense"] == 1 and all(0 < row["p20"] <= row["tokens/s"] <= row["p80"] for row in found)
+    assert all((row["first token ms"] != "") == read for row in found)
+    assert tables.speed_table(found, "").row_count == len(NAMES)
+
+
+@torch.inference_mode()
+def test_a_decoder_writes_what_generate_writes(models):
+    prompt = torch.randint(TINY.vocab_size, (2, 12))
+    for model in models.values():
+        wanted = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+        decoder, written = Decoder(model, 2, 20), [prompt]
+        decoder.read(prompt)
+        written.append(decoder.last)
+        for _ in range(4):
+            decoder.decode(1)
+            written.append(decoder.last)
+        assert torch.equal(torch.cat(written, 1), wanted)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_compiled_steps_write_the_same(models):
+    torch._dynamo.reset()
+    prompt, written = torch.randint(TINY.vocab_size, (1, 12)), []
+    for step in (None, compiled(models["rana"])):
+        decoder = Decoder(models["rana"], 1, 20, step)
+        decoder.read(prompt)
+        tokens = [decoder.last]
+        for _ in range(3):
+            decoder.decode(1)
+            tokens.append(decoder.last)
+        written.append(torch.cat(tokens))
+    assert torch.equal(*written)
+
+
+@torch.inference_mode()
+def test_where_time_goes_adds_up(models):
+    decoder = Decoder(models["rana"], 1, 40)
+    decoder.read(torch.zeros(1, 8, dtype=torch.long))
+    shares = {share.what: share for share in where_time_goes(decoder, tokens=4)}
+    layers = TINY.num_hidden_layers
+    assert shares["rana::masked_mlp"].calls == layers and shares["rana::linear"].calls == layers + 1
+    assert shares["outside of ops"].milliseconds > 0
+    assert tables.share_table({"rana": list(shares.values())}).row_count == len(shares)
+
+
+def test_drafts_do_not_change_the_text(models):
+    prompts = torch.randint(TINY.vocab_size, (2, 10))
+    own = measure_drafts(models["dense"], models["dense, ours"], prompts, tokens=12, rounds=1)
+    assert all(found.accepted > 0.6 * found.drafted for found in own), "it drafts for itself"
+    other = measure_drafts(models["dense"], models["rana"], prompts, tokens=12, rounds=1)
+    assert all(0 <= found.accepted < mine.accepted for found, mine in zip(other, own, strict=True))
+    assert tables.draft_table(other, 1).row_count == len(other)
+
+
+def test_shapes_have_the_weights_of_their_names():
+    for name, billions in (("llama-3.2-1b", 1.24), ("llama-2-7b", 6.74)):
+        model = random_model(SHAPES[name], torch.bfloat16, "meta")
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
