@@ -51,6 +51,7 @@ def main(
     A shape has random weights, and thresholds such that the masks keep what the plan says. A directory is
     compressed on its calibration.safetensors, and has its perplexity on evaluation.safetensors in each
     row. All have the same static cache and the same loop; tokens a second are those of all rows together.
+    One thread is timed by the processor time that it takes, several by the clock.
 
     Example:  python -m bench.decode llama-3.2-1b --prompt 32 --batch 1 --threads 1
     """
