@@ -222,6 +222,23 @@ def test_ranks_must_be_divisible():
         pieces_of(layer, ["o_proj"], [adapter], Share(0, 32, 96), [64])
 
 
+def test_a_plan_that_divides_the_model_otherwise_is_refused():
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    from rana_kernels.integrations.vllm import RanaConfig
+
+    layer = object.__new__(QKVParallelLinear)
+    joint = Adapter("rank", ("a.q_proj", "a.k_proj"), 64, (64, 32), 32, 16, 0.0)
+    config = RanaConfig(Plan((joint,)))
+    with pytest.raises(
+        ValueError, match="a.q_proj: vLLM computes a.q_proj here, the plan has a.q_proj, a.k_proj"
+    ):
+        config.get_quant_method(layer, "a.q_proj")
+    config.packed_modules_mapping["qkv_proj"] = ["q_proj", "k_proj", "v_proj"]
+    with pytest.raises(ValueError, match="a.qkv_proj: the plan has nothing for a.v_proj"):
+        config.get_quant_method(layer, "a.qkv_proj")
+
+
 @on_cpu
 def test_what_vllm_cannot_hold_says_so(tmp_path):
     from tests.stacks.vllm_on_cpu import Loaded
