@@ -1,11 +1,8 @@
 """`python -m bench`: the tests of the ops, then every kernel against its baselines, in a table and a CSV."""
 
-import csv
-import platform
 import re
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Annotated
 
@@ -13,49 +10,109 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from bench.kernels import DECODE, DENSITY, PREFILL, Case
-from bench.timing import Round, interleave
-from rana_kernels import backends
+from bench import check, compare
+from bench.baselines import DTYPES
+from bench.kernels import PUBLISHED, Case
+from bench.measure import measure
+from bench.models import KEEP, MODELS, grid
+from bench.report import RESULTS, ROOT, conditions, processor, show, write_csv, write_json
+from rana_kernels.backends import NAMES
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
-console = Console(width=None if sys.stdout.isatty() else 150)
+console = Console(width=None if sys.stdout.isatty() else 190)
+HIDDEN = ("p20", "p80", "GFLOP/s", "peak GFLOP/s")  # in the files, not in the table
 
 
 def main(
     only: Annotated[str, typer.Option(help="Regular expression: the cases to run, by name.")] = "",
-    threads: Annotated[list[int] | None, typer.Option(help="Thread counts; default 1 and all.")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds a case.")] = 15,
-    output: Annotated[
-        Path | None, typer.Option(help="CSV file; default bench/results/<processor>.csv.")
+    model: Annotated[
+        list[str] | None, typer.Option(help="Linears of this model, of: " + ", ".join(MODELS))
     ] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(min=0.01, max=1, help="Live of the stored rows; default 0.56.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens in a call; default 1.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp16 or fp32; default bf16.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Who serves our ops; default auto.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="Default 1 and all.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds a case.")] = 15,
+    csv: Annotated[
+        Path | None,
+        typer.Option(help="Default bench/results/<processor>.csv, if all published cases are run."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="The same rows as JSON.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="REV", help="Compare with this revision of ours.")
+    ] = None,
+    against: Annotated[
+        bool, typer.Option("--check", help="Fail if a case is slower than in the stored results.")
+    ] = False,
 ) -> None:
-    """Time the ops on this machine.
+    """Time the ops on this machine's processor (a graphics card: python -m bench.gpu).
+
+    Without --model, --density, --tokens or --dtype the cases are those of the published results; with one of
+    them, all combinations of what is given. Options but --only and --rounds may be given several times.
 
     Contenders take turns on rotated copies of their weights, larger than the last-level cache. `x dense`
     and its neighbours say how many times as fast as that baseline ours is; `% of stream` is the weight
-    bytes that ours must read, over its time, against the best streaming loop timed in the same rounds.
+    bytes that ours must read, over its time, against the best streaming loop timed in the same rounds;
+    `error` is ours against float64. One thread is timed by its own processor time.
 
     Nothing is timed unless the tests of the ops pass.
 
-    Example:  python -m bench --only 'lowrank.*M=1 bf16' --threads 1
+    Example:  python -m bench --model Llama-3.2-1B --tokens 1 --tokens 4 --dtype bf16 --threads 1
     """
     require_green_tests()
-    torch.manual_seed(0)
-    rows = []
-    with torch.inference_mode():
-        cases = [case for case in (*DECODE, *DENSITY, *PREFILL) if re.search(only, case.name)]
-        for case in track(cases, "timing", console=console):
-            contenders = case.contenders()
-            for count in threads or sorted({1, torch.get_num_threads()}):
-                measured = interleave(contenders.calls, count, rounds)
-                rows.append(row(case, count, measured, contenders.bytes))
-    show(rows)
-    path = output or RESULTS / f"{processor()}.csv"
-    write(path, rows)
-    console.print(f"wrote {path}")
+    chosen = find_cases(only, model, density, tokens, dtype)
+    counts = threads or sorted({1, torch.get_num_threads()})
+    stamp = conditions()
+    console.print(stamp)
+    if base is not None:
+        rows = compare.against(base, chosen, counts, rounds, console)
+        show(console, f"this revision against {base} (`x base`: how many times as fast)", rows)
+    elif against:
+        raise typer.Exit(check.against(RESULTS / f"{processor()}.csv", chosen, counts, rounds, console))
+    else:
+        served = backend or ["auto"]
+        unknown = [name for name in served if name not in NAMES]
+        if unknown:
+            raise typer.BadParameter(
+                f"{unknown[0]}: wanted one of {', '.join(NAMES)}", param_hint="--backend"
+            )
+        steps = len(chosen) * len(served) * len(counts)
+        timed = measure(chosen, served, counts, rounds)
+        rows = list(track(timed, "timing", total=steps, console=console))
+        show(console, "rana ops against their baselines (medians)", rows, HIDDEN)
+        if chosen == PUBLISHED and not (backend or threads):
+            csv = csv or RESULTS / f"{processor()}.csv"
+    if csv:
+        write_csv(csv, stamp, rows)
+        console.print(f"wrote {csv}")
+    if json:
+        write_json(json, stamp, {"rows": rows})
+        console.print(f"wrote {json}")
+
+
+def find_cases(
+    only: str,
+    models: list[str] | None,
+    densities: list[float] | None,
+    tokens: list[int] | None,
+    dtypes: list[str] | None,
+) -> list[Case]:
+    for name, given, known in (("--model", models, MODELS), ("--dtype", dtypes, DTYPES)):
+        unknown = [value for value in given or [] if value not in known]
+        if unknown:
+            raise typer.BadParameter(f"{unknown[0]}: wanted one of {', '.join(known)}", param_hint=name)
+    found = PUBLISHED
+    if models or densities or tokens or dtypes:
+        found = grid(models or list(MODELS), densities or [KEEP], tokens or [1], dtypes or ["bf16"])
+    chosen = [case for case in found if re.search(only, case.name)]
+    if not chosen:
+        raise typer.BadParameter(
+            f"{only!r} is in no case's name, such as {found[0].name!r}", param_hint="--only"
+        )
+    return chosen
 
 
 def require_green_tests() -> None:
@@ -69,67 +126,6 @@ def require_green_tests() -> None:
     if result.returncode != 0:
         console.print("[red]the tests of the ops fail: no numbers")
         raise typer.Exit(1)
-
-
-def row(case: Case, threads: int, measured: Round, weight_bytes: float) -> dict[str, object]:
-    ours = measured.times["rana"]
-    gigabytes = weight_bytes / ours.median / 1e3
-    ratios = {f"x {name}": t.median / ours.median for name, t in measured.times.items() if name != "rana"}
-    return {
-        "case": case.name,
-        "keep": round(case.keep, 3),
-        "threads": threads,
-        "us": round(ours.median, 1),
-        "p20": round(ours.p20, 1),
-        "p80": round(ours.p80, 1),
-        **{name: round(ratio, 2) for name, ratio in ratios.items()},
-        "GB/s": round(gigabytes, 1),
-        "stream GB/s": round(measured.stream, 1),
-        "% of stream": round(100 * gigabytes / measured.stream),
-    }
-
-
-def columns(rows: list[dict[str, object]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def show(rows: list[dict[str, object]]) -> None:
-    table = Table(title="rana ops against their baselines (medians)")
-    for name in columns(rows):
-        table.add_column(name, justify="left" if name == "case" else "right", no_wrap=name == "case")
-    for entry in rows:
-        table.add_row(*(str(entry.get(name, "")) for name in columns(rows)))
-    console.print(table)
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> None:
-    """CSV with the machine, versions and revision on its first line, replaced in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        file.write(f"# {conditions()}\n")
-        writer = csv.DictWriter(file, columns(rows))
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
-
-
-def conditions() -> str:
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return (
-        f"{processor()}, {torch.get_num_threads()} threads, {backends.instruction_set()}, "
-        f"served by {set(s['cpu'] for s in backends.serving().values())}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {date.today()}, revision {revision.stdout.strip() or 'unknown'}"
-    )
-
-
-def processor() -> str:
-    """What the processor calls itself, as a file name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1] for line in lines if line.startswith("model name")), platform.machine())
-    return re.sub(r"\W+", "-", model.strip()).strip("-").lower()
 
 
 if __name__ == "__main__":

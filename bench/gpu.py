@@ -5,9 +5,7 @@ that they leave the card's cache between two uses. What is timed are replays; a 
 over the number of copies. Nothing is timed unless the tests pass.
 """
 
-import csv
 import math
-import platform
 import statistics
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -25,22 +24,17 @@ import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from bench import peers
+from bench.baselines import DTYPES
+from bench.models import MODELS, stored_ranks
+from bench.report import RESULTS, ROOT, Row, revision, versions, write_csv
+from bench.report import show as show_table
 from rana_kernels import backends, ops
-from rana_kernels.backends import triton, use_backend
+from rana_kernels.backends import use_backend
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# (K, N, I, R) of the MLPs of these models; R stored ranks as for keep 0.56
-MODELS = {
-    "Llama-2-7B": (4096, 4096, 11008, 2464),
-    "Llama-3-8B": (4096, 4096, 14336, 2560),
-    "Llama-3.2-1B": (2048, 2048, 8192, 1232),
-}
+DEFAULT = ("Llama-2-7B", "Llama-3-8B", "Llama-3.2-1B")
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
 DEVICE = "cuda"
@@ -54,7 +48,7 @@ class Problem:
     """One op at one size. `contenders` by name: each is one call for each copy of its weights.
 
     bytes    of weights that ours must read, with the masks as they are
-    flops    multiply-adds of ours, twice
+    flops    that ours has to do: two a multiply-add, for the rows that each token keeps
     """
 
     op: str
@@ -63,6 +57,7 @@ class Problem:
     M: int
     dtype: str
     bytes: float
+    flops: float
     contenders: dict[str, list[Call]] = field(default_factory=dict)
 
 
@@ -87,10 +82,14 @@ def main(
     if tests and (code := run_tests()) != 0:
         console.print("[red]the tests fail: no numbers")
         raise typer.Exit(code)
-    rows = measure(only, dtype, peer_dir, seconds)
+    if only and only not in MODELS:
+        raise typer.BadParameter(f"{only}: wanted one of {', '.join(MODELS)}", param_hint="--only")
+    rows = measure([only] if only else list(DEFAULT), dtype, peer_dir, seconds)
     show(rows)
     if tests:
-        write(output or RESULTS / f"{card()}.csv", rows)
+        path = output or RESULTS / f"{card()}.csv"
+        write_csv(path, conditions(), rows)
+        console.print(f"wrote {path}")
 
 
 def pytest_arguments() -> list[list[str]]:
@@ -98,9 +97,9 @@ def pytest_arguments() -> list[list[str]]:
     if not torch.cuda.is_available():
         return [["-m", "not slow", "tests/test_triton.py", "tests/test_triton_tune.py"]]
     commands = [["-m", "gpu and not slow", "tests/test_gpu.py"]]
-    if triton.available():
+    if backends.installed("triton"):
         commands.append(["-m", "gpu and isa", "-k", "triton_cuda", "tests/test_ops.py"])
-    if backends.library("cuda").exists():
+    if backends.installed("cuda"):
         commands.append(["-m", "gpu and not slow", "-k", "registered_cuda", "tests/test_ops.py"])
     if find_spec("vllm"):
         commands.append(["-m", "gpu", "tests/stacks/test_vllm.py"])
@@ -120,13 +119,13 @@ def run_tests() -> int:
 
 
 @torch.inference_mode()
-def measure(only: str, dtype: str, peer_dir: Path | None, seconds: float) -> list[dict[str, object]]:
+def measure(models: list[str], dtype: str, peer_dir: Path | None, seconds: float) -> list[Row]:
     torch.manual_seed(0)
     rows, ends, left_out = [], time.monotonic() + seconds, 0
     copy, read = bandwidths()
-    console.print(f"this card: copies at {copy:.0f} GB/s, reads at {read:.0f} GB/s")
+    limits = {"copy GB/s": copy, "read GB/s": read, "peak GFLOP/s": peak(dtype)}
+    console.print("this card: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
     # the most telling first, in case time runs out: one token, then several, then many
-    models = [model for model in MODELS if only in ("", model)]
     grid = [(M, model, dtype) for M in TOKENS for model in models]
     if any(peers.found(peer_dir)) and dtype != "fp16":
         grid = [(1, model, "fp16") for model in models] + grid  # theirs take one token, in float16
@@ -135,15 +134,16 @@ def measure(only: str, dtype: str, peer_dir: Path | None, seconds: float) -> lis
             left_out += 1
             continue
         for problem in problems(model, M, dtype, peer_dir):
-            rows.append(row(problem, copy, read))
+            rows.append(row(problem, limits))
     if left_out:
         console.print(f"[yellow]out of time: {left_out} of {len(grid)} groups were not run")
     return rows
 
 
 def problems(model: str, M: int, dtype: str, peer_dir: Path | None) -> Iterator[Problem]:
-    K, N, neurons, R = MODELS[model]
-    for build in (partial(lowrank, K, neurons, R), partial(masked, neurons, N), partial(mlp, K, neurons, R)):
+    K, neurons = MODELS[model].linears["up"]
+    R = stored_ranks(K, neurons)
+    for build in (partial(lowrank, K, neurons, R), partial(masked, neurons, K), partial(mlp, K, neurons, R)):
         yield from build(model, M, dtype, peer_dir)
 
 
@@ -157,8 +157,9 @@ def lowrank(
     dense = [partial(F.linear, x, W) for (W,) in copies(lambda: (weight(N, K, dtype),))]
     for density in DENSITIES:
         thresholds = [threshold_keeping(density, s) for s in scores]
-        live = wanted_rows(scores[0] >= thresholds[0])
-        problem = Problem("masked_lowrank_linear", model, density, M, dtype, x.itemsize * (R * K + live * N))
+        touched = x.itemsize * (R * K + wanted_rows(scores[0] >= thresholds[0]) * N)
+        flops = 2 * M * (R * K + density * R * N)
+        problem = Problem("masked_lowrank_linear", model, density, M, dtype, touched, flops)
         static = max(16, round((R * K + density * R * N) / (K + N)))
         problem.contenders = {
             "dense": dense,
@@ -191,8 +192,8 @@ def masked(R: int, N: int, model: str, M: int, dtype: str, peer_dir: Path | None
     scale = torch.ones(R, device=DEVICE)
     for density in DENSITIES:
         t = threshold_keeping(density, h.float().abs())
-        live = wanted_rows(h.float().abs() >= t)
-        problem = Problem("masked_linear", model, density, M, dtype, h.itemsize * live * N)
+        touched = h.itemsize * wanted_rows(h.float().abs() >= t) * N
+        problem = Problem("masked_linear", model, density, M, dtype, touched, 2 * M * density * R * N)
         problem.contenders = {
             "dense": [partial(torch.mm, h, rows) for rows in weights],
             "masked in torch": [partial(masked_in_torch, h, rows, t) for rows in weights],
@@ -236,7 +237,8 @@ def mlp(
             live = (wanted_rows(h >= t), wanted_rows(g >= down_t))
             calls.append((B, up, gate, t.expand(2 * R).contiguous(), down, down_t))
         touched = 2 * R * K + live[0] * neurons + live[1] * K
-        problem = Problem("masked_mlp", model, density, M, dtype, x.itemsize * touched)
+        flops = 2 * M * (2 * R * K + density * (2 * R * neurons + neurons * K))
+        problem = Problem("masked_mlp", model, density, M, dtype, x.itemsize * touched, flops)
         problem.contenders = {
             "dense": dense,
             **ours(
@@ -256,11 +258,7 @@ def ours(call: Callable[..., Tensor], weights: Iterator[tuple] | list[tuple]) ->
         with use_backend(backend):
             return call(*arguments)
 
-    here = [
-        b
-        for b in ("cuda", "triton")
-        if (backends.library("cuda").exists() if b == "cuda" else triton.available())
-    ]
+    here = [backend for backend in ("cuda", "triton") if backends.installed(backend)]
     prepared = list(weights)
     return {f"rana {b}": [partial(served, b, arguments) for arguments in prepared] for b in here}
 
@@ -331,55 +329,41 @@ def bandwidths() -> tuple[float, float]:
     return 2 * source.nbytes / times["copy"][0] / 1e3, source.nbytes / times["read"][0] / 1e3
 
 
-def row(problem: Problem, copy: float, read: float) -> dict[str, object]:
+def peak(dtype: str) -> float:
+    """GFLOP/s of a product of two large square matrices."""
+    a = weight(8192, 8192, dtype)
+    return 2 * len(a) ** 3 / microseconds({"product": [lambda: a @ a]})["product"][0] / 1e3
+
+
+def row(problem: Problem, limits: dict[str, float]) -> Row:
     times = microseconds(problem.contenders)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    facts = {"op": problem.op, "model": problem.model, "density": problem.density, "M": problem.M}
+    facts: Row = {"op": problem.op, "model": problem.model, "density": problem.density, "M": problem.M}
     facts |= {"dtype": problem.dtype, "MB": round(problem.bytes / 1e6, 3)}
+    facts |= {"MFLOP": round(problem.flops / 1e6, 3)}
     for name, values in times.items():
         facts[f"{name} us"] = round(medians[name], 2)
         if name.startswith("rana "):
             gigabytes = problem.bytes / medians[name] / 1e3
             facts[f"{name} p20"] = round(values[len(values) // 5], 2)
             facts[f"{name} p80"] = round(values[4 * len(values) // 5], 2)
-            facts[f"{name} % of copy"] = round(100 * gigabytes / copy, 1)
+            facts[f"{name} % of copy"] = round(100 * gigabytes / limits["copy GB/s"], 1)
             facts[f"{name} x dense"] = round(medians["dense"] / medians[name], 2)
-    return facts | {"copy GB/s": round(copy), "read GB/s": round(read)}
+    return facts | {name: round(value) for name, value in limits.items()}
 
 
-def show(rows: list[dict[str, object]]) -> None:
-    names = list(dict.fromkeys(name for entry in rows for name in entry))
-    shown = [n for n in names if not n.endswith((" p20", " p80", "GB/s"))]
-    table = Table(*shown, title=f"rana ops on {card()} (medians, microseconds a call inside a CUDA graph)")
-    for entry in rows:
-        table.add_row(*(str(entry.get(name, "")) for name in shown))
-    console.print(table)
-
-
-def write(path: Path, rows: list[dict[str, object]]) -> None:
-    """CSV with card, versions and revision on its first line, replaced in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(".partial")
-    with partial_path.open("w", newline="") as file:
-        file.write(f"# {conditions()}\n")
-        names = list(dict.fromkeys(name for entry in rows for name in entry))
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    partial_path.replace(path)
-    console.print(f"wrote {path}")
+def show(rows: list[Row]) -> None:
+    hidden = [name for row in rows for name in row if name.endswith((" p20", " p80", "/s", "FLOP"))]
+    title = f"rana ops on {card()} (medians, microseconds a call inside a CUDA graph)"
+    show_table(console, title, rows, hidden)
 
 
 def conditions() -> str:
-    describe = ["git", "describe", "--always", "--dirty"]
-    revision = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}"
-    if triton.available():
-        from importlib.metadata import version
-
-        versions += f", triton {version('triton')}"
-    served = sorted({s["cuda"] for s in backends.serving().values()})
-    return f"{card()}, served by {served}, {versions}, {date.today()}, revision {revision or 'unknown'}"
+    served = ", ".join(sorted({s["cuda"] for s in backends.serving().values()}))
+    parts = [f"{card()}, served by {served}, {versions()}, CUDA {torch.version.cuda}"]
+    if backends.installed("triton"):
+        parts.append(f"triton {version('triton')}")
+    return ", ".join([*parts, f"{date.today()}", f"revision {revision()}"])
 
 
 def card() -> str:

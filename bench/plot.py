@@ -1,46 +1,83 @@
-"""`python -m bench.plot`: the README's plot, from the results that `python -m bench` wrote."""
+"""`python -m bench.plot`: the plots under docs/, from the results that `python -m bench` wrote."""
 
-import csv
 from pathlib import Path
 from typing import Annotated
 
 import matplotlib
 import typer
 
-from bench.__main__ import RESULTS, processor
 from bench.kernels import DENSITY
+from bench.report import RESULTS, ROOT, processor, read_csv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-PLOT = Path(__file__).parent.parent / "docs" / "speed.png"
+DOCS = ROOT / "docs"
+Rows = list[dict[str, str]]
 
 
 def main(
     results: Annotated[Path | None, typer.Option(help="CSV; default that of this processor.")] = None,
 ) -> None:
-    """Draw speed-up over dense against the cost that is kept, beside the ideal of 1 / cost."""
+    """Draw speed-up against cost, and every measurement under the machine's roofline."""
     path = results or RESULTS / f"{processor()}.csv"
-    with path.open() as file:
-        conditions = file.readline().strip("# \n")
-        rows = [row for row in csv.DictReader(file) if row["case"] in {case.name for case in DENSITY}]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    costs = sorted({float(row["keep"]) for row in rows})
+    stamp, rows = read_csv(path)
+    # a file name says which device a roofline is of; the README shows one plot of speed
+    for target, draw in ((DOCS / "speed.png", speed), (DOCS / f"roofline-{path.stem}.png", roofline)):
+        if draw is roofline and "peak GFLOP/s" not in rows[0]:
+            typer.echo(f"{path} is of an earlier form, without the processor's peak: no roofline")
+            continue
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        draw(axes, rows)
+        axes.legend(frameon=False, fontsize=8)
+        figure.supxlabel(stamp, fontsize=5, color="0.4")
+        target.parent.mkdir(exist_ok=True)
+        figure.savefig(target, dpi=150)
+        typer.echo(f"wrote {target}")
+
+
+def speed(axes: plt.Axes, rows: Rows) -> None:
+    """Speed-up over dense against the cost that is kept, beside the ideal of 1 / cost."""
+    names = {case.name for case in DENSITY}
+    points = [(r["threads"], float(r["keep"]), float(r["x dense"])) for r in rows if r["case"] in names]
+    costs = sorted({keep for _, keep, _ in points})
     axes.plot(costs, [1 / cost for cost in costs], "--", color="0.5", label="dense time × cost")
-    for threads, marker in (("1", "o"), ("2", "s")):
-        points = sorted((float(r["keep"]), float(r["x dense"])) for r in rows if r["threads"] == threads)
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=marker, label=f"rana, {threads} thread(s)")
+    for threads, marker in zip(sorted({threads for threads, _, _ in points}), "os^vD", strict=False):
+        line = sorted((keep, ratio) for count, keep, ratio in points if count == threads)
+        axes.plot(*zip(*line, strict=True), marker=marker, label=f"rana, {threads} thread(s)")
     axes.axhline(1, color="0.8", zorder=0)
     axes.set_xlabel("cost kept: (R·K + live·N) / (K·N)")
     axes.set_ylabel("times as fast as torch's F.linear")
     axes.set_title("One token through a 4096 → 11008 linear, bfloat16", loc="left")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    figure.supxlabel(conditions, fontsize=6, color="0.4")
-    PLOT.parent.mkdir(exist_ok=True)
-    figure.savefig(PLOT, dpi=150)
-    typer.echo(f"wrote {PLOT}")
+
+
+def roofline(axes: plt.Axes, rows: Rows) -> None:
+    """GFLOP/s against FLOP a byte, at the most threads measured, under what the machine can do."""
+    most = max(rows, key=lambda row: int(row["threads"]))["threads"]
+    for dtype, color in (("bf16", "C0"), ("fp32", "C1"), ("fp16", "C2")):
+        chosen = [row for row in rows if row["threads"] == most and row["case"].endswith(dtype)]
+        if not chosen:
+            continue
+        speeds = [float(row["GFLOP/s"]) for row in chosen]
+        # both columns are of the same time: what is left is work a byte
+        intensities = [s / float(row["GB/s"]) for s, row in zip(speeds, chosen, strict=True)]
+        peak = float(chosen[0]["peak GFLOP/s"])
+        stream = max(float(row["stream GB/s"]) for row in chosen)
+        reach = [min(intensities) / 2, peak / stream, max(*intensities, 2 * peak / stream)]
+        axes.plot(reach, [min(peak, stream * x) for x in reach], "-", color=color, lw=1)
+        axes.plot(
+            intensities,
+            speeds,
+            ".",
+            color=color,
+            label=f"{dtype}; roof {stream:.0f} GB/s, {peak:.0f} GFLOP/s",
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOP a byte of weights read")
+    axes.set_ylabel("GFLOP/s")
+    axes.set_title(f"Every case under the roofline, {most} thread(s)", loc="left")
 
 
 if __name__ == "__main__":

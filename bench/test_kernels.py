@@ -1,19 +1,32 @@
-"""The same cases for pytest-benchmark: `pytest bench --benchmark-group-by=param:case`."""
+"""The published cases for pytest-benchmark: `pytest bench --benchmark-group-by=param:case`.
+
+`--benchmark-autosave` stores a baseline, `--benchmark-compare` shows a later run beside it. Those are times:
+what fails on a slower kernel is `python -m bench --check`, which compares ratios.
+"""
+
+from functools import lru_cache
 
 import pytest
 import torch
 
-from bench.kernels import DECODE, PREFILL, Case
+from bench.baselines import Contenders
+from bench.kernels import PUBLISHED, Case
 
-NAMES = ("dense", "static low rank", "masked in torch", "parts", "rana")
+NAMES = ("dense", "dense compiled", "static low rank", "masked in torch", "parts", "rana")
+
+
+@lru_cache(maxsize=1)
+def contenders(case: Case) -> Contenders:
+    """Made once for all contenders of a case, which follow one another."""
+    torch.manual_seed(0)
+    return case.contenders()
 
 
 @pytest.mark.parametrize("contender", NAMES)
-@pytest.mark.parametrize("case", [*DECODE, *PREFILL], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: case.name)
 def test_kernel(benchmark, case: Case, contender: str) -> None:
-    torch.manual_seed(0)
     with torch.inference_mode():
-        calls = case.contenders().calls
+        calls = contenders(case).calls
         if contender not in calls:
             pytest.skip(f"{case.name} has no {contender}")
         result = benchmark.pedantic(calls[contender], rounds=11, warmup_rounds=2)

@@ -1,13 +1,17 @@
 """Interleaved timing: in each round every contender runs once, so that all of them meet the same machine."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from bench.stream import LOOPS, bandwidth
+from bench.stream import LOOPS, bandwidth, clock
+
+SHORTEST = 200e-6  # seconds: what takes less is called several times in a row
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,44 @@ def interleave(contenders: dict[str, Callable[[], object]], threads: int, rounds
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     streams: dict[str, list[float]] = {loop: [] for loop in LOOPS}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with using(threads):
+        calls = {name: repeats(run) for name, run in contenders.items()}
         for _ in range(1 + rounds):  # the first round warms up
             for name, run in contenders.items():
-                begin = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(once(run, threads, calls[name]))
             for loop in LOOPS:
                 streams[loop].append(bandwidth(loop, threads))
-    finally:
-        torch.set_num_threads(before)
     return Round(
         {name: summary(values[1:]) for name, values in seconds.items()},
         max(statistics.median(values[1:]) for values in streams.values()),
     )
+
+
+@contextmanager
+def using(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def repeats(run: Callable[[], object]) -> int:
+    """How many calls in a row a clock can tell apart."""
+    run()  # compiles, and finds its threads
+    begin = time.perf_counter()
+    run()
+    return max(1, math.ceil(SHORTEST / (time.perf_counter() - begin)))
+
+
+def once(run: Callable[[], object], threads: int, calls: int) -> float:
+    """Seconds a call, of so many in a row."""
+    now = clock(threads)
+    begin = now()
+    for _ in range(calls):
+        run()
+    return (now() - begin) / calls
 
 
 def summary(seconds: list[float]) -> Timing:

@@ -53,7 +53,7 @@ def report() -> Report:
     host = _host_module()
     return Report(
         serving=backends.serving(),
-        instruction_set=backends.instruction_set() if backends.library("cpu").exists() else None,
+        instruction_set=backends.instruction_set() if backends.installed("cpu") else None,
         threads=torch.get_num_threads(),
         processors=os.cpu_count() or 1,
         cards=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -17,9 +17,10 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from bench import gpu
+from bench.models import Model
 
 gpu.DEVICE, gpu.DTYPES["bf16"] = "cpu", gpu.torch.float32
-gpu.MODELS = {"tiny": (32, 32, 64, 16)}
+gpu.MODELS = {"tiny": Model(hidden=32, queries=32, keys=32, neurons=64, blocks=1)}
 gpu.DENSITIES, gpu.TOKENS = (1.0, 0.5), (1, 5, 80)
 gpu.cache_bytes = lambda: 1
 gpu.card = lambda: "no-card"
@@ -33,10 +34,10 @@ def calls_all(contenders, rounds=15):
         gpu.torch.testing.assert_close(results[name][0], results[close[0]][0], rtol=1e-4, atol=1e-4)
     return {name: [1.0 + i for i in range(rounds)] for name in contenders}
 gpu.microseconds = calls_all
-gpu.bandwidths = lambda: (100.0, 90.0)
-rows = gpu.measure("", "bf16", None, 1e9)
+gpu.bandwidths, gpu.peak = lambda: (100.0, 90.0), lambda dtype: 1000.0
+rows = gpu.measure(["tiny"], "bf16", None, 1e9)
 gpu.show(rows)
-gpu.write(Path(sys.argv[1]), rows)
+gpu.write_csv(Path(sys.argv[1]), gpu.conditions(), rows)
 """
 
 

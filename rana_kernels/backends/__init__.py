@@ -48,12 +48,17 @@ def library(device: str) -> Path:
     return _PACKAGE / f"{name}.abi3.so"
 
 
+def installed(name: str) -> bool:
+    """Whether the backend of that name could serve: its library was built, its package is there."""
+    return library(name).exists() if name in ("cpu", "cuda") else name != "triton" or triton.available()
+
+
 def load_libraries() -> None:
     """Load the compiled ops that are there. Called once, when the package is imported."""
     for device in ("cpu", "cuda"):
-        if library(device).exists():
+        if installed(device):
             _load(library(device))
-        elif device == "cuda" and triton.available():
+        elif device == "cuda" and installed("triton"):
             _registered.append(triton.register(ops.SCHEMAS, "CUDA"))
 
 
@@ -94,14 +99,15 @@ class use_backend:
 
 
 def _require(name: str) -> None:
-    if name in ("cpu", "cuda") and not library(name).exists():
+    if installed(name):
+        return
+    if name in ("cpu", "cuda"):
         tools = {"cpu": "a C++ compiler and torch are", "cuda": "nvcc, a C++ compiler and torch are"}[name]
         raise RuntimeError(
             f"the {name} backend was not built ({library(name).name} is missing): install the package "
             f"where {tools} at hand, pip install --no-build-isolation ."
         )
-    if name == "triton" and not triton.available():
-        raise RuntimeError("the triton backend needs the triton package: pip install triton")
+    raise RuntimeError("the triton backend needs the triton package: pip install triton")
 
 
 def _register_reference() -> torch.library.Library:

@@ -15,6 +15,7 @@ except ModuleNotFoundError:  # optional for the package, not for its commands
     sys.exit("rana: the commands need transformers: pip install rana_kernels[transformers]")
 
 from rana_kernels.cli import (  # noqa: F401 - commands register
+    bench,
     compress,
     evaluate,
     generate,
