@@ -68,7 +68,6 @@ def test_rows_of_a_setting(models, read):
     assert [row["contender"] for row in found] == list(NAMES)
     assert found[0]["x dense"] == 1 and all(0 < row["p20"] <= row["tokens/s"] <= row["p80"] for row in found)
     assert all((row["first token ms"] != "") == read for row in found)
-    assert tables.speed_table(found, "").row_count == len(NAMES)
 
 
 @torch.inference_mode()
@@ -122,6 +121,6 @@ def test_drafts_do_not_change_the_text(models):
 
 
 def test_shapes_have_the_weights_of_their_names():
-    for name, billions in (("llama-3.2-1b", 1.24), ("llama-2-7b", 6.74)):
+    for name, billions in (("Llama-3.2-1B", 1.24), ("Llama-2-7B", 6.74)):
         model = random_model(SHAPES[name], torch.bfloat16, "meta")
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)

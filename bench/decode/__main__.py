@@ -14,14 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from bench import __main__ as cpu
-from bench import gpu
+from bench import gpu, report
+from bench.__main__ import require_green_tests
+from bench.baselines import DTYPES
 from bench.decode import contenders, drafts, tables
 from bench.decode.measure import Setting, random_tokens, take_turns
 from bench.decode.profile import Share, where_time_goes
 from bench.decode.shapes import SHAPES, random_model
 from bench.decode.steps import Decoder, compiled
-from bench.kernels import DTYPES
+from bench.models import KEEP
+from bench.timing import using
 from rana_kernels.evaluate import perplexity
 
 DRAFT_PROMPTS, DRAFT_PROMPT, DRAFT_TOKENS = 4, 64, 64
@@ -36,7 +38,7 @@ def main(
     prompt: Annotated[list[int], typer.Option(help="Tokens before; several times for several.")] = [32, 1024],  # noqa: B006 - typer wants a list
     batch: Annotated[list[int], typer.Option(help="Rows at a time; likewise.")] = [1, 2, 4, 8],  # noqa: B006
     threads: Annotated[list[int] | None, typer.Option(help="Thread counts; default 1 and all.")] = None,
-    keep: Annotated[float, typer.Option(help="Cost of the blocks' linears, dense = 1.")] = 0.56,
+    keep: Annotated[float, typer.Option(help="Cost of the blocks' linears, dense = 1.")] = KEEP,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     compile: Annotated[bool, typer.Option(help="Compiled steps, in place of eager ones.")] = False,
@@ -53,13 +55,13 @@ def main(
     row. All have the same static cache and the same loop; tokens a second are those of all rows together.
     One thread is timed by the processor time that it takes, several by the clock.
 
-    Example:  python -m bench.decode llama-3.2-1b --prompt 32 --batch 1 --threads 1
+    Example:  python -m bench.decode Llama-3.2-1B --prompt 32 --batch 1 --threads 1
     """
     if tests:
-        cpu.require_green_tests()
+        require_green_tests()
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    stamp = gpu.conditions() if device == "cuda" else cpu.conditions()
+    stamp = gpu.conditions() if device == "cuda" else report.conditions()
     name = Path(model).name
     console.print(f"{name}, {dtype}, keep {keep}, {'compiled' if compile else 'eager'}: {stamp}")
     folder = None if model in SHAPES else Path(model)
@@ -79,11 +81,12 @@ def main(
         for row in tables.rows(setting, take_turns(steps, setting, rounds, turn)):
             rows.append({"model": name, "dtype": dtype, "keep": keep, "compiled": compile} | row)
             rows[-1] |= facts[row["contender"]]
-    console.print(tables.speed_table(rows, "time to the first token, and tokens a second after it (medians)"))
+    report.show(console, "time to the first token, and tokens a second after it (medians)", rows)
     for count in counts:
         console.print(tables.share_table(_shares(steps, Setting(lengths[0], 1, count, read=True))))
     if folder:
         prompts = load_file(folder / "evaluation.safetensors")["input_ids"][:DRAFT_PROMPTS, :DRAFT_PROMPT]
+        prompts = prompts.long().to(device)
         for count in counts:
             torch.set_num_threads(count)
             found = drafts.measure_drafts(
@@ -91,7 +94,11 @@ def main(
             )
             console.print(tables.draft_table(found, count))
     if tests:
-        _write(output or cpu.RESULTS / f"decode-{name}-{_machine(device)}.csv", rows, device)
+        machine = gpu.card() if device == "cuda" else report.processor()
+        path = output or report.RESULTS / f"decode-{name}-{machine}.csv".lower()
+        report.write_csv(path, stamp, rows)
+        report.write(path.with_suffix(".txt"), console.export_text())
+        console.print(f"wrote {path}, and all that was printed to {path.with_suffix('.txt').name}")
 
 
 def _models(model: str, folder: Path | None, keep: float, dtype: torch.dtype, device: str) -> Models:
@@ -106,27 +113,14 @@ def _perplexities(models: Models, rows: Tensor) -> dict[str, dict[str, object]]:
 
 @torch.inference_mode()
 def _shares(steps: dict, setting: Setting) -> dict[str, list[Share]]:
-    torch.set_num_threads(setting.threads)
     shares = {}
-    for name, (model, step) in steps.items():
-        decoder = Decoder(model, 1, setting.prompt + 17, step)
-        decoder.read(random_tokens(model, setting))
-        decoder.decode(8)
-        shares[name] = where_time_goes(decoder)
+    with using(setting.threads):
+        for name, (model, step) in steps.items():
+            decoder = Decoder(model, 1, setting.prompt + 17, step)
+            decoder.read(random_tokens(model, setting))
+            decoder.decode(8)
+            shares[name] = where_time_goes(decoder)
     return shares
-
-
-def _machine(device: str) -> str:
-    return gpu.card() if device == "cuda" else cpu.processor()
-
-
-def _write(path: Path, rows: list[dict[str, object]], device: str) -> None:
-    """The rows as CSV, and beside it everything that was printed."""
-    (gpu.write if device == "cuda" else cpu.write)(path, rows)
-    partial = path.with_suffix(".partial")
-    partial.write_text(console.export_text(), encoding="utf-8")
-    partial.replace(path.with_suffix(".txt"))
-    console.print(f"wrote {path} and {path.with_suffix('.txt').name}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.decode.steps import Decoder
-from bench.timing import Timing, summary
+from bench.timing import Timing, summary, using
 
 PROMPTS_READ = 3  # times that a prompt is read by each contender
 
@@ -37,18 +37,14 @@ Steps = dict[str, tuple[PreTrainedModel, Callable]]
 @torch.inference_mode()
 def take_turns(contenders: Steps, setting: Setting, rounds: int, turn: int) -> dict[str, Speed]:
     """Every contender, a model and what computes its steps, decodes `turn` tokens in each round."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(setting.threads)
-    try:
-        room = setting.prompt + turn * (rounds + 1) + 1
-        decoders = {n: Decoder(model, setting.batch, room, step) for n, (model, step) in contenders.items()}
+    room = setting.prompt + turn * (rounds + 1) + 1
+    decoders = {n: Decoder(model, setting.batch, room, step) for n, (model, step) in contenders.items()}
+    steps: dict[str, list[float]] = {name: [] for name in decoders}
+    with using(setting.threads):
         first = _read_prompts(decoders, setting)
-        steps: dict[str, list[float]] = {name: [] for name in decoders}
         for _ in range(rounds + 1):  # the first round warms up, or compiles
             for name, decoder in decoders.items():
                 steps[name].append(decoder.decode(turn))
-    finally:
-        torch.set_num_threads(before)
     return {
         name: Speed(summary(first[name]) if setting.read else None, summary(seconds[1:]))
         for name, seconds in steps.items()

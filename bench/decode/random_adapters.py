@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bench.kernels import threshold_keeping
+from bench.weights import threshold_keeping
 from rana_kernels.install import install
 from rana_kernels.layer import linear_of
 from rana_kernels.models import Block, find_blocks

@@ -3,17 +3,24 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from bench.models import MODELS
+
+
+def _llama(name: str, head: int, vocabulary: int, tied: bool) -> LlamaConfig:
+    """`head`: features of an attention head. Positions: more than is benchmarked."""
+    shape = MODELS[name]
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=shape.hidden, intermediate_size=shape.neurons,
+        num_hidden_layers=shape.blocks, num_attention_heads=shape.queries // head,
+        num_key_value_heads=shape.keys // head, head_dim=head, max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
 SHAPES = {
-    "llama-3.2-1b": LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    ),
-    "llama-2-7b": LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096,
-    ),
-}  # fmt: skip
+    "Llama-3.2-1B": _llama("Llama-3.2-1B", head=64, vocabulary=128256, tied=True),
+    "Llama-2-7B": _llama("Llama-2-7B", head=128, vocabulary=32000, tied=False),
+}
 
 
 def random_model(config: LlamaConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
+from bench.stream import clock
+
 
 class Decoder:
     """Everything that one model needs to go on from its last tokens. The same for every contender.
@@ -50,9 +52,8 @@ class Decoder:
     def _clock(self) -> float:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
-        # what one thread spends is not what other processes take from it
-        alone = self.model.device.type == "cpu" and torch.get_num_threads() == 1
-        return time.thread_time() if alone else time.perf_counter()
+            return time.perf_counter()
+        return clock(torch.get_num_threads())()
 
 
 def compiled(model: PreTrainedModel) -> Callable:

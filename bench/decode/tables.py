@@ -5,11 +5,12 @@ from rich.table import Table
 from bench.decode.drafts import Drafting
 from bench.decode.measure import Setting, Speed
 from bench.decode.profile import Share
+from bench.report import Row
 
 BASELINE = "dense"
 
 
-def rows(setting: Setting, speeds: dict[str, Speed]) -> list[dict[str, object]]:
+def rows(setting: Setting, speeds: dict[str, Speed]) -> list[Row]:
     """One for each contender: tokens a second of the whole batch, and how many times those of dense."""
     dense = speeds[BASELINE]
     found = []
@@ -36,14 +37,6 @@ def rows(setting: Setting, speeds: dict[str, Speed]) -> list[dict[str, object]]:
 
 def ratio(slow: float, fast: float) -> float:
     return round(slow / fast, 2)
-
-
-def speed_table(found: list[dict[str, object]], title: str) -> Table:
-    names = list(dict.fromkeys(name for row in found for name in row))
-    table = Table(*names, title=title)
-    for row in found:
-        table.add_row(*(str(row.get(name, "")) for name in names))
-    return table
 
 
 def share_table(shares: dict[str, list[Share]]) -> Table:
