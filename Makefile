@@ -26,7 +26,7 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -U pip "setuptools>=77" wheel
 	$(BIN)/pip install -q "torch==2.13.0"
-	$(BIN)/pip install -q ninja pybind11 rich safetensors typer transformers matplotlib \
+	$(BIN)/pip install -q ninja pybind11 rich safetensors typer transformers accelerate matplotlib \
 	    hypothesis pytest pytest-benchmark "numpy<2.4"
 	$(BIN)/pip install -q --no-deps "triton==3.6.0"
 	touch $@

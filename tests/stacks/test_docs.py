@@ -14,9 +14,15 @@ ROOT = Path(__file__).parent.parent.parent
 NEEDS = {
     "transformers": "transformers",
     "serving": "fastapi lm_eval",
+    "parallel": "accelerate",
     "peft": "peft",
     "recovery": "peft",
     "deployment": "onnx onnxscript onnxruntime",
+}
+PROGRAMS = {
+    "python": "",
+    "rana": "-c 'from rana_kernels.cli import main; main()'",
+    "torchrun": "-m torch.distributed.run",
 }
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -37,7 +43,7 @@ def folder(tmp_path) -> Path:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, arguments in (("python", ""), ("rana", "-c 'from rana_kernels.cli import main; main()'")):
+    for name, arguments in PROGRAMS.items():
         (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
         (programs / name).chmod(0o755)
     return tmp_path
@@ -84,6 +90,12 @@ def test_serving(run, folder):
     assert completion["usage"]["completion_tokens"] == 8
     (results,) = (folder / "build/task/results").rglob("results*.json")
     assert json.loads(results.read_text())["results"]["python_code"]["acc,none"] == 1.0
+
+
+def test_parallel(run, folder):
+    out = run("parallel")
+    assert "def read_lines(path):" in out and "MB in each of 2 processes" in out
+    assert (folder / "build/calibrated/rana.json").is_file()
 
 
 def test_peft(run, folder):
