@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rana_kernels as rana
+from rana_kernels.integrations import parallel
 from rana_kernels.plan import Plan
 from rana_kernels.pool import exact
 from tests.test_compress import hand_plan, make_model, tokens
@@ -77,3 +79,11 @@ def test_sums_of_moments_are_exact():
     scale = wanted.diagonal().sqrt()
     assert ((sums[0] - wanted).abs() < 1e-6 * scale[:, None] * scale).all()
     assert torch.equal(exact(torch.zeros(3, 3)), torch.zeros(3, 3).double())
+
+
+def test_cards_project_without_a_copy_of_the_weights():
+    """Their product has an output of its own dtype; without a card its shapes and dtypes are played."""
+    with FakeTensorMode():
+        x, B = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((2, 3, 8), (16, 8)))
+        h = parallel._project(x, B)
+    assert (h.shape, h.dtype) == ((2, 3, 16), torch.float32)

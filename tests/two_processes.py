@@ -17,6 +17,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from transformers import AutoModelForCausalLM
 
 import rana_kernels as rana
+from rana_kernels import sensitivity
 from rana_kernels.checkpoint import attached_plan
 from rana_kernels.integrations import parallel, sharding
 from rana_kernels.modules import Handoff, RanaLinear, RanaMLP, RanaNeuronLinear
@@ -308,6 +309,15 @@ def test_calibration_by_all_is_that_of_one_bit_for_bit(name, group):
         assert torch.equal(gradient, together.gradients[key]), key
     plans = [rana.plan(stats, flops_reduction=0.4, progress=False) for stats in (alone, together)]
     assert plans[0].to_json() == plans[1].to_json()
+
+
+def test_only_the_first_tokens_are_differentiated_whoever_has_them(group):
+    model, options = make_model("Llama"), {"inputs": ["qkv"], "progress": False}
+    with mock.patch.object(sensitivity, "TOKENS", 10):  # all of them in the first row, of the first process
+        together = rana.calibrate(model, tokens(4, 12).split(1), **options, group=group)
+    first = rana.calibrate(model, tokens(4, 12)[:1].split(1), **options)
+    assert together.gradients.keys() == first.gradients.keys()
+    assert all(torch.equal(gradient, first.gradients[key]) for key, gradient in together.gradients.items())
 
 
 def test_calibrations_that_differ_are_refused(group):
