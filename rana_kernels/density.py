@@ -9,8 +9,8 @@ from rana_kernels.live import LiveCount
 from rana_kernels.plan import Plan
 
 # By how much, of what the plan says, the rows that are kept may differ before the text is called another
-# kind than the calibration's. docs/quality.md has the measurements between which it lies.
-MARGIN = 0.05
+# kind than the calibration's: docs/quality.md has the measurements between which it lies.
+MARGIN = 0.015
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,9 @@ class Costs:
         return (self.fixed + torch.stack(kept).sum(0)) / self.dense
 
     def drift(self, counts: dict[str, LiveCount], planned: dict[str, float]) -> float:
-        """By what fraction of the `planned` means the rows kept differ, up or down, each weighing its cost.
-
-        Adapter by adapter: another kind of text needs more rows of some and fewer of others.
-        """
-        off = {name: abs(counts[name].mean - live) for name, live in planned.items()}
-        return self._masked(off) / self._masked(planned)
+        """By what fraction the rows kept differ from `planned` means, each weighing what it costs."""
+        found = self._masked({name: count.mean for name, count in counts.items()})
+        return found / self._masked(planned) - 1
 
     def _masked(self, live: dict[str, float]) -> float:
         return sum(live[name] * cost for name, cost in self.row.items())

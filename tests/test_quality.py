@@ -86,7 +86,7 @@ def test_every_contender_is_measured_at_equal_cost(results):
 def test_tables_and_plots_have_it_all(results):
     _, output = results
     page = output.with_suffix(".md").read_text()
-    for words in ("| RaNA, global |", "out of reach", "MLPs alone", "Energy recovered of mlp", "| prose |"):
+    for words in ("| RaNA, global |", "out of reach", "MLPs alone", "Energy lost of mlp", "| prose |"):
         assert words in page, words
     for name in ("", "-layers", "-rows"):
         assert output.with_name(f"{output.stem}{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -6,7 +6,6 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from bench.quality.tables import LABELS, LAYER_BUDGET, TITLES, label
 
@@ -72,7 +71,7 @@ def _cost_panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
         )  # fmt: skip
     # a model may come out better than dense, and the axis must show it
     axes.set_yscale("symlog", linthresh=1e-3)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
 
 
 def layers(data: dict[str, Any]) -> Figure | None:

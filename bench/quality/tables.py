@@ -88,14 +88,14 @@ def _layers(rows: list[dict[str, Any]]) -> list[str]:
         layers = range(len(at[0]["layers"][part]))
         table = [["Layer", *map(str, layers), "mean"]]
         for row in at:
-            shares = row["layers"][part]
-            table.append([label(row), *(f"{x:.1%}" for x in (*shares, sum(shares) / len(shares)))])
-        parts += [f"## Energy recovered of {part}'s output, layer by layer, at {LAYER_BUDGET}", _table(table)]
+            lost = [1 - share for share in row["layers"][part]]
+            table.append([label(row), *(f"{x:.2%}" for x in (*lost, sum(lost) / len(lost)))])
+        parts += [f"## Energy lost of {part}'s output, layer by layer, at {LAYER_BUDGET}", _table(table)]
     return parts
 
 
 def _spread(key: str, found: dict[str, Any]) -> list[str]:
-    texts = [["Calibrated on", "read", "over dense", "planned", "cost", "rows kept off the plan",
+    texts = [["Calibrated on", "read", "over dense", "planned", "cost", "rows kept, against the plan",
               "cost of a token: p5", "median", "p95", "max", "loss added: median", "p95", "max"]]  # fmt: skip
     for entry in found["texts"]:
         numbers = (entry["planned"], entry["keep"])
@@ -103,7 +103,7 @@ def _spread(key: str, found: dict[str, Any]) -> list[str]:
         more = (entry["more_loss"][q] for q in ("median", "p95", "max"))
         texts.append([
             KINDS[entry["calibrated"]], KINDS[entry["read"]], f"{entry['over_dense']:+.2%}",
-            *(f"{x:.3f}" for x in numbers), f"{entry['drift']:.1%}",
+            *(f"{x:.3f}" for x in numbers), f"{entry['drift']:+.1%}",
             *(f"{x:.3f}" for x in tokens), *(f"{x:.2f}" for x in more),
         ])  # fmt: skip
     rows = [["Adapter", "stored", "planned", "p5", "median", "p95", "max"]]

@@ -129,10 +129,11 @@ def _spots(
 
 
 def _warn(density: dict[str, Any]) -> None:
-    if density["drift"] > MARGIN:
+    if abs(density["drift"]) > MARGIN:
         print(
-            f"rana: warning: on this text the rows that masks keep are {density['drift']:.1%} off the "
-            f"plan's, more than the {MARGIN:.1%} of text like the calibration's (cost "
-            f"{density['measured']:.3f}, planned {density['planned']:.3f}). Calibrate on text like this one",
+            f"rana: warning: on this text the masks keep {abs(density['drift']):.1%} "
+            f"{'more' if density['drift'] > 0 else 'fewer'} rows than planned (cost {density['measured']:.3f}, "
+            f"planned {density['planned']:.3f}); text like the calibration's stays within {MARGIN:.1%}. "
+            "Calibrate on text like this one",
             file=sys.stderr,
         )
