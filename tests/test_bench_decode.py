@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from bench.decode import tables
+from bench.decode.__main__ import main
 from bench.decode.contenders import NAMES, from_random
 from bench.decode.drafts import measure_drafts
 from bench.decode.measure import Setting, take_turns
@@ -108,7 +110,7 @@ def test_where_time_goes_adds_up(models):
     layers = TINY.num_hidden_layers
     assert shares["rana::masked_mlp"].calls == layers and shares["rana::linear"].calls == layers + 1
     assert shares["outside of ops"].milliseconds > 0
-    assert tables.share_table({"rana": list(shares.values())}).row_count == len(shares)
+    assert tables.share_table({"rana": list(shares.values())}, 1).row_count == len(shares)
 
 
 def test_drafts_do_not_change_the_text(models):
@@ -117,6 +119,7 @@ def test_drafts_do_not_change_the_text(models):
     assert all(found.accepted > 0.6 * found.drafted for found in own), "it drafts for itself"
     other = measure_drafts(models["dense"], models["rana"], prompts, tokens=12, rounds=1)
     assert all(0 <= found.accepted < mine.accepted for found, mine in zip(other, own, strict=True))
+    assert all(found.same == 1 for found in (*own, *other))
     assert tables.draft_table(other, 1).row_count == len(other)
 
 
@@ -124,3 +127,18 @@ def test_shapes_have_the_weights_of_their_names():
     for name, billions in (("Llama-3.2-1B", 1.24), ("Llama-2-7B", 6.74)):
         model = random_model(SHAPES[name], torch.bfloat16, "meta")
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_the_command_on_a_directory(tmp_path, capsys):
+    """Compressed on its own tokens, with perplexities and drafts; without the tests nothing is written."""
+    random_model(TINY, torch.float32, "cpu").save_pretrained(tmp_path)
+    tokens = torch.arange(8 * 96).reshape(8, 96).int() * 37 % TINY.vocab_size
+    for name in ("calibration", "evaluation"):
+        save_file({"input_ids": tokens}, tmp_path / f"{name}.safetensors")
+    main(
+        str(tmp_path), prompt=[8, 999], batch=[1], threads=[1], keep=KEEP, dtype="fp32", device="cpu",
+        compile=False, rounds=3, turn=1, read=2048, tests=False, output=tmp_path / "rows.csv",
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "rana::linear" in printed and "RaNA drafts" in printed
+    assert not (tmp_path / "rows.csv").exists()

@@ -18,8 +18,8 @@ from bench import gpu, report
 from bench.__main__ import require_green_tests
 from bench.baselines import DTYPES
 from bench.decode import contenders, drafts, tables
-from bench.decode.measure import Setting, random_tokens, take_turns
-from bench.decode.profile import Share, where_time_goes
+from bench.decode.measure import Setting, Steps, random_tokens, take_turns
+from bench.decode.profile import where_time_goes
 from bench.decode.shapes import SHAPES, random_model
 from bench.decode.steps import Decoder, compiled
 from bench.models import KEEP
@@ -61,41 +61,30 @@ def main(
         require_green_tests()
     logging.disable_progress_bar()
     torch.manual_seed(0)
+    mode = "compiled" if compile else "eager"
     stamp = gpu.conditions() if device == "cuda" else report.conditions()
-    name = Path(model).name
-    console.print(f"{name}, {dtype}, keep {keep}, {'compiled' if compile else 'eager'}: {stamp}")
     folder = None if model in SHAPES else Path(model)
     models = _models(model, folder, keep, DTYPES[dtype], device)
-    facts = {n: {"perplexity": "random weights"} for n in models}
-    if folder:
-        facts = _perplexities(models, load_file(folder / "evaluation.safetensors")["input_ids"].long())
-    steps = {n: (m, compiled(m) if compile else m.forward) for n, m in models.items()}
     room = models["dense"].config.max_position_embeddings - turn * (rounds + 1) - 1
-    lengths = [length for length in prompt if length <= room]
-    counts = (
-        [torch.get_num_threads()] if device == "cuda" else threads or sorted({1, torch.get_num_threads()})
-    )
+    counts = threads or sorted({1, torch.get_num_threads()})
+    counts = counts[-1:] if device == "cuda" else counts
+    grid = [Setting(T, M, n, read >= T * M) for T, M, n in product(prompt, batch, counts) if room >= T]
+    console.print(f"{Path(model).name}, {dtype}, keep {keep}, {mode}: {stamp}")
+
+    losses = _perplexities(models, folder)
+    facts = {"model": Path(model).name, "dtype": dtype, "keep": keep, "mode": mode}
     rows = []
-    for length, size, count in track(list(product(lengths, batch, counts)), "timing", console=console):
-        setting = Setting(length, size, count, read=length * size <= read)
-        for row in tables.rows(setting, take_turns(steps, setting, rounds, turn)):
-            rows.append({"model": name, "dtype": dtype, "keep": keep, "compiled": compile} | row)
-            rows[-1] |= facts[row["contender"]]
+    for setting in track(grid, "timing", console=console):
+        found = tables.rows(setting, take_turns(_steps(models, compile), setting, rounds, turn))
+        rows += [facts | row | {"perplexity": losses[row["contender"]]} for row in found]
     report.show(console, "time to the first token, and tokens a second after it (medians)", rows)
     for count in counts:
-        console.print(tables.share_table(_shares(steps, Setting(lengths[0], 1, count, read=True))))
-    if folder:
-        prompts = load_file(folder / "evaluation.safetensors")["input_ids"][:DRAFT_PROMPTS, :DRAFT_PROMPT]
-        prompts = prompts.long().to(device)
-        for count in counts:
-            torch.set_num_threads(count)
-            found = drafts.measure_drafts(
-                models["dense"], models["rana"], prompts.long().to(device), DRAFT_TOKENS
-            )
-            console.print(tables.draft_table(found, count))
+        _show_shares(_steps(models, compile), Setting(prompt[0], 1, count, read=True))
+        if folder:
+            _show_drafts(models, folder, count)
     if tests:
         machine = gpu.card() if device == "cuda" else report.processor()
-        path = output or report.RESULTS / f"decode-{name}-{machine}.csv".lower()
+        path = output or report.RESULTS / f"decode-{Path(model).name}-{mode}-{machine}.csv".lower()
         report.write_csv(path, stamp, rows)
         report.write(path.with_suffix(".txt"), console.export_text())
         console.print(f"wrote {path}, and all that was printed to {path.with_suffix('.txt').name}")
@@ -107,12 +96,23 @@ def _models(model: str, folder: Path | None, keep: float, dtype: torch.dtype, de
     return contenders.from_random(random_model(SHAPES[model], dtype, device), keep)
 
 
-def _perplexities(models: Models, rows: Tensor) -> dict[str, dict[str, object]]:
-    return {n: {"perplexity": round(perplexity(m, rows).perplexity, 3)} for n, m in models.items()}
+def _evaluation(folder: Path) -> Tensor:
+    return load_file(folder / "evaluation.safetensors")["input_ids"].long()
+
+
+def _perplexities(models: Models, folder: Path | None) -> dict[str, object]:
+    if folder is None:
+        return dict.fromkeys(models, "random weights")
+    return {name: round(perplexity(m, _evaluation(folder)).perplexity, 3) for name, m in models.items()}
+
+
+def _steps(models: Models, compile: bool) -> Steps:
+    torch._dynamo.reset()  # every size is compiled for itself, and torch allows a function only a few
+    return {name: (model, compiled(model) if compile else model.forward) for name, model in models.items()}
 
 
 @torch.inference_mode()
-def _shares(steps: dict, setting: Setting) -> dict[str, list[Share]]:
+def _show_shares(steps: Steps, setting: Setting) -> None:
     shares = {}
     with using(setting.threads):
         for name, (model, step) in steps.items():
@@ -120,7 +120,14 @@ def _shares(steps: dict, setting: Setting) -> dict[str, list[Share]]:
             decoder.read(random_tokens(model, setting))
             decoder.decode(8)
             shares[name] = where_time_goes(decoder)
-    return shares
+    console.print(tables.share_table(shares, setting.threads))
+
+
+def _show_drafts(models: Models, folder: Path, threads: int) -> None:
+    prompts = _evaluation(folder)[:DRAFT_PROMPTS, :DRAFT_PROMPT].to(models["dense"].device)
+    with using(threads):
+        found = drafts.measure_drafts(models["dense"], models["rana"], prompts, DRAFT_TOKENS)
+    console.print(tables.draft_table(found, threads))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,15 @@ DRAFTED = (2, 4, 8)  # tokens drafted before each check
 
 @dataclass(frozen=True)
 class Drafting:
-    """`accepted` of the `drafted` tokens that stood a check, in the mean; tokens a second of `generate`."""
+    """`accepted` of the `drafted` tokens stood a check, in the mean; tokens a second of `generate`.
+
+    same   share of the texts that are those of the dense model alone: all in float32. In 16 bits products
+           of one token and of several round differently, and two tokens may be all but equally likely
+    """
 
     drafted: int
     accepted: float
+    same: float
     tokens_per_second: float
     dense_tokens_per_second: float
 
@@ -26,30 +31,27 @@ class Drafting:
 
 @torch.inference_mode()
 def measure_drafts(
-    dense: PreTrainedModel, draft: PreTrainedModel, prompts: Tensor, tokens: int, rounds: int
+    dense: PreTrainedModel, draft: PreTrainedModel, prompts: Tensor, tokens: int, rounds: int = 3
 ) -> list[Drafting]:
-    """Over the rows of `prompts` [n, T], one at a time, `tokens` new ones each, greedily.
-
-    Raises RuntimeError if a text with drafts is another than that of the dense model alone.
-    """
+    """Over the rows of `prompts` [n, T], one at a time, `tokens` new ones each, greedily."""
     wanted = [_generate(dense, row[None], tokens)[0] for row in prompts]
     found = []
     for drafted in DRAFTED:
         draft.generation_config.num_assistant_tokens = drafted
         draft.generation_config.num_assistant_tokens_schedule = "constant"
         draft.generation_config.assistant_confidence_threshold = 0.0
-        alone, together, checks = 0.0, 0.0, 0
+        alone, together, checks, same = 0.0, 0.0, 0, 0
         for _ in range(rounds):
             for row, text in zip(prompts, wanted, strict=True):
                 alone += _generate(dense, row[None], tokens)[1]
                 with _Calls(dense) as calls:
                     again, seconds = _generate(dense, row[None], tokens, assistant_model=draft)
-                if not torch.equal(again, text):
-                    raise RuntimeError(f"with {drafted} drafted tokens the text is another than without")
+                same += torch.equal(again, text)
                 together += seconds
                 checks += calls.count
-        new = rounds * len(prompts) * tokens
-        found.append(Drafting(drafted, new / checks - 1, new / together, new / alone))
+        texts = rounds * len(prompts)
+        new = texts * tokens
+        found.append(Drafting(drafted, new / checks - 1, same / texts, new / together, new / alone))
     return found
 
 

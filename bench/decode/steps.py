@@ -24,13 +24,13 @@ class Decoder:
     def read(self, prompt: Tensor) -> float:
         """Seconds from the prompt [batch, T] to the first new token.
 
-        lm_head is called here and not by the model, which would give it a view of the last hidden state:
-        for one of 16 bits torch then copies the whole weight, on the CPU, before it multiplies.
+        lm_head is called here and not by the model, which would give it a view of the last hidden state
+        in three dimensions: in 16 bits on the CPU, torch then copies the whole weight before it multiplies.
         """
         self.cache.reset()
         begin = self._clock()
         hidden = self.model.base_model(input_ids=prompt, past_key_values=self.cache, use_cache=True)[0]
-        self.last = self.model.get_output_embeddings()(hidden[:, -1:].contiguous()).argmax(-1)
+        self.last = self.model.get_output_embeddings()(hidden[:, -1]).argmax(-1, keepdim=True)
         return self._clock() - begin
 
     def pretend(self, length: int) -> None:

@@ -39,9 +39,9 @@ def ratio(slow: float, fast: float) -> float:
     return round(slow / fast, 2)
 
 
-def share_table(shares: dict[str, list[Share]]) -> Table:
+def share_table(shares: dict[str, list[Share]], threads: int) -> Table:
     """What each contender's step takes, by what it does."""
-    table = Table("", *shares, title="milliseconds of a step (calls), under torch's profiler")
+    table = Table("", *shares, title=f"milliseconds of a step (calls), profiled, {threads} threads")
     found = {name: {share.what: share for share in part} for name, part in shares.items()}
     for what in dict.fromkeys(share.what for part in shares.values() for share in part):
         table.add_row(what, *(_cell(part.get(what)) for part in found.values()))
@@ -55,9 +55,9 @@ def _cell(share: Share | None) -> str:
 
 
 def draft_table(found: list[Drafting], threads: int) -> Table:
-    columns = ("drafted", "accepted", "tokens/s", "dense alone", "x dense")
+    columns = ("drafted", "accepted", "same text", "tokens/s", "dense alone", "x dense")
     table = Table(*columns, title=f"RaNA drafts for the dense model, {threads} threads")
     for d in found:
         rates = (f"{r:.1f}" for r in (d.tokens_per_second, d.dense_tokens_per_second))
-        table.add_row(str(d.drafted), f"{d.accepted:.2f}", *rates, f"{d.speedup:.2f}")
+        table.add_row(str(d.drafted), f"{d.accepted:.2f}", f"{d.same:.0%}", *rates, f"{d.speedup:.2f}")
     return table
