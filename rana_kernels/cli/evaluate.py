@@ -129,11 +129,11 @@ def _spots(
 
 
 def _warn(density: dict[str, Any]) -> None:
-    if abs(density["drift"]) > MARGIN:
+    drift = density["drift"]
+    if abs(drift) > MARGIN:
         print(
-            f"rana: warning: on this text the masks keep {abs(density['drift']):.1%} "
-            f"{'more' if density['drift'] > 0 else 'fewer'} rows than planned (cost {density['measured']:.3f}, "
-            f"planned {density['planned']:.3f}); text like the calibration's stays within {MARGIN:.1%}. "
-            "Calibrate on text like this one",
+            f"rana: warning: on this text the masks keep {abs(drift):.1%} {'more' if drift > 0 else 'fewer'} "
+            f"rows than planned (cost {density['measured']:.3f}, planned {density['planned']:.3f}); text like "
+            f"the calibration's stays within {MARGIN:.1%}. Calibrate on text like this one",
             file=sys.stderr,
         )
