@@ -49,7 +49,7 @@ class Mlp:
         dtype = DTYPES[self.dtype]
         x = torch.randn(self.M, self.K).to(dtype)
         dense_weights = copies(lambda: tuple(weight(*shape, dtype) for shape in self._shapes()))
-        static_weights = copies(lambda: tuple(self._pair(*shape) for shape in self._shapes()))
+        static_weights = copies(lambda: tuple(t for shape in self._shapes() for t in self._pair(*shape)))
         ours = copies(lambda: self._adapter(x))
         calls = {
             "dense": turns(lambda *w: dense(x, *w), dense_weights),
@@ -97,7 +97,9 @@ def dense(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
-def static(x: Tensor, up: tuple, gate: tuple, down: tuple) -> Tensor:
+def static(x: Tensor, *factors: Tensor) -> Tensor:
+    """factors: two each of up, gate and down."""
+    up, gate, down = factors[:2], factors[2:4], factors[4:]
     return low_rank(F.silu(low_rank(x, *gate)) * low_rank(x, *up), *down)
 
 

@@ -9,30 +9,30 @@ import torch
 from torch import Tensor
 
 ROTATED_BYTES = 160 * 2**20  # several times the last-level cache
-POOL = 2**22 + 39  # a weight repeats so many values, but no row repeats another
+PART = 2**22  # values of a weight that are drawn together, from a pool of twice as many
 
 
 @cache
 def _pool() -> Tensor:
-    return torch.randn(POOL)
+    return torch.randn(2 * PART)
 
 
 def weight(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """[rows, columns] random, scaled so that products stay of the size of their input."""
-    values = (_pool() * columns**-0.5).to(dtype).roll(int(torch.randint(POOL, ())))
     flat = torch.empty(rows * columns, dtype=dtype)
-    for part in flat.split(POOL):
-        part.copy_(values[: len(part)])
+    for part in flat.split(PART):
+        start = int(torch.randint(2 * PART - len(part), ()))
+        part.copy_(_pool()[start : start + len(part)] * columns**-0.5)
     return flat.view(rows, columns)
 
 
-def copies(make: Callable[[], tuple], read: float | None = None) -> list[tuple]:
+def copies(make: Callable[[], tuple[Tensor, ...]], read: float | None = None) -> list[tuple]:
     """So many results of `make` that a cache forgets one before its next turn.
 
     `read`: bytes of a copy that a call reads, if not all of it.
     """
     first = make()
-    size = sum(t.nbytes for t in first if isinstance(t, Tensor)) if read is None else int(read)
+    size = sum(t.nbytes for t in first) if read is None else int(read)
     return [first, *(make() for _ in range(math.ceil(ROTATED_BYTES / max(size, 1))))]
 
 

@@ -1,0 +1,277 @@
+"""The benchmarks on tiny problems: what is timed is right, and noise does not look like a regression."""
+
+import random
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+import rana_kernels
+from bench import __main__ as command
+from bench import baselines, check, compare, cost, linears, measure, mlp, stream, sweep, weights
+from bench.fits import fit
+from bench.kernels import PUBLISHED, Lowrank, Mlp, Neurons
+from bench.models import KEEP, MODELS, cases
+from bench.page import PAGE, page
+from bench.report import RESULTS, ROOT, machine, read_csv, write_csv
+from bench.timing import interleave, repeats
+from rana_kernels.cli import bench as handover
+
+TINY = [
+    Lowrank(64, 96, 32, 20, 1, "bf16"),
+    Lowrank(64, 96, 32, 20, 4, "fp32"),
+    Neurons(96, 64, 40, 1, "fp16"),
+    Mlp(64, 96, 32, 20, 50, 2, "bf16"),
+]
+every_tiny = pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Small copies, a small buffer, and nothing compiled."""
+    monkeypatch.setattr(weights, "ROTATED_BYTES", 2**16)
+    monkeypatch.setattr(stream, "BUFFER_BYTES", 2**20)
+    monkeypatch.setattr(measure, "PEAK_SIZE", 64)
+    for module in (linears, mlp):
+        monkeypatch.setattr(module, "compiled", lambda function: function)
+    for cached in (stream._buffer, measure.peak):
+        cached.cache_clear()
+    yield
+    for cached in (stream._buffer, measure.peak):
+        cached.cache_clear()
+
+
+@every_tiny
+def test_a_case_is_what_it_says(case):
+    found = case.contenders()
+    tolerance = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-5}[case.dtype]
+    assert 0 < found.error() < tolerance
+    shapes = {call().shape for call in found.calls.values()}
+    assert len(shapes) == 1, shapes
+    if case.M == 1:  # then the rows that some token wants are those that are live
+        assert found.flops / found.bytes == 2 / baselines.DTYPES[case.dtype].itemsize
+    first, second = (found.calls["rana"]() for _ in range(2))
+    assert not torch.equal(first, second), "the copies are one"
+
+
+def test_a_wrong_kernel_shows_as_an_error(monkeypatch):
+    right = linears.ops.masked_lowrank_linear
+    monkeypatch.setattr(linears.ops, "masked_lowrank_linear", lambda *args: 1.5 * right(*args))
+    assert TINY[0].contenders().error() == pytest.approx(0.5, abs=0.02)
+
+
+def test_measured_rows(tmp_path):
+    rows = list(measure.measure(TINY[:1], ["auto", "reference"], [1], 3))
+    assert [row["backend"] for row in rows] == ["auto", "reference"]
+    for row in rows:
+        assert {
+            "x dense",
+            "x dense compiled",
+            "x static low rank",
+            "x masked in torch",
+            "error",
+        } <= row.keys()
+        assert row["p20"] <= row["us"] <= row["p80"]
+    write_csv(tmp_path / "a.csv", "here", rows)
+    stamp, again = read_csv(tmp_path / "a.csv")
+    assert stamp == "here" and again == [{k: str(v) for k, v in row.items()} for row in rows]
+
+
+def test_named_models_cost_what_is_asked():
+    for name, model in MODELS.items():
+        for linear, case in cases(model).items():
+            assert case.keep == pytest.approx(KEEP, abs=0.035), (name, linear)
+    assert len({case.name for case in PUBLISHED}) == len(PUBLISHED)
+
+
+def test_short_calls_are_timed_together():
+    assert repeats(lambda: None) > 10
+    torch.set_num_threads(1)
+    found = interleave({"short": lambda: None, "long": lambda: sum(range(20000))}, 1, 3)
+    assert found.times["short"].median < found.times["long"].median
+    assert found.stream > 0
+
+
+def test_red_tests_give_no_speed(monkeypatch):
+    monkeypatch.setattr(command.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1, stdout=""))
+    monkeypatch.setattr(command, "measure", lambda *a: pytest.fail("timed in spite of failing tests"))
+    monkeypatch.setattr(command, "conditions", lambda: "here")
+    assert invoke().exit_code == 1
+
+
+@pytest.mark.parametrize("words", [["--model", "Llama-9"], ["--dtype", "int8"], ["--only", "nothing"]])
+def test_options_that_are_not_understood(monkeypatch, words):
+    monkeypatch.setattr(command, "require_green_tests", lambda: None)
+    assert invoke(*words).exit_code == 2
+
+
+def test_a_grid_is_measured_and_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "require_green_tests", lambda: None)
+    words = ["--model", "demo model", "--density", "0.5", "--dtype", "fp32", "--only", "256->256"]
+    result = invoke(
+        *words, "--threads", "1", "--rounds", "3", "--csv", tmp_path / "a.csv", "--json", tmp_path / "a"
+    )
+    assert result.exit_code == 0, result.output
+    stamp, rows = read_csv(tmp_path / "a.csv")
+    assert stamp.startswith(machine()) and "revision" in stamp
+    assert [row["case"] for row in rows] == ["lowrank 256->256 R=96 live=48 M=1 fp32"]
+
+
+def invoke(*words: object):
+    app = typer.Typer()
+    app.command()(command.main)
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+# --- the check against stored results ---
+
+STORED = [{"case": case.name, "threads": "1", "x dense": "2.0", "% of stream": "80"} for case in TINY]
+
+
+def timer(*repetitions: dict[str, tuple[float, float]]):
+    """Plays timings: (factor of x dense, factor of % of stream) by case, one dict a repetition."""
+    turns = iter(repetitions)
+
+    def time(some):
+        factors = next(turns)
+        return [
+            {"case": c.name, "threads": 1, "x dense": 2.0 * a, "% of stream": 80 * b}
+            for c in some
+            for a, b in [factors.get(c.name, (1.0, 1.0))]
+        ]
+
+    return time
+
+
+def test_what_stays_slower_is_found():
+    name = TINY[1].name
+    worse, unknown = check.slower(STORED, TINY, timer(*[{name: (0.7, 0.7)}] * 3))
+    assert len(worse) == 1 and name in worse[0] and unknown == 0
+
+
+@pytest.mark.parametrize(
+    "repetitions",
+    [
+        [{TINY[1].name: (0.5, 0.5)}, {}],  # one bad moment
+        [{TINY[1].name: (0.5, 0.5)}, {TINY[1].name: (0.7, 0.6)}, {}],
+        [{TINY[1].name: (0.5, 1.0)}],  # another torch, whose dense layer is faster
+        [{TINY[1].name: (1.1, 0.5)}],  # memory disturbed: dense as much as ours
+        [{case.name: (0.9, 0.9) for case in TINY}],  # within the margin
+    ],
+)
+def test_noise_is_not_a_regression(repetitions):
+    assert check.slower(STORED, TINY, timer(*repetitions))[0] == []
+
+
+def test_random_noise_is_not_a_regression():
+    draw = random.Random(0)
+    for _ in range(200):
+        played = [{c.name: (draw.gauss(1, 0.1), draw.gauss(1, 0.1)) for c in TINY} for _ in range(3)]
+        assert check.slower(STORED, TINY, timer(*played))[0] == []
+
+
+def test_only_suspects_are_timed_again():
+    seen = []
+
+    def time(some):
+        seen.append([case.name for case in some])
+        return timer({TINY[2].name: (0.5, 0.5)})(some)
+
+    check.slower(STORED, TINY, time)
+    assert seen == [[case.name for case in TINY], [TINY[2].name], [TINY[2].name]]
+
+
+def test_the_check_says_what_it_cannot_compare(monkeypatch, tmp_path, capsys):
+    console = Console(width=500)
+    run = lambda path: check.against(path, TINY, [1], 3, console)  # noqa: E731
+    assert run(tmp_path / "none.csv") == 0 and "missing" in capsys.readouterr().out
+    write_csv(tmp_path / "other.csv", "another machine", STORED)
+    assert run(tmp_path / "other.csv") == 0 and "not compared" in capsys.readouterr().out
+    write_csv(tmp_path / "ours.csv", machine() + ", then", STORED[:3])
+    for factor, code in ((0.5, 1), (1.0, 0)):
+        factors = {case.name: (factor, factor) for case in TINY}
+        monkeypatch.setattr(check, "measure", lambda some, *_, f=factors: timer(f)(some))
+        assert run(tmp_path / "ours.csv") == code
+        assert "1 of the measurements" in capsys.readouterr().out
+
+
+# --- the comparison of revisions ---
+
+
+def test_two_workers_take_turns():
+    package, case = ROOT / "rana_kernels", Lowrank(2048, 4096, 512, 300, 1, "bf16")
+    with compare.Worker(package) as ours, compare.Worker(package) as theirs:
+        row = compare.row(case, 1, *compare.rounds_of(ours, theirs, case, 1, 5))
+    assert row["p20"] <= row["x base"] <= row["p80"] and row["us"] > 0
+
+
+def test_a_ratio_says_how_many_times_as_fast():
+    row = compare.row(TINY[0], 1, [1e-5, 2e-5, 3e-5], [2e-5, 4e-5, 6e-5])
+    assert (row["us"], row["base us"], row["x base"]) == (20.0, 40.0, 2.0)
+
+
+def test_a_revision_that_is_not_there():
+    with pytest.raises(ValueError, match="no-such-revision"), compare.checkout("no-such-revision"):
+        pass
+
+
+@pytest.mark.slow
+def test_another_revision_is_built_and_removed():
+    with compare.checkout("HEAD") as package:
+        assert list(package.glob("_cpu_*.so"))
+    assert not package.exists()
+    listed = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert str(package.parent) not in listed
+
+
+# --- growth and cost ---
+
+
+def test_a_fit_finds_the_line_and_says_what_is_left():
+    found = fit([{"constant": 1.0, "each": float(v)} for v in (1, 2, 3)], [5.0, 7.0, 9.0])
+    assert found.coefficients == pytest.approx({"constant": 3.0, "each": 2.0})
+    assert found.residuals == pytest.approx([0, 0, 0], abs=1e-12)
+    bent = fit([{"each": float(v)} for v in (1, 2)], [1.0, 4.0])
+    assert bent.residuals[0] < 0 < bent.residuals[1]
+    with pytest.raises(ValueError, match="wanted as many"):
+        fit([{"a": 1.0, "b": 2.0}], [1.0])
+
+
+def test_a_sweep_covers_its_axes():
+    with torch.inference_mode():
+        found = sweep.sweep(TINY[0], {"N": [64, 128, 256], "M": [1, 2]}, [1], 3)
+    assert list(found) == ["base", "N, 1 threads", "M, 1 threads"]
+    assert len(found["N, 1 threads"]["us"]) == len(found["N, 1 threads"]["residuals"]) == 3
+    assert found["N, 1 threads"]["GB/s"] is not None and found["M, 1 threads"]["GB/s"] is None
+
+
+def test_cost_is_measured_and_extrapolated():
+    found = cost.cost([(48, 32), (32, 48), (96, 64)], [64, 128])
+    assert all(piece["seconds"] > 0 for piece in found["linears"])
+    assert found["estimates"].keys() == cost.ESTIMATED.keys()
+    assert found["estimates"]["Llama-2-7B"]["moment GB"] == round(8 * 4096**2 / 1e9, 2)
+
+
+# --- what is published ---
+
+
+def test_the_page_is_what_its_generator_makes_of_the_results():
+    assert PAGE.read_text() == page(RESULTS), "run python -m bench.page"
+
+
+def test_rana_bench_hands_over(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(
+        handover.runpy, "run_module", lambda name, **_: called.append((name, handover.sys.argv[1:]))
+    )
+    monkeypatch.setattr(handover.sys, "argv", [])
+    for words in (["--only", "a"], ["scale", "--rounds", "3"]):
+        handover.bench(SimpleNamespace(args=words))
+    assert called == [("bench", ["--only", "a"]), ("bench.scale", ["--rounds", "3"])]
+    monkeypatch.setattr(rana_kernels, "__file__", str(tmp_path / "rana_kernels" / "__init__.py"))
+    with pytest.raises(FileNotFoundError, match="checkout"):
+        handover.bench(SimpleNamespace(args=[]))
