@@ -91,6 +91,7 @@ test-transformers: build
 bench: build
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.page
 
 # With the Python that has torch for CUDA, and nothing from a network.
 gpu:

@@ -30,7 +30,7 @@ INTRODUCTION = """# Performance
 *Written by `python -m bench.page` from the files in `bench/results`; every number is in one of them.*
 
 `× dense` and its neighbours say how many times as fast as that baseline ours is, below 1 that it is slower.
-Dense is torch's `F.linear`, eager or by `torch.compile`; static low rank is two of them that cost what ours does;
+Dense is torch's `F.linear`, eager or by `torch.compile`; static low rank is two of them at the cost of ours;
 masked in torch computes the same with torch's own operations. GB/s counts the weight bytes that have to
 be read, and `% of stream` compares it with the best streaming loop timed in the same rounds. Contenders take
 turns over copies of random weights that are larger than the cache; medians. `error` is ‖y - exact‖ / ‖exact‖

@@ -17,7 +17,7 @@ from bench.fits import fit
 from bench.kernels import PUBLISHED, Lowrank, Mlp, Neurons
 from bench.models import KEEP, MODELS, cases
 from bench.page import PAGE, page
-from bench.report import RESULTS, ROOT, machine, read_csv, write_csv
+from bench.report import RESULTS, ROOT, machine, read_csv, write_csv, write_json
 from bench.timing import interleave, repeats
 from rana_kernels.cli import bench as handover
 
@@ -261,6 +261,28 @@ def test_cost_is_measured_and_extrapolated():
 
 def test_the_page_is_what_its_generator_makes_of_the_results():
     assert PAGE.read_text() == page(RESULTS), "run python -m bench.page"
+
+
+def test_the_page_shows_every_kind_of_result(tmp_path):
+    rows = [
+        {"case": case.name, "threads": 1, "us": 1.5, "p20": 1, "p80": 2, "x dense": 0.9} for case in PUBLISHED
+    ]
+    write_csv(tmp_path / "a.csv", "a processor", rows)
+    gpu_row = {"op": "masked_mlp", "model": "m", "MB": 1, "rana cuda us": 7.25, "rana cuda x dense": 1.9}
+    write_csv(tmp_path / "b.csv", "a card", [gpu_row])
+    kernels = sweep.sweep(TINY[0], {"N": [64, 128, 256]}, [1], 3)
+    compression = cost.cost([(48, 32), (32, 48)], [64, 128])
+    write_json(tmp_path / "scale-a.json", "a machine", {"kernels": kernels, "compression": compression})
+    text = page(tmp_path)
+    for words in (
+        "a processor",
+        "| Gemma-2-2B: down | 1 | 1.5 | 1–2 | 0.9 |",
+        f"In {len(PUBLISHED)} of {len(PUBLISHED)} measurements",
+        "| masked_mlp | m |",
+        "| N, 1 threads | 64, 128, 256 |",
+        "| Llama-3.1-405B |",
+    ):
+        assert words in text, words
 
 
 def test_rana_bench_hands_over(monkeypatch, tmp_path):
