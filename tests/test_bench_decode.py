@@ -137,7 +137,7 @@ def test_the_command_on_a_directory(tmp_path, capsys):
         save_file({"input_ids": tokens}, tmp_path / f"{name}.safetensors")
     main(
         str(tmp_path), prompt=[8, 999], batch=[1], threads=[1], keep=KEEP, dtype="fp32", device="cpu",
-        compile=False, rounds=3, turn=1, read=2048, tests=False, output=tmp_path / "rows.csv",
+        compile=False, rounds=3, turn=1, read=2048, tokens=999, tests=False, output=tmp_path / "rows.csv",
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert "rana::linear" in printed and "RaNA drafts" in printed

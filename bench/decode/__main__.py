@@ -45,6 +45,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=3, help="In each of them every contender decodes.")] = 9,
     turn: Annotated[int, typer.Option(min=1, help="Tokens that it decodes in a round.")] = 4,
     read: Annotated[int, typer.Option(help="Longer prompts, all rows together, are made up.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="At most so many, of each text of a directory.")] = 102_400,
     tests: Annotated[bool, typer.Option(help="Run those of the ops first, or write nothing.")] = True,
     output: Annotated[Path | None, typer.Option(help="CSV; default bench/results/decode-….csv.")] = None,
 ) -> None:
@@ -64,14 +65,19 @@ def main(
     mode = "compiled" if compile else "eager"
     stamp = gpu.conditions() if device == "cuda" else report.conditions()
     folder = None if model in SHAPES else Path(model)
-    models = _models(model, folder, keep, DTYPES[dtype], device)
+    texts = {}
+    if folder:
+        texts = {name: _text(folder, name, tokens) for name in ("calibration", "evaluation")}
+        models = contenders.from_directory(folder, texts["calibration"], keep, DTYPES[dtype], device)
+    else:
+        models = contenders.from_random(random_model(SHAPES[model], DTYPES[dtype], device), keep)
     room = models["dense"].config.max_position_embeddings - turn * (rounds + 1) - 1
     counts = threads or sorted({1, torch.get_num_threads()})
     counts = counts[-1:] if device == "cuda" else counts
     grid = [Setting(T, M, n, read >= T * M) for T, M, n in product(prompt, batch, counts) if room >= T]
     console.print(f"{Path(model).name}, {dtype}, keep {keep}, {mode}: {stamp}")
 
-    losses = _perplexities(models, folder)
+    losses = _perplexities(models, texts.get("evaluation"))
     facts = {"model": Path(model).name, "dtype": dtype, "keep": keep, "mode": mode}
     rows = []
     for setting in track(grid, "timing", console=console):
@@ -81,7 +87,7 @@ def main(
     for count in counts:
         _show_shares(_steps(models, compile), Setting(prompt[0], 1, count, read=True))
         if folder:
-            _show_drafts(models, folder, count)
+            _show_drafts(models, texts["evaluation"], count)
     if tests:
         machine = gpu.card() if device == "cuda" else report.processor()
         path = output or report.RESULTS / f"decode-{Path(model).name}-{mode}-{machine}.csv".lower()
@@ -90,20 +96,15 @@ def main(
         console.print(f"wrote {path}, and all that was printed to {path.with_suffix('.txt').name}")
 
 
-def _models(model: str, folder: Path | None, keep: float, dtype: torch.dtype, device: str) -> Models:
-    if folder:
-        return contenders.from_directory(folder, keep, dtype, device)
-    return contenders.from_random(random_model(SHAPES[model], dtype, device), keep)
+def _text(folder: Path, name: str, tokens: int) -> Tensor:
+    rows = load_file(folder / f"{name}.safetensors")["input_ids"].long()
+    return rows[: max(1, tokens // rows.shape[1])]
 
 
-def _evaluation(folder: Path) -> Tensor:
-    return load_file(folder / "evaluation.safetensors")["input_ids"].long()
-
-
-def _perplexities(models: Models, folder: Path | None) -> dict[str, object]:
-    if folder is None:
+def _perplexities(models: Models, rows: Tensor | None) -> dict[str, object]:
+    if rows is None:
         return dict.fromkeys(models, "random weights")
-    return {name: round(perplexity(m, _evaluation(folder)).perplexity, 3) for name, m in models.items()}
+    return {name: round(perplexity(m, rows).perplexity, 3) for name, m in models.items()}
 
 
 def _steps(models: Models, compile: bool) -> Steps:
@@ -123,8 +124,8 @@ def _show_shares(steps: Steps, setting: Setting) -> None:
     console.print(tables.share_table(shares, setting.threads))
 
 
-def _show_drafts(models: Models, folder: Path, threads: int) -> None:
-    prompts = _evaluation(folder)[:DRAFT_PROMPTS, :DRAFT_PROMPT].to(models["dense"].device)
+def _show_drafts(models: Models, text: Tensor, threads: int) -> None:
+    prompts = text[:DRAFT_PROMPTS, :DRAFT_PROMPT].to(models["dense"].device)
     with using(threads):
         found = drafts.measure_drafts(models["dense"], models["rana"], prompts, DRAFT_TOKENS)
     console.print(tables.draft_table(found, threads))

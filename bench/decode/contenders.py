@@ -10,8 +10,7 @@ import copy
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import rana_kernels as rana
@@ -29,13 +28,14 @@ def from_random(dense: PreTrainedModel, keep: float) -> dict[str, PreTrainedMode
     return dict(zip(NAMES, (dense, _served(dense), static, masked), strict=True))
 
 
-def from_directory(folder: Path, keep: float, dtype: torch.dtype, device: str) -> dict[str, PreTrainedModel]:
-    """All contenders of a trained model, compressed on the tokens of its calibration.safetensors."""
+def from_directory(
+    folder: Path, calibration: Tensor, keep: float, dtype: torch.dtype, device: str
+) -> dict[str, PreTrainedModel]:
+    """All contenders of a trained model, compressed on calibration [n, T]."""
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
-    tokens = load_file(folder / "calibration.safetensors")["input_ids"].long()
     static, masked = twin(dense), twin(dense)
     for model, method in ((static, "static"), (masked, "global")):
-        rana.compress(model, tokens.split(8), flops_reduction=1 - keep, method=method)
+        rana.compress(model, calibration.split(8), flops_reduction=1 - keep, method=method)
     return dict(zip(NAMES, (dense, _served(dense), static, masked), strict=True))
 
 
