@@ -48,7 +48,7 @@ def main(
         bool, typer.Option("--check", help="Fail if a case is slower than in the stored results.")
     ] = False,
 ) -> None:
-    """Time the ops on this machine's processor (a graphics card: python -m bench.gpu).
+    """Time the ops on this machine's processor. A graphics card, and published kernels: python -m bench.gpu.
 
     Without --model, --density, --tokens or --dtype the cases are those of the published results; with one of
     them, all combinations of what is given. Options but --only and --rounds may be given several times.

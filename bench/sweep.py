@@ -32,9 +32,9 @@ def sweep(base: Lowrank, axes: dict[str, list[int]], threads: list[int], rounds:
         for count in threads:
             times = interleave(calls, count, rounds).times
             us = [times[str(value)].median for value in values]
-            found[f"{axis}, {count} threads"] = fitted(values, us, [float(v) for v in values]) | {
-                "GB/s": marginal(base, axis, values, us)
-            }
+            found[f"{axis}, {count} thread{'s' * (count > 1)}"] = fitted(
+                values, us, [float(v) for v in values]
+            ) | {"GB/s": marginal(base, axis, values, us)}
     call = {"ours": ours(base)}
     us = [interleave(call, count, rounds).times["ours"].median for count in threads]
     if len(threads) > 1:

@@ -244,16 +244,20 @@ def test_a_fit_finds_the_line_and_says_what_is_left():
 def test_a_sweep_covers_its_axes():
     with torch.inference_mode():
         found = sweep.sweep(TINY[0], {"N": [64, 128, 256], "M": [1, 2]}, [1], 3)
-    assert list(found) == ["base", "N, 1 threads", "M, 1 threads"]
-    assert len(found["N, 1 threads"]["us"]) == len(found["N, 1 threads"]["residuals"]) == 3
-    assert found["N, 1 threads"]["GB/s"] is not None and found["M, 1 threads"]["GB/s"] is None
+    assert list(found) == ["base", "N, 1 thread", "M, 1 thread"]
+    assert len(found["N, 1 thread"]["us"]) == len(found["N, 1 thread"]["residuals"]) == 3
+    assert found["N, 1 thread"]["GB/s"] is not None and found["M, 1 thread"]["GB/s"] is None
 
 
-def test_cost_is_measured_and_extrapolated():
-    found = cost.cost([(48, 32), (32, 48), (96, 64)], [64, 128])
-    assert all(piece["seconds"] > 0 for piece in found["linears"])
-    assert found["estimates"].keys() == cost.ESTIMATED.keys()
-    assert found["estimates"]["Llama-2-7B"]["moment GB"] == round(8 * 4096**2 / 1e9, 2)
+@pytest.fixture(scope="module")
+def compression() -> dict:
+    return cost.cost([(48, 32), (32, 48), (96, 64)], [64, 128])
+
+
+def test_cost_is_measured_and_extrapolated(compression):
+    assert all(piece["seconds"] > 0 for piece in compression["linears"])
+    assert compression["estimates"].keys() == cost.ESTIMATED.keys()
+    assert compression["estimates"]["Llama-2-7B"]["moment GB"] == round(8 * 4096**2 / 1e9, 2)
 
 
 # --- what is published ---
@@ -263,7 +267,7 @@ def test_the_page_is_what_its_generator_makes_of_the_results():
     assert PAGE.read_text() == page(RESULTS), "run python -m bench.page"
 
 
-def test_the_page_shows_every_kind_of_result(tmp_path):
+def test_the_page_shows_every_kind_of_result(compression, tmp_path):
     rows = [
         {"case": case.name, "threads": 1, "us": 1.5, "p20": 1, "p80": 2, "x dense": 0.9} for case in PUBLISHED
     ]
@@ -271,7 +275,6 @@ def test_the_page_shows_every_kind_of_result(tmp_path):
     gpu_row = {"op": "masked_mlp", "model": "m", "MB": 1, "rana cuda us": 7.25, "rana cuda x dense": 1.9}
     write_csv(tmp_path / "b.csv", "a card", [gpu_row])
     kernels = sweep.sweep(TINY[0], {"N": [64, 128, 256]}, [1], 3)
-    compression = cost.cost([(48, 32), (32, 48)], [64, 128])
     write_json(tmp_path / "scale-a.json", "a machine", {"kernels": kernels, "compression": compression})
     text = page(tmp_path)
     for words in (
@@ -279,7 +282,7 @@ def test_the_page_shows_every_kind_of_result(tmp_path):
         "| Gemma-2-2B: down | 1 | 1.5 | 1–2 | 0.9 |",
         f"In {len(PUBLISHED)} of {len(PUBLISHED)} measurements",
         "| masked_mlp | m |",
-        "| N, 1 threads | 64, 128, 256 |",
+        "| N, 1 thread | 64, 128, 256 |",
         "| Llama-3.1-405B |",
     ):
         assert words in text, words
