@@ -133,7 +133,7 @@ def _warn(density: dict[str, Any]) -> None:
     if abs(drift) > MARGIN:
         print(
             f"rana: warning: on this text the masks keep {abs(drift):.1%} {'more' if drift > 0 else 'fewer'} "
-            f"rows than planned (cost {density['measured']:.3f}, planned {density['planned']:.3f}); text like "
-            f"the calibration's stays within {MARGIN:.1%}. Calibrate on text like this one",
+            f"rows than planned (cost {density['measured']:.3f}, planned {density['planned']:.3f}); text "
+            f"like the calibration's stays within {MARGIN:.1%}. Calibrate on text like this one",
             file=sys.stderr,
         )
