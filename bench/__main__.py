@@ -45,7 +45,10 @@ def main(
         str | None, typer.Option(metavar="REV", help="Compare with this revision of ours.")
     ] = None,
     against: Annotated[
-        bool, typer.Option("--check", help="Fail if a case is slower than in the stored results.")
+        bool,
+        typer.Option(
+            "--check", help="Fail if a case is slower than in the stored results; on one thread by default."
+        ),
     ] = False,
 ) -> None:
     """Time the ops on this machine's processor. A graphics card, and published kernels: python -m bench.gpu.
@@ -71,7 +74,10 @@ def main(
         rows = compare.against(base, chosen, counts, rounds, console)
         show(console, f"this revision against {base} (`x base`: how many times as fast)", rows)
     elif against:
-        raise typer.Exit(check.against(RESULTS / f"{processor()}.csv", chosen, counts, rounds, console))
+        # one thread by default: other programs' turns do not count in its time
+        raise typer.Exit(
+            check.against(RESULTS / f"{processor()}.csv", chosen, threads or [1], rounds, console)
+        )
     else:
         served = backend or ["auto"]
         unknown = [name for name in served if name not in NAMES]
