@@ -64,4 +64,4 @@ def is_worse(now: Row, before: Row) -> bool:
 
 def words(now: Row, before: Row) -> str:
     changes = ", ".join(f"{name} {before[name]} → {now[name]}" for name in RATIOS)
-    return f"{now['case']}, {now['threads']} threads: {changes}"
+    return f"{now['case']}, threads {now['threads']}: {changes}"
