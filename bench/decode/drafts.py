@@ -1,11 +1,12 @@
 """Speculative decoding: a RaNA model drafts, and the dense model that it was made from checks."""
 
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from bench.stream import clock
 
 DRAFTED = (2, 4, 8)  # tokens drafted before each check
 
@@ -56,12 +57,13 @@ def measure_drafts(
 
 
 def _generate(model: PreTrainedModel, prompt: Tensor, tokens: int, **options) -> tuple[Tensor, float]:
-    begin = time.perf_counter()
+    now = clock(torch.get_num_threads())
+    begin = now()
     text = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=tokens, max_new_tokens=tokens,
         do_sample=False, pad_token_id=0, **options,
     )  # fmt: skip
-    return text, time.perf_counter() - begin
+    return text, now() - begin
 
 
 class _Calls:
