@@ -30,7 +30,7 @@ class Training:
     steps: int = 300
     batch: int = 4
     accumulate: int = 1
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:

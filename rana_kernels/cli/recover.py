@@ -50,7 +50,7 @@ def recover_model(
     steps: Annotated[int, typer.Option(min=1, help="Of the optimizer.")] = 300,
     batch: Annotated[int, typer.Option(min=1, help="Rows in memory at a time.")] = 4,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches in a step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-4,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 1e-3,
     rank: Annotated[int, typer.Option(min=1, help="Of the LoRA on each linear.")] = 16,
     evaluations: Annotated[
         int, typer.Option(min=0, help="Share the ranks out by measuring so many allocations of them.")
@@ -61,6 +61,7 @@ def recover_model(
         Path | None,
         typer.Option(help="Measure perplexity on this text; default: on every eighth row, left out."),
     ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Use at most so many tokens of the text.")] = None,
     sequence_length: RowLength = 512,
     seed: Annotated[int, typer.Option(help="Of the LoRA, the batches and the search.")] = 0,
     as_json: AsJson = False,
@@ -76,7 +77,8 @@ def recover_model(
     _check_output(directory, output)
     model: Any = load(directory, device=device())
     vocabulary, tokenizer = model.config.vocab_size, open_tokenizer(directory)
-    rows, held_out = hold_out(read_rows(text, tokenizer, vocabulary, length=sequence_length))
+    read = read_rows(text, tokenizer, vocabulary, length=sequence_length, tokens=tokens)
+    rows, held_out = hold_out(read)
     measured_on = held_out
     if evaluation is not None:
         measured_on = read_rows(evaluation, tokenizer, vocabulary, length=sequence_length)
