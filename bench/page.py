@@ -60,6 +60,8 @@ def page(results: Path) -> str:
             parts.append(card(path, stamp, rows))
         elif "case" in rows[0]:
             parts.append(processor(path, stamp, rows))
+        else:
+            parts.append(plain(path.stem, stamp, rows, list(rows[0])))
     parts += [scaling(path) for path in sorted(results.glob("scale-*.json"))]
     return "\n".join(parts)
 
@@ -120,9 +122,14 @@ def card(path: Path, stamp: str, rows: list[Row]) -> str:
     backends = [name.removesuffix(" x dense") for name in rows[0] if name.endswith(" x dense")]
     fields = ["op", "model", "density", "M", "dtype", "dense us"]
     fields += [f"{b} {what}" for b in backends for what in ("us", "% of copy", "x dense")]
+    return plain(path.stem, f"{stamp}. Inside CUDA graphs", rows, fields)
+
+
+def plain(title: str, stamp: str, rows: list[Row], fields: list[str]) -> str:
+    """The columns as they are in the file."""
     lines = ["| " + " | ".join(fields) + " |", "| --- " * len(fields) + "|"]
     lines += ["| " + " | ".join(row.get(field) or "" for field in fields) + " |" for row in rows]
-    return f"## {path.stem}\n\n{stamp}. Inside CUDA graphs.\n\n" + "\n".join(lines) + "\n"
+    return f"## {title}\n\n{stamp}.\n\n" + "\n".join(lines) + "\n"
 
 
 def scaling(path: Path) -> str:

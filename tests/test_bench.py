@@ -274,6 +274,7 @@ def test_the_page_shows_every_kind_of_result(compression, tmp_path):
     write_csv(tmp_path / "a.csv", "a processor", rows)
     gpu_row = {"op": "masked_mlp", "model": "m", "MB": 1, "rana cuda us": 7.25, "rana cuda x dense": 1.9}
     write_csv(tmp_path / "b.csv", "a card", [gpu_row])
+    write_csv(tmp_path / "decode-m.csv", "a model", [{"prompt": 32, "tokens/s": 11.5}])
     kernels = sweep.sweep(TINY[0], {"N": [64, 128, 256]}, [1], 3)
     write_json(tmp_path / "scale-a.json", "a machine", {"kernels": kernels, "compression": compression})
     text = page(tmp_path)
@@ -282,6 +283,7 @@ def test_the_page_shows_every_kind_of_result(compression, tmp_path):
         "| Gemma-2-2B: down | 1 | 1.5 | 1–2 | 0.9 |",
         f"In {len(PUBLISHED)} of {len(PUBLISHED)} measurements",
         "| masked_mlp | m |",
+        "| 32 | 11.5 |",
         "| N, 1 thread | 64, 128, 256 |",
         "| Llama-3.1-405B |",
     ):
