@@ -65,8 +65,12 @@ def main(
 
     Example:  python -m bench --model Llama-3.2-1B --tokens 1 --tokens 4 --dtype bf16 --threads 1
     """
-    require_green_tests()
     chosen = find_cases(only, model, density, tokens, dtype)
+    served = backend or ["auto"]
+    unknown = [name for name in served if name not in NAMES]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]}: wanted one of {', '.join(NAMES)}", param_hint="--backend")
+    require_green_tests()
     counts = threads or sorted({1, torch.get_num_threads()})
     stamp = conditions()
     console.print(stamp)
@@ -79,12 +83,6 @@ def main(
             check.against(RESULTS / f"{processor()}.csv", chosen, threads or [1], rounds, console)
         )
     else:
-        served = backend or ["auto"]
-        unknown = [name for name in served if name not in NAMES]
-        if unknown:
-            raise typer.BadParameter(
-                f"{unknown[0]}: wanted one of {', '.join(NAMES)}", param_hint="--backend"
-            )
         steps = len(chosen) * len(served) * len(counts)
         timed = measure(chosen, served, counts, rounds)
         rows = list(track(timed, "timing", total=steps, console=console))

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from bench import peers
 from bench.baselines import DTYPES
+from bench.gpu_timing import DEVICE, Call, bandwidths, microseconds, peak
 from bench.models import MODELS, stored_ranks
 from bench.report import RESULTS, ROOT, Row, revision, versions, write_csv
 from bench.report import show as show_table
@@ -37,9 +38,7 @@ from rana_kernels.backends import use_backend
 DEFAULT = ("Llama-2-7B", "Llama-3-8B", "Llama-3.2-1B")
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
-DEVICE = "cuda"
 CACHES = 3  # times the card's cache that the copies of a weight take
-Call = Callable[[], Tensor]
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 
@@ -293,46 +292,6 @@ def threshold_keeping(density: float, scores: Tensor) -> Tensor:
 def wanted_rows(kept: Tensor) -> float:
     """How many rows a decode step has to read for the kept [M, R]: those that some token wants."""
     return float(kept.any(0).sum())
-
-
-def graph(calls: list[Call]) -> torch.cuda.CUDAGraph:
-    for call in calls:  # compiles, and warms the libraries up
-        call()
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        for call in calls:
-            call()
-    return captured
-
-
-def microseconds(contenders: dict[str, list[Call]], rounds: int = 15) -> dict[str, list[float]]:
-    """Microseconds a call of each contender, round by round, the contenders taking turns; sorted."""
-    graphs = {name: graph(calls) for name, calls in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for _ in range(1 + rounds):
-        for name, captured in graphs.items():
-            begin.record()
-            captured.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(1e3 * begin.elapsed_time(end) / len(contenders[name]))
-    return {name: sorted(values[1:]) for name, values in times.items()}
-
-
-def bandwidths() -> tuple[float, float]:
-    """GB/s of a copy (bytes read and written) and of a read, the best that torch does of 1 GiB."""
-    source = torch.ones(2**28, device=DEVICE)
-    target = torch.empty_like(source)
-    times = microseconds({"copy": [lambda: target.copy_(source)], "read": [lambda: source.sum()]})
-    return 2 * source.nbytes / times["copy"][0] / 1e3, source.nbytes / times["read"][0] / 1e3
-
-
-def peak(dtype: str) -> float:
-    """GFLOP/s of a product of two large square matrices."""
-    a = weight(8192, 8192, dtype)
-    return 2 * len(a) ** 3 / microseconds({"product": [lambda: a @ a]})["product"][0] / 1e3
 
 
 def row(problem: Problem, limits: dict[str, float]) -> Row:

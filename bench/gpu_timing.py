@@ -1,0 +1,51 @@
+"""Timing on a card: CUDA graphs that are replayed in turns, and what the card can do at best."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.baselines import DTYPES
+
+DEVICE = "cuda"
+Call = Callable[[], Tensor]
+
+
+def graph(calls: list[Call]) -> torch.cuda.CUDAGraph:
+    for call in calls:  # compiles, and warms the libraries up
+        call()
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for call in calls:
+            call()
+    return captured
+
+
+def microseconds(contenders: dict[str, list[Call]], rounds: int = 15) -> dict[str, list[float]]:
+    """Microseconds a call of each contender, round by round, the contenders taking turns; sorted."""
+    graphs = {name: graph(calls) for name, calls in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(1 + rounds):
+        for name, captured in graphs.items():
+            begin.record()
+            captured.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(1e3 * begin.elapsed_time(end) / len(contenders[name]))
+    return {name: sorted(values[1:]) for name, values in times.items()}
+
+
+def bandwidths() -> tuple[float, float]:
+    """GB/s of a copy (bytes read and written) and of a read, the best that torch does of 1 GiB."""
+    source = torch.ones(2**28, device=DEVICE)
+    target = torch.empty_like(source)
+    times = microseconds({"copy": [lambda: target.copy_(source)], "read": [lambda: source.sum()]})
+    return 2 * source.nbytes / times["copy"][0] / 1e3, source.nbytes / times["read"][0] / 1e3
+
+
+def peak(dtype: str) -> float:
+    """GFLOP/s of a product of two large square matrices."""
+    a = torch.randn(8192, 8192, device=DEVICE).to(DTYPES[dtype])
+    return 2 * len(a) ** 3 / microseconds({"product": [lambda: a @ a]})["product"][0] / 1e3
