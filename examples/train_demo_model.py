@@ -557,7 +557,7 @@ def train(
     A model of another kind, which is not checked in:
 
     `python examples/train_demo_model.py train --architecture gpt_neox --steps 800 --cosine-steps 1700
-    --cooldown-steps 100 --out build/gpt_neox_model --work-dir build/gpt_neox_work`
+    --cooldown-steps 100 --out build/gpt_neox --work-dir build/gpt_neox_work`
     """
     torch.set_num_threads(threads)
     recipe = Recipe(architecture, steps, lr, warmup_steps, cosine_steps, cooldown_steps, rows_per_step, seed)
