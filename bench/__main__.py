@@ -75,7 +75,12 @@ def main(
     stamp = conditions()
     console.print(stamp)
     if base is not None:
-        rows = compare.against(base, chosen, counts, rounds, console)
+        try:
+            rows = compare.against(base, chosen, counts, rounds, console)
+        except ValueError as error:  # no such revision, or it does not build
+            console.print(f"[red]error:[/red] {error}")
+            raise typer.Exit(1) from None
+        stamp += f", against {base}"
         show(console, f"this revision against {base} (`x base`: how many times as fast)", rows)
     elif against:
         # one thread by default: other programs' turns do not count in its time
