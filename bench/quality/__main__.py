@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from transformers.utils import logging
 
-from bench.__main__ import RESULTS, conditions
+from bench.report import RESULTS, conditions
 from bench.quality.plots import draw
 from bench.quality.run import Settings, run
 from bench.quality.store import Store, write
