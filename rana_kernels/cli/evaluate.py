@@ -70,15 +70,16 @@ def evaluate_model(
     dense_losses = None if original is None else evaluate.token_losses(original, some, progress=progress)
     plan = attached_plan(model)
     assert plan is not None, "load gives models with a plan"
+    density = _density(plan, counts)
     facts = {
         "model": found,
         "dense": dense,
-        "density": _density(plan, counts),
+        "density": density,
         "adapters": _adapters(plan, counts),
         **_spots(plan, counts, some, losses, dense_losses, tokenizer),
     }
     print_json(facts) if as_json else show_evaluation(facts, plan)
-    _warn(facts["density"])
+    _warn(density)
 
 
 def _measure(model: Any, rows: Tensor) -> dict[str, float]:
