@@ -7,12 +7,12 @@ import typer
 from rich.console import Console
 from transformers.utils import logging
 
-from bench.report import RESULTS, conditions
 from bench.quality.plots import draw
 from bench.quality.run import Settings, run
 from bench.quality.store import Store, write
 from bench.quality.subject import open_subject
 from bench.quality.tables import page
+from bench.report import RESULTS, conditions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT = Settings()
