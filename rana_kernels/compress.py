@@ -21,6 +21,7 @@ from rana_kernels.card import made_from
 from rana_kernels.checkpoint import attach_plan
 from rana_kernels.dense import serve_dense
 from rana_kernels.fill import block_tensors, with_threshold
+from rana_kernels.huge_pages import use_huge_pages
 from rana_kernels.install import check_plan, dense_names, put
 from rana_kernels.layer import Layer
 from rana_kernels.measure import AdapterReport, CompressReport, measure, model_bytes, model_flops_reduction
@@ -77,6 +78,7 @@ def compress(
     asked = plan or Plan((), method, flops_reduction)
     done = asked.with_adapters(tuple(adapters))
     serve_dense(model, dense_names(model, done))
+    use_huge_pages(model)
     report = CompressReport(
         plan=done,
         adapters=measured,

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import rana_kernels as rana
 from bench.decode.random_adapters import LIVE_SHARE, adapt
 from rana_kernels.dense import serve_dense
+from rana_kernels.huge_pages import use_huge_pages
 
 NAMES = ("dense", "dense, ours", "static", "rana")
 
@@ -25,6 +26,8 @@ def from_random(dense: PreTrainedModel, keep: float) -> dict[str, PreTrainedMode
     static, masked = twin(dense), twin(dense)
     adapt(static, keep, live_share=1.0)
     adapt(masked, keep, live_share=LIVE_SHARE)
+    for model in (static, masked):
+        use_huge_pages(model)  # as `compress` and `load` do
     return dict(zip(NAMES, (dense, _served(dense), static, masked), strict=True))
 
 

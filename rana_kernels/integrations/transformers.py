@@ -32,6 +32,7 @@ from rana_kernels.checkpoint import (
     write_manifest,
 )
 from rana_kernels.headers import CheckpointError, check_tensors, read_header
+from rana_kernels.huge_pages import use_huge_pages
 from rana_kernels.install import install
 from rana_kernels.integrations.sharding import SetAside, processes
 from rana_kernels.modules import check_thresholds
@@ -137,6 +138,7 @@ class RanaQuantizer(HfQuantizer):
             )
         # transformers places tensors itself and so passes by the check of load_state_dict
         check_thresholds(model)
+        use_huge_pages(model)
         return model
 
     def is_serializable(self, **_) -> bool:
