@@ -53,9 +53,14 @@ def versions() -> str:
 
 
 def revision() -> str:
-    describe = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    """Of the code: results and pages that are not committed yet do not make it another one."""
+    found = _git("describe", "--always").stdout.strip()
+    changed = _git("diff", "--quiet", "HEAD", "--", ".", ":!bench/results", ":!docs").returncode != 0
+    return f"{found}-dirty" if found and changed else found or "unknown"
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def columns(rows: list[Row]) -> list[str]:
