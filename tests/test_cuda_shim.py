@@ -4,6 +4,7 @@ Their own source is compiled by the host's compiler against `cuda_shim`. A proce
 shim ended counts as a failure, so all of this happens in children.
 """
 
+import faulthandler
 import os
 import re
 import shutil
@@ -120,6 +121,7 @@ def survives(folder: Path, op: str, mutation: build.Mutation | None) -> bool:
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
+        faulthandler.disable()  # crashes are what is wanted of a mutant
         os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT), 2)
         status = 1
         try:
