@@ -176,7 +176,9 @@ def compression(found: dict) -> str:
     ]
     assumed = (
         f"Extrapolated from these fits: {found['tokens']} tokens of calibration, on this machine; in GB the "
-        "largest second moment, and all of them together.\n"
+        "largest second moment, and all of them together. Beyond the largest block measured, hours of "
+        "compressing are lower bounds: decompositions, which grow with n³, are not yet most of its time, and "
+        "a coefficient below zero is the fit's.\n"
     )
     return "\n".join([
         COST,
