@@ -193,21 +193,27 @@ def new_model(architecture: Architecture, seed: int) -> PreTrainedModel:
     return new_llama() if architecture is Architecture.llama else new_gpt_neox()
 
 
+# of the configuration of every architecture
+SHARED = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": ROW,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
 def new_llama() -> LlamaForCausalLM:
     """Gated MLPs, grouped-query attention, no biases."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
             hidden_size=256,
             intermediate_size=688,
             num_hidden_layers=6,
             num_attention_heads=8,
             num_key_value_heads=4,
-            max_position_embeddings=ROW,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
+            **SHARED,
         )
     )
 
@@ -216,16 +222,11 @@ def new_gpt_neox() -> GPTNeoXForCausalLM:
     """MLPs of GELU without gates, fused qkv, biases, attention and MLP side by side: as in Pythia."""
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
-            vocab_size=VOCABULARY,
             hidden_size=192,
             intermediate_size=768,
             num_hidden_layers=6,
             num_attention_heads=6,
-            max_position_embeddings=ROW,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
+            **SHARED,
         )
     )
 

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ pytest.importorskip("matplotlib", reason="the plots need the extra `plots`")
 from examples.demo.decode_step import BlockShape
 from examples.demo.figures import FIGURES
 from examples.demo.run import Settings, run
+from tests.results import numbers_in
 
 ROWS, LENGTH = 8, 64
 BUDGETS = (0.3, 0.44)
@@ -79,17 +79,9 @@ def test_every_figure_says_what_produced_it(report):
 
 def test_every_number_is_finite(report):
     _, results = report
-    numbers = list(_numbers(results))
+    numbers = list(numbers_in(results))
     assert len(numbers) > 100
     assert all(math.isfinite(number) for number in numbers)
-
-
-def _numbers(data) -> Iterator[float]:
-    if isinstance(data, dict | list):
-        for value in data.values() if isinstance(data, dict) else data:
-            yield from _numbers(value)
-    elif isinstance(data, int | float):
-        yield data
 
 
 def test_costs_are_those_asked_for(report):

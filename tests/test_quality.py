@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from bench.quality.measure import measure
 from bench.quality.subject import SCOPES, Subject, open_subject, scoped
 from rana_kernels.density import costs_of, planned_live
 from rana_kernels.models import find_blocks
+from tests.results import numbers_in
 
 BUDGETS = (0.56, 0.4)
 METHODS = ("teal", "cats", "global")
@@ -80,7 +80,7 @@ def test_every_contender_is_measured_at_equal_cost(results):
             assert row["perplexity"] > 1 and all(len(v) == 2 for v in row["layers"].values())
     assert "CATS leaves" in rows["both cats 0.40"]["failed"]
     assert not any(row["failed"] for key, row in rows.items() if "global" in key and "both" in key)
-    assert all(math.isfinite(number) for number in _numbers(data))
+    assert all(math.isfinite(number) for number in numbers_in(data))
 
 
 def test_tables_and_plots_have_it_all(results):
@@ -104,14 +104,6 @@ def test_results_of_another_text_are_not_mixed(results, folder):
     _, output = results
     done = command(folder, output, "--calibration", folder / "evaluation.safetensors")
     assert done.exit_code == 1 and "of another model or other text" in " ".join(done.output.split())
-
-
-def _numbers(data) -> Iterator[float]:
-    if isinstance(data, dict | list):
-        for value in data.values() if isinstance(data, dict) else data:
-            yield from _numbers(value)
-    elif isinstance(data, int | float):
-        yield data
 
 
 @pytest.mark.parametrize("build", [teal, wina])

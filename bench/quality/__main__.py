@@ -9,10 +9,10 @@ from transformers.utils import logging
 
 from bench.quality.plots import draw
 from bench.quality.run import Settings, run
-from bench.quality.store import Store, write
+from bench.quality.store import Store
 from bench.quality.subject import open_subject
 from bench.quality.tables import page
-from bench.report import RESULTS, conditions
+from bench.report import RESULTS, conditions, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT = Settings()

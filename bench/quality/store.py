@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from bench.quality.subject import Subject
+from bench.report import write
 from rana_kernels.resume import fingerprint
 
 
@@ -41,11 +41,3 @@ class Store:
         if self.conditions not in self.data["conditions"]:
             self.data["conditions"].append(self.conditions)
         write(self.path, json.dumps(self.data, indent=1, allow_nan=False) + "\n")
-
-
-def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -7,15 +7,12 @@ from pathlib import Path
 import typer
 
 import rana_kernels
-from rana_kernels.cli.options import app
+from rana_kernels.cli.options import UNCHANGED, app
 
 PARTS = ("gpu", "decode", "quality", "scale", "plot", "page")
 
 
-@app.command(
-    "bench",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
+@app.command("bench", context_settings=UNCHANGED)
 def bench(context: typer.Context) -> None:
     """Time the ops against their baselines (`python -m bench` of a checkout; `rana bench --help`)."""
     root = Path(rana_kernels.__file__).parent.parent

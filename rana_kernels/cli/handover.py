@@ -2,20 +2,17 @@
 
 import typer
 
-from rana_kernels.cli.options import app
+from rana_kernels.cli.options import UNCHANGED, app
 from rana_kernels.integrations.handover import hand_over
 
-# everything after the command's name is the other program's
-_UNCHANGED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
-
-@app.command("serve", context_settings=_UNCHANGED)
+@app.command("serve", context_settings=UNCHANGED)
 def serve(context: typer.Context) -> None:
     """`transformers serve`, which then finds compressed models: an OpenAI-compatible server."""
     hand_over("transformers", ["serve", *context.args], "'transformers[serving]'")
 
 
-@app.command("lm-eval", context_settings=_UNCHANGED)
+@app.command("lm-eval", context_settings=UNCHANGED)
 def lm_eval(context: typer.Context) -> None:
     """`lm-eval`, which then finds compressed models: the evaluation harness."""
     hand_over("lm-eval", context.args, "'lm-eval[hf]'")

@@ -22,6 +22,10 @@ app = typer.Typer(
 )
 
 
+# of commands whose arguments are another program's, all of them
+UNCHANGED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
 class Dtype(str, Enum):
     """Of the weights; auto: as they are stored."""
 
