@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.progress import track
 
-from rana_kernels import budget, paper, rankadaptor
 from rana_kernels.calibrate import Stats
 from rana_kernels.layer import Layer
+from rana_kernels.methods import budget, paper, rankadaptor
+from rana_kernels.methods.search import Search
 from rana_kernels.models import find_blocks
 from rana_kernels.plan import Adapter, Plan
 from rana_kernels.resume import ResumeDir
-from rana_kernels.search import Search
 
 DEFAULT = "global"
 # what of `calibrate` a method reads: its arguments
@@ -67,5 +67,5 @@ def check_method(method: str, search: Search | None) -> None:
     if (method == "rankadaptor") != (search is not None):
         raise ValueError(
             f"method is {method!r} and search is {'given' if search else None}, wanted a "
-            "rana_kernels.search.Search with method 'rankadaptor', and only there"
+            "rana_kernels.methods.search.Search with method 'rankadaptor', and only there"
         )

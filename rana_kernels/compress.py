@@ -15,7 +15,7 @@ from typing import Any
 from rich.progress import track
 from torch import Tensor, nn
 
-from rana_kernels import allocate, paper
+from rana_kernels import allocate
 from rana_kernels.calibrate import Stats, calibrate
 from rana_kernels.card import made_from
 from rana_kernels.checkpoint import attach_plan
@@ -25,10 +25,11 @@ from rana_kernels.huge_pages import use_huge_pages
 from rana_kernels.install import check_plan, dense_names, put
 from rana_kernels.layer import Layer
 from rana_kernels.measure import AdapterReport, CompressReport, measure, model_bytes, model_flops_reduction
+from rana_kernels.methods import paper
+from rana_kernels.methods.search import Search
 from rana_kernels.models import describe, find_blocks
 from rana_kernels.plan import Adapter, Plan
 from rana_kernels.resume import ResumeDir, fingerprint
-from rana_kernels.search import Search
 
 
 def compress(

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from rana_kernels.install import is_fused
 from rana_kernels.layer import Layer
+from rana_kernels.methods.split import threshold_for
 from rana_kernels.plan import Adapter
-from rana_kernels.split import threshold_for
 
 
 def with_threshold(layer: Layer, adapter: Adapter) -> Adapter:

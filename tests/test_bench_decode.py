@@ -14,7 +14,7 @@ from bench.decode.profile import where_time_goes
 from bench.decode.shapes import SHAPES, random_model
 from bench.decode.steps import Decoder, compiled
 from rana_kernels.dense import DenseLinear
-from rana_kernels.evaluate import kept_rows
+from rana_kernels.evaluation.evaluate import kept_rows
 from rana_kernels.modules import RanaLinear, RanaMLP
 
 KEEP = 0.56

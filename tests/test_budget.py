@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from rana_kernels import budget
 from rana_kernels.allocate import plan
-from rana_kernels.budget import Choice, spend
 from rana_kernels.calibrate import calibrate
 from rana_kernels.compress import compress
 from rana_kernels.decompose import decompose
 from rana_kernels.layer import Layer
+from rana_kernels.methods import budget
+from rana_kernels.methods.budget import Choice, spend
+from rana_kernels.methods.split import threshold_for
 from rana_kernels.models import find_blocks
 from rana_kernels.plan import Adapter
-from rana_kernels.split import threshold_for
 from tests.test_compress import hand_plan, logits, make_model, tokens
 
 DEMO_MODEL = Path(__file__).parent.parent / "examples" / "demo_model"

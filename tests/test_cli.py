@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rana_kernels as rana
 from rana_kernels import cli
-from rana_kernels.density import MARGIN
-from rana_kernels.evaluate import decode_speed, kept_rows, perplexity
+from rana_kernels.evaluation.density import MARGIN
+from rana_kernels.evaluation.evaluate import decode_speed, kept_rows, perplexity
 from rana_kernels.integrations import handover
 from rana_kernels.tokens import read_rows
 

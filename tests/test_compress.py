@@ -12,12 +12,12 @@ from rana_kernels.allocate import plan
 from rana_kernels.calibrate import INPUTS, calibrate
 from rana_kernels.compress import compress
 from rana_kernels.decompose import decompose
+from rana_kernels.evaluation.live import count_live
 from rana_kernels.layer import linear_of
-from rana_kernels.live import count_live
+from rana_kernels.methods.split import Splits, threshold_for
 from rana_kernels.models import find_blocks
 from rana_kernels.modules import RanaMLP, RanaReceiver
 from rana_kernels.plan import Adapter, Plan
-from rana_kernels.split import Splits, threshold_for
 from tests.architectures import MODELS
 
 ARCHITECTURES = tuple(MODELS)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rana_kernels.backends import reference
-from rana_kernels.live import count_live
+from rana_kernels.evaluation.live import count_live
 from rana_kernels.modules import RanaLinear, RanaMLP, RanaNeuronLinear, check_thresholds, joint_linears
 
 K, N, I = 24, 40, 56  # noqa: E741

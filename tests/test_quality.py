@@ -19,7 +19,7 @@ from bench.quality.fit import TOLERANCE, fit, measured_keep
 from bench.quality.layers import kept_energy
 from bench.quality.measure import measure
 from bench.quality.subject import SCOPES, Subject, open_subject, scoped
-from rana_kernels.density import costs_of, planned_live
+from rana_kernels.evaluation.density import costs_of, planned_live
 from rana_kernels.models import find_blocks
 from tests.results import numbers_in
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import rana_kernels as rana
-from rana_kernels import rankadaptor
 from rana_kernels.allocate import plan
 from rana_kernels.calibrate import INPUTS, calibrate
-from rana_kernels.evaluate import perplexity
-from rana_kernels.performance import PerformanceModel, Site, features
+from rana_kernels.evaluation.evaluate import perplexity
+from rana_kernels.methods import rankadaptor
+from rana_kernels.methods.performance import PerformanceModel, Site, features
+from rana_kernels.methods.search import Search, best_allocation
 from rana_kernels.resume import ResumeDir
-from rana_kernels.search import Search, best_allocation
 from tests.test_cli import compression, folder, run  # noqa: F401 - fixtures
 from tests.test_compress import logits, make_model, tokens
 
@@ -148,7 +148,7 @@ def test_shares_of_the_sites_are_those_of_the_errors(stats):
 
 
 def test_requests_that_do_not_fit(stats):
-    with pytest.raises(ValueError, match="wanted a rana_kernels.search.Search with method 'rankadaptor'"):
+    with pytest.raises(ValueError, match="wanted a rana_kernels.methods.search.Search with method"):
         rana.compress(stats.model, stats=stats, flops_reduction=0.5, method="rankadaptor", progress=False)
     with pytest.raises(ValueError, match="and only there"):
         plan(stats, flops_reduction=0.5, method="global", search=Search(tokens()), progress=False)

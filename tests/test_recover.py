@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import rana_kernels as rana
-from rana_kernels import lora_ranks, recover
+from rana_kernels import recover
 from rana_kernels.checkpoint import attached_plan
 from rana_kernels.cli import recover as command
-from rana_kernels.factored import FactoredLinear, close, factor, factored
-from rana_kernels.live import count_live
+from rana_kernels.evaluation.live import count_live
 from rana_kernels.recover import Training, learning_rate, train
-from rana_kernels.refit import refit
+from rana_kernels.recovery import lora_ranks
+from rana_kernels.recovery.factored import FactoredLinear, close, factor, factored
+from rana_kernels.recovery.refit import refit
 from tests.test_cli import compressed, folder, run  # noqa: F401 - fixtures
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 

@@ -24,7 +24,7 @@ from bench.decode.shapes import SHAPES, random_model
 from bench.decode.steps import Decoder, compiled
 from bench.models import KEEP
 from bench.timing import using
-from rana_kernels.evaluate import perplexity
+from rana_kernels.evaluation.evaluate import perplexity
 
 DRAFT_PROMPTS, DRAFT_PROMPT, DRAFT_TOKENS = 4, 64, 64
 Models = dict[str, PreTrainedModel]

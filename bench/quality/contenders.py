@@ -12,14 +12,14 @@ from torch import nn
 import rana_kernels as rana
 from bench.quality.masks import mask_gates, mask_inputs
 from bench.quality.subject import Subject, scoped
-from rana_kernels import paper
-from rana_kernels.adapters import dense_adapter
-from rana_kernels.budget import Curve, plan_curves
 from rana_kernels.calibrate import Stats
-from rana_kernels.density import Costs, costs_of
+from rana_kernels.evaluation.density import Costs, costs_of
 from rana_kernels.layer import Layer
+from rana_kernels.methods import paper
+from rana_kernels.methods.adapters import dense_adapter
+from rana_kernels.methods.budget import Curve, plan_curves
+from rana_kernels.methods.search import Search
 from rana_kernels.plan import Adapter, Plan
-from rana_kernels.search import Search
 
 
 @dataclass

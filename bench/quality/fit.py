@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.quality.contenders import Candidate
 from bench.quality.subject import BATCH
-from rana_kernels.evaluate import kept_rows
+from rana_kernels.evaluation.evaluate import kept_rows
 
 TOLERANCE = 0.005  # of the dense cost
 FIT_ROWS = 16  # of the evaluation text, spread over it, on which the cost is measured for the fit

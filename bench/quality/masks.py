@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.quality.subject import Subject, scoped
-from rana_kernels.density import Costs
+from rana_kernels.evaluation.density import Costs
 from rana_kernels.layer import Layer
-from rana_kernels.split import threshold_for
+from rana_kernels.methods.split import threshold_for
 
 
 class MaskedLinear(nn.Module):

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from bench.quality.contenders import Candidate
 from bench.quality.subject import BATCH
-from rana_kernels.density import Costs
-from rana_kernels.evaluate import token_losses
-from rana_kernels.live import LiveCount, count_live
+from rana_kernels.evaluation.density import Costs
+from rana_kernels.evaluation.evaluate import token_losses
+from rana_kernels.evaluation.live import LiveCount, count_live
 
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from bench.quality.contenders import CONTENDERS, Candidate
 from bench.quality.measure import QUANTILES, Measured, measure
 from bench.quality.subject import Subject, some_rows
-from rana_kernels.density import planned_live
-from rana_kernels.spots import Field, keep_of_predictions
+from rana_kernels.evaluation.density import planned_live
+from rana_kernels.evaluation.spots import Field, keep_of_predictions
 
 SPOTS = 8
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rana_kernels.budget import Curve, model_curves
 from rana_kernels.calibrate import Stats, calibrate
 from rana_kernels.cli.options import Dtype, hold_out, open_model, open_tokenizer
+from rana_kernels.methods.budget import Curve, model_curves
 from rana_kernels.models import Block, find_blocks
 from rana_kernels.tokens import read_rows
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import rana_kernels as rana
 from examples.demo.model import DemoModel
 from examples.demo.results import Adapted, Quality, Variant
-from rana_kernels.budget import model_curves, plan_curves
 from rana_kernels.calibrate import Stats
-from rana_kernels.live import count_live
+from rana_kernels.evaluation.live import count_live
 from rana_kernels.measure import AdapterReport, CompressReport
+from rana_kernels.methods.budget import model_curves, plan_curves
 from rana_kernels.plan import Adapter, Plan
 
 METHODS = ("global", "paper", "static")

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from rana_kernels import evaluate
 from rana_kernels.allocate import DEFAULT, NEEDS
 from rana_kernels.calibrate import calibrate
 from rana_kernels.card import note
@@ -26,8 +25,9 @@ from rana_kernels.cli.options import (
     print_json,
 )
 from rana_kernels.compress import compress as compress_model
+from rana_kernels.evaluation import evaluate
 from rana_kernels.integrations.transformers import save
-from rana_kernels.search import Search, own_history
+from rana_kernels.methods.search import Search, own_history
 from rana_kernels.tables import show_compression
 from rana_kernels.tokens import read_rows
 

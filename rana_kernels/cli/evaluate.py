@@ -9,7 +9,6 @@ import torch
 import typer
 from torch import Tensor
 
-from rana_kernels import evaluate
 from rana_kernels.checkpoint import attached_plan
 from rana_kernels.cli.options import (
     AsJson,
@@ -23,11 +22,12 @@ from rana_kernels.cli.options import (
     open_tokenizer,
     print_json,
 )
-from rana_kernels.density import MARGIN, costs_of, planned_live
+from rana_kernels.evaluation import evaluate
+from rana_kernels.evaluation.density import MARGIN, costs_of, planned_live
+from rana_kernels.evaluation.live import LiveCount, count_live
+from rana_kernels.evaluation.spots import Field, keep_of_predictions
 from rana_kernels.integrations.transformers import load
-from rana_kernels.live import LiveCount, count_live
 from rana_kernels.plan import Plan
-from rana_kernels.spots import Field, keep_of_predictions
 from rana_kernels.tables import show_evaluation
 from rana_kernels.tokens import read_rows
 

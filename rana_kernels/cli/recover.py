@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from rana_kernels import evaluate
 from rana_kernels.card import note
 from rana_kernels.checkpoint import check_target
 from rana_kernels.cli.options import (
@@ -25,9 +24,10 @@ from rana_kernels.cli.options import (
     open_tokenizer,
     print_json,
 )
+from rana_kernels.evaluation import evaluate
 from rana_kernels.integrations.transformers import load, save
+from rana_kernels.methods.search import Search, own_history
 from rana_kernels.recover import Training
-from rana_kernels.search import Search, own_history
 from rana_kernels.tokens import read_rows
 
 

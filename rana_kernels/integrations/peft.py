@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rana_kernels.checkpoint import attach_plan, attached_facts, attached_plan
 from rana_kernels.modules import RanaLinear, RanaMLP, RanaNeuronLinear, RanaReceiver
-from rana_kernels.split_mlp import RanaSplitMLP, put_together, take_apart
+from rana_kernels.recovery.split_mlp import RanaSplitMLP, put_together, take_apart
 
 
 def add(model: nn.Module, config: LoraConfig) -> PeftModel:

@@ -17,13 +17,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from rana_kernels import lora_ranks
-from rana_kernels.evaluate import perplexity
-from rana_kernels.factored import close, factor
+from rana_kernels.evaluation.evaluate import perplexity
+from rana_kernels.methods.search import Search, best_allocation
 from rana_kernels.recover import Training, train
-from rana_kernels.refit import refit
+from rana_kernels.recovery import lora_ranks
+from rana_kernels.recovery.factored import close, factor
+from rana_kernels.recovery.refit import refit
 from rana_kernels.resume import ResumeDir
-from rana_kernels.search import Search, best_allocation
 
 ALPHA = 16  # rsLoRA multiplies by ALPHA / √rank
 REFIT_TOKENS = 4096

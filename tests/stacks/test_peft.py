@@ -10,7 +10,7 @@ import rana_kernels as rana
 from rana_kernels.checkpoint import attached_plan
 from rana_kernels.modules import RanaLinear, RanaMLP
 from rana_kernels.plan import Plan
-from rana_kernels.split_mlp import put_together, take_apart
+from rana_kernels.recovery.split_mlp import put_together, take_apart
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 
 peft = pytest.importorskip("peft")

@@ -9,11 +9,11 @@ from torch import nn
 import rana_kernels as rana
 from rana_kernels import recover as training
 from rana_kernels.checkpoint import attached_plan
-from rana_kernels.evaluate import perplexity
-from rana_kernels.factored import factor, factored
-from rana_kernels.live import count_live
+from rana_kernels.evaluation.evaluate import perplexity
+from rana_kernels.evaluation.live import count_live
+from rana_kernels.methods.search import Search
 from rana_kernels.recover import Training
-from rana_kernels.search import Search
+from rana_kernels.recovery.factored import factor, factored
 from tests.test_cli import compressed, folder, run  # noqa: F401 - fixtures
 from tests.test_compress import assert_equal_states, logits, make_model, tokens
 

@@ -16,7 +16,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from rana_kernels.performance import EARLIER, PerformanceModel, Site, features
+from rana_kernels.methods.performance import EARLIER, PerformanceModel, Site, features
 from rana_kernels.resume import ResumeDir, write_json
 
 FORMAT = 1

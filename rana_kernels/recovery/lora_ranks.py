@@ -5,9 +5,9 @@ All the same, or by an allocation of RankAdaptor's search (`search.py`): a site 
 
 from torch import Tensor, nn
 
-from rana_kernels.factored import factored
+from rana_kernels.methods.performance import Site
 from rana_kernels.models import Block, find_blocks
-from rana_kernels.performance import Site
+from rana_kernels.recovery.factored import factored
 
 
 def sites(model: nn.Module) -> tuple[list[Site], dict[str, int]]:

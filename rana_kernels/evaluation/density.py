@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rana_kernels.live import LiveCount
+from rana_kernels.evaluation.live import LiveCount
 from rana_kernels.plan import Plan
 
 # By how much, of what the plan says, the rows that are kept may differ before the text is called another

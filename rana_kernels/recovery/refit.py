@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from rana_kernels.checkpoint import attach_plan, attached_facts, attached_plan
-from rana_kernels.factored import Factored, factored
+from rana_kernels.methods.split import threshold_for
 from rana_kernels.models import decoder_name
 from rana_kernels.plan import Adapter
-from rana_kernels.split import threshold_for
+from rana_kernels.recovery.factored import Factored, factored
 
 
 @torch.no_grad()

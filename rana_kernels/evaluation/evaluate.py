@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
-from rana_kernels.live import LiveCount, count_live
+from rana_kernels.evaluation.live import LiveCount, count_live
 
 
 @dataclass

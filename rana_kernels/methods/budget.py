@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from rich.progress import track
 
-from rana_kernels.adapters import dense_adapter, make_adapter
 from rana_kernels.calibrate import Stats
 from rana_kernels.layer import Layer
+from rana_kernels.methods.adapters import dense_adapter, make_adapter
+from rana_kernels.methods.split import RANK_STEP, ROUNDING, Splits, smallest_budget
 from rana_kernels.models import find_blocks
 from rana_kernels.plan import Adapter, Plan
-from rana_kernels.split import RANK_STEP, ROUNDING, Splits, smallest_budget
 
 SHARES = tuple(i / 48 for i in range(1, 48))  # of the dense cost: where the curves are taken
 ERROR_TOKENS = 1024  # of the sample, for errors that are measured

@@ -17,17 +17,17 @@ from dataclasses import replace
 from rich.progress import track
 from torch import Tensor, nn
 
-from rana_kernels.budget import Choice, Curve, block_curves, plan_curves
 from rana_kernels.calibrate import Stats
-from rana_kernels.evaluate import perplexity
+from rana_kernels.evaluation.evaluate import perplexity
 from rana_kernels.fill import block_tensors, with_threshold
 from rana_kernels.install import check_plan, put, swap
 from rana_kernels.layer import Layer
+from rana_kernels.methods.budget import Choice, Curve, block_curves, plan_curves
+from rana_kernels.methods.performance import Site
+from rana_kernels.methods.search import Search, best_allocation
 from rana_kernels.models import find_blocks, is_described
-from rana_kernels.performance import Site
 from rana_kernels.plan import Plan
 from rana_kernels.resume import ResumeDir
-from rana_kernels.search import Search, best_allocation
 
 
 def plan_by_search(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rana_kernels.backends import reference
 from rana_kernels.checks import wide_dtype
 from rana_kernels.modules import RanaLinear, RanaMLP, RanaNeuronLinear
-from rana_kernels.split_mlp import RanaSplitMLP, put_together, take_apart
+from rana_kernels.recovery.split_mlp import RanaSplitMLP, put_together, take_apart
 
 
 class FactoredLinear(nn.Module):

@@ -13,11 +13,11 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from rana_kernels.adapters import dense_adapter, make_adapter
 from rana_kernels.layer import Layer, linear_of
+from rana_kernels.methods.adapters import dense_adapter, make_adapter
+from rana_kernels.methods.split import ROUNDING, Split, Splits, smallest_budget, threshold_for
 from rana_kernels.models import Block
 from rana_kernels.plan import Adapter
-from rana_kernels.split import ROUNDING, Split, Splits, smallest_budget, threshold_for
 
 # the search of algorithm 2: shares of gate, up and down in an MLP's budget, in eighteenths; where one
 # linear is both gate and up, or there is no gate, of that linear and down

@@ -1,0 +1,1 @@
+"""What recovery trains: adapters as plain linears, a budget of LoRA ranks, thresholds for the new weights."""
