@@ -44,7 +44,7 @@ inline Tensor empty_output(const Tensor& input, int64_t columns) {
 
 // An op of torch's. `stack` holds its arguments, and its result afterwards.
 inline Tensor call(const char* name, const char* overload, StableIValue* stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
