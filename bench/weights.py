@@ -1,4 +1,7 @@
-"""Random weights for benchmarks, in copies that leave the cache between two uses; where thresholds go."""
+"""Random weights for benchmarks, in copies that leave the cache between two uses; where thresholds go.
+
+They lie on huge pages where the system gives them, the dense ones like ours: so a compressed model is served.
+"""
 
 import itertools
 import math
@@ -7,6 +10,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from rana_kernels.huge_pages import collapse
 
 ROTATED_BYTES = 160 * 2**20  # several times the last-level cache
 PART = 2**22  # values of a weight that are drawn together, from a pool of twice as many
@@ -23,6 +28,7 @@ def weight(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     for part in flat.split(PART):
         start = int(torch.randint(2 * PART - len(part), ()))
         part.copy_(_pool()[start : start + len(part)] * columns**-0.5)
+    collapse([flat])
     return flat.view(rows, columns)
 
 

@@ -6,10 +6,11 @@ moves memory and changes none, so where it does not, nothing is said.
 
 import ctypes
 import sys
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 MADV_COLLAPSE = 25  # of linux/mman.h
 _SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
@@ -20,17 +21,22 @@ def use_huge_pages(model: nn.Module) -> int:
 
     Takes about half a second a gigabyte, and for a moment one huge page of memory.
     """
+    return collapse(chain(model.parameters(), model.buffers()))
+
+
+def collapse(tensors: Iterable[Tensor]) -> int:
+    """The same for tensors, which are contiguous. Tied ones count once."""
     if sys.platform != "linux" or not _SIZE.exists():
         return 0
     size, moved = int(_SIZE.read_text()), 0
-    tensors = (t for t in chain(model.parameters(), model.buffers()) if t.device.type == "cpu")
-    for begin, end in {(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors}:  # tied weights once
+    here = (t for t in tensors if t.device.type == "cpu")
+    for begin, end in {(t.data_ptr(), t.data_ptr() + t.nbytes) for t in here}:
         first, last = -(-begin // size) * size, end // size * size
-        if first < last and _collapse(first, last - first):
+        if first < last and _advise(first, last - first):
             moved += last - first
     return moved
 
 
-def _collapse(address: int, length: int) -> bool:
+def _advise(address: int, length: int) -> bool:
     found = ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), MADV_COLLAPSE)
     return found == 0

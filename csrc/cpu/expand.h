@@ -8,9 +8,10 @@
 
 namespace {
 
-// Rows read side by side: enough streams to fill the memory bus, and few enough for the hardware
-// prefetcher to follow (16 are slower, 24 half as fast).
+// Rows of several tokens that are read side by side: enough streams to fill the memory bus, and few enough for
+// the hardware prefetcher to follow (16 are slower, 24 half as fast). One token has its own number, and order.
 constexpr int kStreams = 12;
+constexpr int kFarStreams = 10;
 #if defined(__AVX512F__)
 constexpr int kTokensAtOnce = 8;  // 16 sums, the rows and a value in 32 registers
 constexpr int kPanelTokens = 12;  // 24 sums
@@ -20,14 +21,16 @@ constexpr int kPanelTokens = 6;
 #endif
 
 // How far ahead of their use the rows are asked for. The hardware follows a dozen streams only as long as the
-// loads of one are close together in time, which the sums of several tokens between them prevent.
+// loads of one are close together in time, which the sums of several tokens between them prevent; and it does
+// not know where a stream goes on when a row ends.
 constexpr int64_t kAheadBytes = 256;
+constexpr int64_t kFarAheadBytes = 1024;
 constexpr int64_t kLineBytes = 64;
 
 template <class T>
 inline void ask_for(const T* chunk) {
-  const char* p = reinterpret_cast<const char*>(chunk) + kAheadBytes;
-  for (int64_t i = 0; i < kChunk * static_cast<int64_t>(sizeof(T)); i += kLineBytes) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < kChunk * static_cast<int64_t>(sizeof(T)); i += kLineBytes)
+    __builtin_prefetch(reinterpret_cast<const char*>(chunk) + i);
 }
 
 // sums[m][0, kChunk) += Σ values[s][m] · rows of step s, for kSteps steps and kTokens tokens.
@@ -61,25 +64,49 @@ inline void add_chunk(Rows rows, const typename Step::Value* values, int64_t tok
   if (m < tokens) add(std::integral_constant<int, 1>{});
 }
 
-// One token: its values stay in registers while the rows pass.
-template <class T, int kRows>
-inline void add_rows(const T* const* row, const float* values, int64_t size, float* sums) {
-  Vec h[kRows];
-  for (int r = 0; r < kRows; r++) h[r] = splat(values[r]);
-  const auto add = [&](int64_t n, auto load_at) {
+// One row of each stream of one token, whose values stay in registers while the rows pass; `next` are the rows
+// that the streams go on with.
+template <class T>
+inline void add_rows(const T* const (&row)[kFarStreams], const T* const (&next)[kFarStreams], const float* h,
+                     int64_t size, float* sums) {
+  constexpr int64_t kAhead = kFarAheadBytes / sizeof(T);
+  Vec value[kFarStreams];
+  for (int i = 0; i < kFarStreams; i++) value[i] = splat(h[i]);
+  const auto add = [&](int64_t n, const T* const(&asked)[kFarStreams], int64_t ahead, auto load_at) {
     Chunk s = load(sums + n);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; r++) {
-      ask_for(row[r] + n);
-      const Chunk w = load_at(row[r] + n);
-      s.lo += h[r] * w.lo;
-      s.hi += h[r] * w.hi;
+    for (int i = 0; i < kFarStreams; i++) {
+      ask_for(asked[i] + n + ahead);
+      const Chunk w = load_at(row[i] + n);
+      s.lo += value[i] * w.lo;
+      s.hi += value[i] * w.hi;
     }
     store(sums + n, s);
   };
+  const auto whole = [](const T* p) { return load(p); };
   int64_t n = 0;
-  for (; n + kChunk <= size; n += kChunk) add(n, [](const T* p) { return load(p); });
-  if (n < size) add(n, [count = size - n](const T* p) { return load_first(p, count); });
+  for (; n + kChunk <= size - kAhead; n += kChunk) add(n, row, kAhead, whole);
+  for (; n + kChunk <= size; n += kChunk) add(n, next, kAhead - size, whole);
+  if (n < size) add(n, next, kAhead - size, [count = size - n](const T* p) { return load_first(p, count); });
+}
+
+// One token: in what order its rows are added is nobody else's business, so they are read as streams that lie
+// far apart, each a tenth of the live rows. Returns the step after the last one added.
+template <class T>
+int64_t add_far_rows(const Masked<Single<T>>& h, const T* rows, int64_t ld, int64_t size, float* sums) {
+  const int64_t length = h.steps() / kFarStreams;
+  for (int64_t s = 0; s < length; s++) {
+    const T *row[kFarStreams], *next[kFarStreams];
+    float value[kFarStreams];
+    for (int i = 0; i < kFarStreams; i++) {
+      const int64_t step = i * length + s;
+      row[i] = rows + h.row(step, 0) * ld;
+      next[i] = rows + h.row(std::min(step + 1, h.steps() - 1), 0) * ld;
+      value[i] = h.values[step];
+    }
+    add_rows(row, next, value, size, sums);
+  }
+  return length * kFarStreams;
 }
 
 template <class Step>
@@ -91,19 +118,15 @@ template <class Step, int kSteps>
 int64_t add_groups(const Masked<Step>& h, int64_t s, const Element<Step>* rows, int64_t ld, int64_t size, float* sums,
                    int64_t lds) {
   constexpr int kRows = Step::kRows;
+  constexpr int64_t kAhead = kAheadBytes / sizeof(Element<Step>);
   for (; s + kSteps <= h.steps(); s += kSteps) {
     const Element<Step>* row[kSteps * kRows];
     for (int i = 0; i < kSteps * kRows; i++) row[i] = rows + h.row(s + i / kRows, i % kRows) * ld;
     const auto* values = h.values.data() + s * h.tokens;
-    if constexpr (kRows == 1)
-      if (h.tokens == 1) {
-        add_rows<Element<Step>, kSteps>(row, values, size, sums);
-        continue;
-      }
     int64_t n = 0;
     for (; n + kChunk <= size; n += kChunk) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kSteps * kRows; i++) ask_for(row[i] + n);
+      for (int i = 0; i < kSteps * kRows; i++) ask_for(row[i] + n + kAhead);
       add_chunk<Step, kSteps>([&](int i) { return Step::rows(row + i * kRows, n); }, values, h.tokens, sums + n, lds);
     }
     if (n < size)
@@ -126,7 +149,10 @@ void stream_rows(const Masked<Step>& h, const Element<Step>* rows, int64_t ld, i
   for (int64_t n = begin; n < end; n += width) {
     const int64_t size = std::min(width, end - n);
     std::fill(aligned.begin(), aligned.end(), Chunk{});
-    int64_t s = add_groups<Step, kStreams / Step::kRows>(h, 0, rows + n, ld, size, sums, lds);
+    int64_t s = 0;
+    if constexpr (Step::kRows == 1)
+      if (h.tokens == 1) s = add_far_rows(h, rows + n, ld, size, sums);
+    s = add_groups<Step, kStreams / Step::kRows>(h, s, rows + n, ld, size, sums, lds);
     s = add_groups<Step, 4 / Step::kRows>(h, s, rows + n, ld, size, sums, lds);
     add_groups<Step, 1>(h, s, rows + n, ld, size, sums, lds);
     for (int64_t m = 0; m < h.tokens; m++)
