@@ -18,39 +18,8 @@ constexpr int kTileSums = 8;  // of 16
 constexpr int kTileTokens = 4;
 constexpr int kFarRows = 4;
 
-// h[r] = B[r] · x for kRows rows and one token. Loads are plain: they leave the hardware prefetcher in
-// charge, and software prefetch halved the speed on Zen 4.
-template <int kRows, class T>
-void dot_rows(const T* B, int64_t ldb, const T* x, int64_t size, float* h) {
-  Chunk sums[kRows] = {};
-  const auto step = [&](int64_t k, auto load_at) {
-    const Chunk v = load_at(x + k);
-    for (int r = 0; r < kRows; r++) {
-      const Chunk w = load_at(B + r * ldb + k);
-      sums[r].lo += w.lo * v.lo;
-      sums[r].hi += w.hi * v.hi;
-    }
-  };
-  int64_t k = 0;
-  for (; k + kChunk <= size; k += kChunk) step(k, [](const T* p) { return load(p); });
-  if (k < size) step(k, [count = size - k](const T* p) { return load_first(p, count); });
-  for (int r = 0; r < kRows; r++) h[r] = sum(sums[r].lo + sums[r].hi);
-}
-
-// One token. The rows are read as four streams, each a quarter of them: far apart, so that the hardware
-// prefetcher follows all four, where neighbouring rows would share its attention. They also share x.
-template <class T>
-void dot_token(const T* B, int64_t ldb, const T* x, int64_t size, int64_t begin, int64_t end, float* h) {
-  const int64_t quarter = (end - begin) / kFarRows, rest = begin + kFarRows * quarter;
-  for (int64_t r = begin; r < begin + quarter; r++) {
-    float sums[kFarRows];
-    dot_rows<kFarRows>(B + r * ldb, quarter * ldb, x, size, sums);
-    for (int i = 0; i < kFarRows; i++) h[r + i * quarter] = sums[i];
-  }
-  for (int64_t r = rest; r < end; r++) dot_rows<1>(B + r * ldb, ldb, x, size, h + r);
-}
-
-// h[m][r] = B[r] · x[m] for a tile of kRows rows and kTokens tokens.
+// h[m][r] = B[r] · x[m] for a tile of kRows rows and kTokens tokens. Loads are plain: they leave the hardware
+// prefetcher in charge, and software prefetch halved the speed on Zen 4.
 template <int kRows, int kTokens, class T>
 void dot_tile(const T* B, int64_t ldb, const T* x, int64_t ldx, int64_t size, float* h, int64_t ldh) {
   Vec sums[kTokens][kRows] = {};
@@ -67,6 +36,19 @@ void dot_tile(const T* B, int64_t ldb, const T* x, int64_t ldx, int64_t size, fl
   if (k < size) step(k, [count = size - k](const T* p) { return load_operand_first(p, count); });
   for (int m = 0; m < kTokens; m++)
     for (int r = 0; r < kRows; r++) h[m * ldh + r] = sum(sums[m][r]);
+}
+
+// One token. The rows are read as four streams, each a quarter of them: far apart, so that the hardware
+// prefetcher follows all four, where neighbouring rows would share its attention. They also share x.
+template <class T>
+void dot_token(const T* B, int64_t ldb, const T* x, int64_t size, int64_t begin, int64_t end, float* h) {
+  const int64_t quarter = (end - begin) / kFarRows, rest = begin + kFarRows * quarter;
+  for (int64_t r = begin; r < begin + quarter; r++) {
+    float sums[kFarRows];
+    dot_tile<kFarRows, 1>(B + r * ldb, quarter * ldb, x, 0, size, sums, 0);
+    for (int i = 0; i < kFarRows; i++) h[r + i * quarter] = sums[i];
+  }
+  for (int64_t r = rest; r < end; r++) dot_tile<1, 1>(B + r * ldb, 0, x, 0, size, h + r, 0);
 }
 
 template <int kRows, class T>
