@@ -11,8 +11,8 @@ import torch
 
 from bench.stream import LOOPS, bandwidth, clock
 
-# Seconds; what takes less is called several times in a row, about as long as a pass of the streaming loops. The first
-# call after another program's loop is some 70 µs slower, whatever its length; decode goes from op to op.
+# Seconds; what takes less is called several times in a row, about as long as a pass of the streaming loops.
+# The first call after another loop is some 70 µs slower, whatever its length; decode goes from op to op.
 SHORTEST = 5e-3
 
 
