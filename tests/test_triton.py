@@ -2,6 +2,8 @@
 
 import json
 import re
+from threading import get_ident
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,9 +126,48 @@ def test_launches(compiled, tokens, launches):
         assert len(noted) == wanted, (op, [name for name, _ in noted])
 
 
-# How problems are cut up
-
 CUDA = torch.device("cuda", 0)
+
+
+def test_launches_that_may_meet_have_states_of_their_own(monkeypatch):
+    """Two streams, and every captured launch; those that follow one another on a stream share one."""
+    from rana_kernels.backends.triton import launch
+
+    stream, capturing = SimpleNamespace(cuda_stream=1), False
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(launch, "_filled", lambda device: torch.zeros(5, 2, dtype=torch.int32))
+    monkeypatch.setattr(launch, "_supplies", {})
+    monkeypatch.setattr(launch, "_of_stream", {})
+    first, again = launch.barrier_state(CUDA), launch.barrier_state(CUDA)
+    stream = SimpleNamespace(cuda_stream=2)
+    other, capturing = launch.barrier_state(CUDA), True
+    captured = [launch.barrier_state(CUDA) for _ in range(4)]  # more than the supply has left
+    states = [first, other, *captured]
+    assert first.data_ptr() == again.data_ptr()
+    assert len({state.data_ptr() for state in states}) == len(states)
+    assert all(state.tolist() == [0, 0] for state in states)
+
+
+def test_states_are_filled_by_another_thread(monkeypatch):
+    """While torch warms up for a CUDA graph, the memory that this thread allocates is the graph's."""
+    from rana_kernels.backends.triton import launch
+
+    threads, zeros = [], torch.zeros
+
+    def noting(*size, dtype, device):
+        threads.append(get_ident())
+        return zeros(*size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", noting)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: threads.append(get_ident()))
+    with torch.inference_mode():
+        states = launch._filled(CUDA)
+    assert not states.any() and not states.is_inference()
+    assert len(threads) == 2 and get_ident() not in threads
+
+
+# How problems are cut up
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What every decode kernel needs to run: scratch memory, the state of its barrier, a resident grid."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,10 +16,10 @@ from rana_kernels.backends.triton.configurations import Decode
 # Rows that a program lists at a time before it streams those it keeps.
 CHUNK = 1024
 _STATE = 2  # int32 of a barrier: arrived, generation
-_STATES_FOR_GRAPHS = 1 << 16
-# Barrier states: one for each (device, stream), and a supply for captured launches on each device.
+_STATES = 1 << 16
+# Barrier states: a supply of zeroed ones for each device, and those that each (device, stream) took of it.
+_supplies: dict[int, "_Supply"] = {}
 _of_stream: dict[tuple[int, int], Tensor] = {}
-_for_graphs: dict[int, "_Supply"] = {}
 
 
 @dataclass
@@ -28,9 +29,9 @@ class _Supply:
     states: Tensor
     used: int = 0
 
-    def take(self) -> Tensor | None:
+    def take(self) -> Tensor:
         if self.used == len(self.states):
-            return None
+            return torch.zeros_like(self.states[0])
         self.used += 1
         return self.states[self.used - 1]
 
@@ -46,16 +47,30 @@ def barrier_state(device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.zeros(_STATE, dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():
-        taken = _for_graphs[device.index].take() if device.index in _for_graphs else None
-        return torch.zeros(_STATE, dtype=torch.int32, device=device) if taken is None else taken
-    if device.index not in _for_graphs:
-        states = torch.zeros(_STATES_FOR_GRAPHS, _STATE, dtype=torch.int32, device=device)
-        torch.cuda.synchronize(device)  # once: other streams will use them
-        _for_graphs[device.index] = _Supply(states)
+        supply = _supplies.get(device.index)
+        return supply.take() if supply else torch.zeros(_STATE, dtype=torch.int32, device=device)
+    if device.index not in _supplies:
+        _supplies[device.index] = _Supply(_filled(device))
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _of_stream:
-        _of_stream[key] = torch.zeros(_STATE, dtype=torch.int32, device=device)
+        _of_stream[key] = _supplies[device.index].take()
     return _of_stream[key]
+
+
+def _filled(device: torch.device) -> Tensor:
+    """Zeroed states that outlive every graph.
+
+    By a thread of their own: while torch.compile warms up for a CUDA graph, what this thread allocates
+    counts as the graph's.
+    """
+
+    def fill() -> Tensor:
+        states = torch.zeros(_STATES, _STATE, dtype=torch.int32, device=device)
+        torch.cuda.synchronize(device)  # any stream may take one
+        return states
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(fill).result()
 
 
 def scratch(device: torch.device, *sizes: int) -> list[Tensor]:

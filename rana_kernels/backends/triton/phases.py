@@ -53,18 +53,15 @@ def project(
         row = B + r[:, None].to(tl.int64) * stride_B
         if M_PAD == 1:
             VECTOR: tl.constexpr = 128 // B.dtype.element_ty.primitive_bitwidth
-            sums = tl.zeros([BLOCK_R, BLOCK_K // VECTOR], tl.float32)
+            parts = tl.zeros([BLOCK_R, BLOCK_K // VECTOR], tl.float32)
             for first_k in range(0, K, BLOCK_K):
                 k = first_k + tl.arange(0, BLOCK_K)
                 b = _stream(row + k[None, :], (r < R)[:, None] & (k < K)[None, :])
                 token = tl.load(x + k, mask=k < K, other=0)
                 products = b.to(tl.float32) * token.to(tl.float32)[None, :]
                 # the elements of one load are one thread's: adding them up needs no other thread
-                sums += tl.sum(tl.reshape(products, [BLOCK_R, BLOCK_K // VECTOR, VECTOR]), 2)
-            total = tl.sum(sums, 1)
-            if bias is not None:
-                total += tl.load(bias + r, mask=r < R, other=0).to(tl.float32)
-            tl.store(h + r, rounded(total, h.dtype.element_ty), mask=r < R)
+                parts += tl.sum(tl.reshape(products, [BLOCK_R, BLOCK_K // VECTOR, VECTOR]), 2)
+            sums = tl.sum(parts, 1)[:, None]
         else:
             sums = tl.zeros([BLOCK_R, M_PAD], tl.float32)
             for first_k in range(0, K, BLOCK_K):
@@ -74,13 +71,13 @@ def project(
                     x + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0
                 )
                 sums = dot(b, tokens, sums)
-            if bias is not None:
-                sums += tl.load(bias + r, mask=r < R, other=0).to(tl.float32)[:, None]
-            tl.store(
-                h + m[None, :] * R + r[:, None],
-                rounded(sums, h.dtype.element_ty),
-                mask=(m < M)[None, :] & (r < R)[:, None],
-            )
+        if bias is not None:
+            sums += tl.load(bias + r, mask=r < R, other=0).to(tl.float32)[:, None]
+        tl.store(
+            h + m[None, :] * R + r[:, None],
+            rounded(sums, h.dtype.element_ty),
+            mask=(m < M)[None, :] & (r < R)[:, None],
+        )
 
 
 @triton.jit
