@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py rana_kernels/ops.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
-CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* bench/*.cpp examples/*/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
+CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* bench/*.cpp bench/gpu/*.cu examples/*/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
 .PHONY: help build demo test test-slow test-stacks test-vllm test-transformers lint format bench gpu compile-check sanitize clean
 
@@ -85,7 +85,7 @@ test-transformers: build
 	    test -d build/transformers-$$version || \
 	    $(BIN)/pip install -q --target build/transformers-$$version "transformers==$$version" "numpy<2.4" || exit 1; \
 	    PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest -q -m "not slow" \
-	    tests/test_transformers.py tests/test_architectures.py tests/test_checkpoint.py || exit 1; \
+	    tests/test_transformers.py tests/test_hub.py tests/test_architectures.py tests/test_checkpoint.py || exit 1; \
 	done
 
 bench: build

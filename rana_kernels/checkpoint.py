@@ -7,7 +7,8 @@
     model.safetensors    every tensor under its name in the state dict (large models: shards, an index)
     generation_config.json, the tokenizer's files      where there are any
     rana.json            written last: format, versions, what the compression saves, and the size and
-                         SHA-256 of every other file. Safetensors alone has no checksum
+                         SHA-256 of every other file but the card, which people edit where they share a
+                         model. Safetensors alone has no checksum
 
 Reading goes from the cheap to the dear: the manifest, sizes, hashes, then the safetensors headers against
 the plan (`headers.py`). Only then is a tensor touched. Nothing on disk can hold code.
@@ -32,6 +33,7 @@ from rana_kernels.plan import Plan
 from rana_kernels.version import __version__
 
 MANIFEST = "rana.json"
+CARD = "README.md"
 FORMAT = 1
 METHOD = "rana"  # what transformers calls a "quant_method"
 _MAX_MANIFEST = 16_000_000  # bytes
@@ -131,10 +133,10 @@ class Manifest:
                 )
 
 
-def write_manifest(directory: Path, model: nn.Module, plan: Plan) -> None:
-    """Describe every file under `directory`, and force them to the disk."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    files = {path.relative_to(directory).as_posix(): _describe(path) for path in paths}
+def write_manifest(directory: Path, model: nn.Module, plan: Plan, paths: Iterable[Path]) -> None:
+    """Describe those of `paths`, within `directory`, that are files, and force them to the disk."""
+    names = {path.relative_to(directory).as_posix(): path for path in sorted(paths) if path.is_file()}
+    files = {name: _describe(path) for name, path in names.items() if name not in (CARD, MANIFEST)}
     config: Any = model.config
     data = {
         "format": FORMAT,

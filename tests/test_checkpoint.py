@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import rana_kernels as rana
 from rana_kernels.card import card, note
-from rana_kernels.checkpoint import MANIFEST, attach_plan, attached_plan, read_manifest, write_manifest
+from rana_kernels.checkpoint import CARD, MANIFEST, attach_plan, attached_plan, read_manifest, write_manifest
 from rana_kernels.headers import CheckpointError, read_header
 from tests.child import python
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
@@ -116,7 +116,7 @@ def test_facts_that_are_none_are_left_out_of_the_card(made, model):
 
 def test_shards_come_back(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="40KB")
-    write_manifest(tmp_path, model, attached_plan(model))
+    write_manifest(tmp_path, model, attached_plan(model), tmp_path.rglob("*"))
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_equal_states(model, rana.load(tmp_path))
 
@@ -132,7 +132,7 @@ def test_another_dtype_leaves_thresholds_alone(original):
 def test_the_manifest_says_what_it_is(model, original):
     manifest = read_manifest(original)
     on_disk = {path.name for path in original.iterdir()}
-    assert set(manifest.files) == on_disk - {MANIFEST}
+    assert set(manifest.files) == on_disk - {MANIFEST, CARD}
     assert manifest.facts["stored_bytes"] == sum((original / n).stat().st_size for n in manifest.files)
     assert manifest.facts["compression"]["block_flops_reduction"] == attached_plan(model).reduction
     assert manifest.facts["base"]["model_type"] == "llama"
@@ -264,7 +264,7 @@ def forge(checkpoint: Path, model: nn.Module, weights: bytes) -> None:
     """What somebody who writes the hashes anew can do."""
     (checkpoint / WEIGHTS).write_bytes(weights)
     (checkpoint / MANIFEST).unlink()
-    write_manifest(checkpoint, model, attached_plan(model))
+    write_manifest(checkpoint, model, attached_plan(model), checkpoint.rglob("*"))
 
 
 def changed(**fields) -> Callable[[dict, bytes], bytes]:
@@ -381,7 +381,7 @@ def test_an_index_cannot_reach_outside(model, tmp_path):
     shard.rename(tmp_path / shard.name)
     index = place / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
-    write_manifest(place, model, attached_plan(model))
+    write_manifest(place, model, attached_plan(model), place.rglob("*"))
     with pytest.raises(CheckpointError, match="refers to weights outside of it"):
         rana.load(place)
 
@@ -392,7 +392,7 @@ def test_an_index_cannot_reach_outside(model, tmp_path):
 def test_saving_replaces_a_checkpoint_and_nothing_else(model, checkpoint, tmp_path):
     (checkpoint / "notes.txt").write_text("of the old one")
     rana.save(model, checkpoint)
-    assert {path.name for path in checkpoint.iterdir()} == {*read_manifest(checkpoint).files, MANIFEST}
+    assert {path.name for path in checkpoint.iterdir()} == {*read_manifest(checkpoint).files, MANIFEST, CARD}
     other = tmp_path / "thesis"
     other.mkdir()
     rana.save(model, other)  # an empty directory is no loss

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rana_kernels.card import card
 from rana_kernels.checkpoint import (
+    CARD,
     MANIFEST,
     METHOD,
     attached_plan,
@@ -34,6 +35,7 @@ from rana_kernels.checkpoint import (
 from rana_kernels.headers import CheckpointError, check_tensors, read_header
 from rana_kernels.huge_pages import use_huge_pages
 from rana_kernels.install import install
+from rana_kernels.integrations import hub  # noqa: F401  (what transformers uploads)
 from rana_kernels.integrations.sharding import SetAside, processes
 from rana_kernels.modules import check_thresholds
 
@@ -58,8 +60,8 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) 
         model.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        (new / "README.md").write_text(card(model), encoding="utf-8")
-        write_manifest(new, model, plan)
+        (new / CARD).write_text(card(model), encoding="utf-8")
+        write_manifest(new, model, plan, new.rglob("*"))
 
 
 def load(
