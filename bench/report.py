@@ -53,7 +53,12 @@ def versions() -> str:
 
 
 def revision() -> str:
-    """Of the code: results and pages that are not committed yet do not make it another one."""
+    """Of the code: results and pages that are not committed yet do not make it another one.
+
+    RANA_REVISION names that of a copy without its history.
+    """
+    if named := os.environ.get("RANA_REVISION"):
+        return named
     found = _git("describe", "--always").stdout.strip()
     changed = _git("diff", "--quiet", "HEAD", "--", ".", ":!bench/results", ":!docs").returncode != 0
     return f"{found}-dirty" if found and changed else found or "unknown"

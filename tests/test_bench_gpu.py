@@ -2,28 +2,35 @@
 
 import csv
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from bench.gpu import limits, tests
+from bench.gpu.stages import Stages
+from rana_kernels import ops
 from rana_kernels.backends import triton
+from tests.child import python
 
-pytestmark = pytest.mark.skipif(not triton.available(), reason="the triton package is not installed")
 ROOT = Path(__file__).parent.parent
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from bench import gpu
+import torch
+from bench.gpu import card, ops, problems
 from bench.models import Model
 
-gpu.DEVICE, gpu.DTYPES["bf16"] = "cpu", gpu.torch.float32
-gpu.MODELS = {"tiny": Model(hidden=32, queries=32, keys=32, neurons=64, blocks=1)}
-gpu.DENSITIES, gpu.TOKENS = (1.0, 0.5), (1, 5, 80)
-gpu.cache_bytes = lambda: 1
-gpu.card = lambda: "no-card"
+problems.DEVICE, problems.DTYPES["bf16"] = "cpu", torch.float32
+problems.MODELS = {"tiny": Model(hidden=32, queries=32, keys=32, neurons=64, blocks=1)}
+problems.DENSITIES = (1.0, 0.5)
+problems.cache_bytes = lambda: 1
+card.card = lambda: "no-card"
 def calls_all(contenders, rounds=15):
     results = {name: [call() for call in calls] for name, calls in contenders.items()}
     shapes = {y.shape for ys in results.values() for y in ys}
@@ -31,32 +38,87 @@ def calls_all(contenders, rounds=15):
     assert all(len(ys) > 1 for ys in results.values()), "weights are not rotated"
     close = [n for n in results if n != "dense" and n != "static"]
     for name in close[1:]:
-        gpu.torch.testing.assert_close(results[name][0], results[close[0]][0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(results[name][0], results[close[0]][0], rtol=1e-4, atol=1e-4)
     return {name: [1.0 + i for i in range(rounds)] for name in contenders}
-gpu.microseconds = calls_all
-gpu.bandwidths, gpu.peak = lambda: (100.0, 90.0), lambda dtype: 1000.0
-rows = gpu.measure(["tiny"], "bf16", None, 1e9)
-gpu.show(rows)
-gpu.write_csv(Path(sys.argv[1]), gpu.conditions(), rows)
+ops.microseconds = calls_all
+ops.bandwidths, ops.peak = lambda: (100.0, 90.0), lambda dtype: 1000.0
+red = ["cuda:" + op for op in ("masked_linear", "masked_lowrank_linear", "masked_mlp")]
+ops.main(Path(sys.argv[1]), ["tiny"], [1, 5, 80], "bf16", red, None)
 """
 
 
-def test_the_script_measures_every_problem(tmp_path):
+@pytest.mark.skipif(not triton.available(), reason="the triton package is not installed")
+def test_every_problem_is_measured(tmp_path):
     path = tmp_path / "no-card.csv"
     child = subprocess.run(
         [sys.executable, "-c", SCRIPT, path],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "RANA_REVISION": "mine"},
         capture_output=True,
         text=True,
     )
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-3000:]
+    assert child.stdout.count("dense 8.0 us; rana triton 8.0 us, 1.0 x dense") == 3 * 2 * 3
     lines = path.read_text().splitlines()
-    assert lines[0].startswith("# no-card, served by")
+    assert lines[0].startswith("# no-card, served by") and lines[0].endswith("revision mine")
     rows = list(csv.DictReader(lines[1:]))
     assert len(rows) == 3 * 2 * 3, "three ops, two densities, three numbers of tokens"
     for row in rows:
         assert float(row["rana triton us"]) == float(row["dense us"]) == 8.0
-        assert float(row["rana triton x dense"]) == 1.0
+        assert "rana cuda us" not in row, "red, and timed"
         # MB in 8 µs, in percent of 100 GB/s
         assert float(row["rana triton % of copy"]) == pytest.approx(125 * float(row["MB"]), abs=0.2), row
+
+
+def say(text: str, then: str = "") -> list[str]:
+    return [sys.executable, "-c", f"print({text!r}, flush=True); {then}"]
+
+
+def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys):
+    stages = Stages(tmp_path / "log", time.monotonic() + 60)
+    commands = {
+        "good": say("fine"),
+        "bad": say("oh", "raise SystemExit(3)"),
+        "hung": say("before", "import time; time.sleep(1000)"),
+    }
+    assert stages.run("first", commands, limit=6) == ["bad", "hung"]
+    assert stages.red == ["first, bad", "first, hung"]
+    assert stages.run("second", {"good": say("again")}, limit=30) == []
+    stages.ends = time.monotonic()
+    assert stages.run("third", {"late": say("never")}, limit=30) == ["late"]
+    log = (tmp_path / "log").read_text()
+    for words in ("good: done\nfine", "bad: FAILED with 3\noh", "hung: FAILED: out of time\nbefore", "again"):
+        assert words in log
+    assert "third: left out" in log and "never" not in log and log in capsys.readouterr().out
+
+
+def selected(command: list[str], **environment: str) -> str:
+    """What pytest says that it would run."""
+    child = python(*command[1:], "--collect-only", **environment)
+    assert child.returncode == 0, child.stdout + child.stderr
+    return child.stdout
+
+
+def test_the_tests_of_a_card_are_found(monkeypatch):
+    """Here, by the names that the same tests have on the CPU and without a device."""
+    monkeypatch.setattr(tests, "served", lambda: ["cuda", "triton"])
+    monkeypatch.setattr(tests, "IMPLEMENTATIONS", {"cuda": "registered", "triton": "reference"})
+    gates = tests.gates()
+    assert set(gates) == {f"{backend}:{op}" for backend in ("cuda", "triton") for op in ops.SCHEMAS}
+    for op in ops.SCHEMAS:
+        found = selected([word.replace("gpu and ", "") for word in gates[f"cuda:{op}"]])
+        assert len(re.findall(rf"\[registered-{op}-M", found)) > 50
+        assert "test_integers_are_exact" in found and "test_gaussians_are_close" in found
+    everything = tests.everything()
+    assert {"cuda on the card", "triton on the card", "cuda, the ops", "triton, the ops"} <= set(everything)
+    found = selected(everything["triton on the card"])
+    assert "test_two_streams_at_once[triton-" in found and "[cuda-" not in found and "sanitizer" not in found
+    sanitizers = tests.sanitizer()
+    assert "test_compute_sanitizer[cuda-racecheck]" in selected(sanitizers["cuda, racecheck"])
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_the_limits_compile(tmp_path, capability):
+    program = limits.compiled(tmp_path / "limits", capability)
+    assert program.exists()

@@ -1,0 +1,93 @@
+"""The command: `python -m bench.gpu`."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from bench.gpu import tests
+from bench.gpu.card import card, conditions
+from bench.gpu.stages import Stages
+from bench.models import MODELS
+from bench.report import RESULTS, ROOT, read_csv, write, write_csv
+
+GOALS = "Llama-2-7B"
+OTHERS = ("Llama-3-8B", "Llama-3.2-1B")
+TOKENS = (1, 2, 4, 8, 16, 64, 512)
+PARTS = ROOT / "build" / "gpu"  # what each stage measured
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Only this model, of: " + ", ".join(MODELS))] = "",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    peer_dir: Annotated[Path | None, typer.Option(help="Folder with checkouts RaNA/ and TEAL/.")] = None,
+    seconds: Annotated[float, typer.Option(help="For all of it; what is left out is said.")] = 450.0,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
+) -> None:
+    """Test and time the ops on this machine's card; without one, run the tests in the interpreter.
+
+    In this order: what the card does at best; the ops on a part of the shared cases; times of those that
+    pass, for one token through Llama-2-7B; all tests; the other times; compute-sanitizer. Each stage has a
+    time limit, and what it measured is written at its end: <card>-limits.csv, <card>.csv, and all that was
+    printed to <card>.txt. Fails if anything failed.
+
+    Example:  python -m bench.gpu --only Llama-2-7B --peer-dir ../checkouts
+    """
+    if only and only not in MODELS:
+        raise typer.BadParameter(f"{only}: wanted one of {', '.join(MODELS)}", param_hint="--only")
+    PARTS.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + seconds
+    if not torch.cuda.is_available():
+        stages = Stages(PARTS / "interpreter.txt", ends)
+        stages.say("no CUDA device: the tests run in Triton's interpreter, and nothing is timed")
+        stages.run("tests", tests.interpreted(), seconds)
+        raise typer.Exit(bool(stages.red))
+    for part in PARTS.glob("*.csv"):
+        part.unlink()
+    log = output / f"{card()}.txt"
+    write(log, f"# {conditions()}\n")
+    stages = Stages(log, ends)
+    stages.say(conditions())
+    run(stages, only, dtype, peer_dir, output)
+    stages.say("red: " + ("; ".join(stages.red) or "nothing"))
+    raise typer.Exit(bool(stages.red))
+
+
+def run(stages: Stages, only: str, dtype: str, peer_dir: Path | None, output: Path) -> None:
+    module = [sys.executable, "-m"]
+    limits = output / f"{card()}-limits.csv"
+    stages.run("limits", {"limits": [*module, "bench.gpu.limits", str(limits)]}, 60)
+    red = stages.run("the ops, exact and close", tests.gates(), tests.GATES)
+    options = [word for name in red for word in ("--red", name)]
+    options += ["--peer-dir", str(peer_dir)] if peer_dir else []
+
+    def timed(name: str, models: tuple[str, ...], tokens: tuple[int, ...], dtype: str, limit: float) -> None:
+        wanted = [f"--model={model}" for model in models] + [f"--tokens={M}" for M in tokens]
+        part = PARTS / f"{name.replace(' ', '-')}.csv"
+        command = [*module, "bench.gpu.ops", str(part), *wanted, "--dtype", dtype, *options]
+        stages.run(name, {"times": command}, limit)
+        publish(output)
+
+    first = only or GOALS
+    timed("times of one token", (first,), (1,), dtype, 100)
+    stages.run("all tests", tests.everything(), 200)
+    if peer_dir:
+        timed("times of others", (first,), (1,), "fp16", 60)
+    if not only:
+        timed("times of other models", OTHERS, (1,), dtype, 60)
+    timed("times of several tokens", (first,), TOKENS[1:], dtype, 120)
+    stages.run("sanitizer", tests.sanitizer(), 180)
+
+
+def publish(output: Path) -> None:
+    """All parts as one file."""
+    found = [read_csv(part) for part in sorted(PARTS.glob("*.csv"), key=lambda p: p.stat().st_mtime)]
+    if found:
+        write_csv(output / f"{card()}.csv", found[0][0], [dict(row) for _, rows in found for row in rows])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,82 @@
+"""Stages of a long run: commands side by side in children, with time limits, and a log of what they print."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+
+from bench.report import ROOT
+
+console = Console(width=None if sys.stdout.isatty() else 160)
+SHORTEST = 5  # seconds: nothing is begun for less
+
+
+@dataclass
+class Stages:
+    """log    file that what is printed is added to, stage by stage
+    ends   the time.monotonic() that nothing outlasts
+    red    stages and commands that failed
+    """
+
+    log: Path
+    ends: float
+    red: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        text = text.rstrip("\n")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def run(self, stage: str, commands: dict[str, list[str]], limit: float) -> list[str]:
+        """Run the commands side by side, `limit` seconds at most; the names of those that failed."""
+        begin = time.monotonic()
+        limit = min(limit, self.ends - begin)
+        if limit < SHORTEST:
+            self.say(f"=== {stage}: left out, the time is used up")
+            self.red.append(stage)
+            return list(commands)
+        self.say(f"=== {stage}: {limit:.0f} s at most")
+        children = {name: _start(command) for name, command in commands.items()}
+        failed = []
+        for name, (child, printed) in children.items():
+            verdict = _wait(child, begin + limit - time.monotonic())
+            printed.seek(0)
+            self.say(f"--- {name}: {verdict}\n{printed.read()}")
+            printed.close()
+            if verdict != "done":
+                failed.append(name)
+        self.red += [f"{stage}, {name}" for name in failed]
+        self.say(f"=== {stage}: {time.monotonic() - begin:.0f} s")
+        return failed
+
+
+def _start(command: list[str]) -> tuple[subprocess.Popen, IO[str]]:
+    """In a group of processes of its own, and printing to a file, so that killing it loses nothing."""
+    printed = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+    child = subprocess.Popen(
+        command, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    return child, printed
+
+
+def _wait(child: subprocess.Popen, seconds: float) -> str:
+    """ "done", or what went wrong. A child that a hung kernel holds is left behind."""
+    try:
+        code = child.wait(max(0.0, seconds))
+        return "done" if code == 0 else f"FAILED with {code}"
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        try:
+            child.wait(10)
+        except subprocess.TimeoutExpired:
+            return "FAILED: out of time, and does not end"
+        return "FAILED: out of time"
