@@ -3,9 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
-from bench.decode import tables
+from bench.decode import steps, tables
 from bench.decode.__main__ import main
 from bench.decode.contenders import NAMES, from_random
 from bench.decode.drafts import measure_drafts
@@ -64,9 +66,9 @@ def test_random_models_cost_what_was_asked_for(models):
 
 @pytest.mark.parametrize("read", [True, False])
 def test_rows_of_a_setting(models, read):
-    steps = {name: (model, model.forward) for name, model in models.items()}
+    contenders = {name: (model, model.forward) for name, model in models.items()}
     setting = Setting(prompt=24, batch=2, threads=1, read=read)
-    found = tables.rows(setting, take_turns(steps, setting, rounds=3, turn=2))
+    found = tables.rows(setting, take_turns(contenders, setting, rounds=3, turn=2))
     assert [row["contender"] for row in found] == list(NAMES)
     assert found[0]["x dense"] == 1 and all(0 < row["p20"] <= row["tokens/s"] <= row["p80"] for row in found)
     assert all((row["first token ms"] != "") == read for row in found)
@@ -79,11 +81,61 @@ def test_a_decoder_writes_what_generate_writes(models):
         wanted = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
         decoder, written = Decoder(model, 2, 20), [prompt]
         decoder.read(prompt)
-        written.append(decoder.last)
+        written.append(decoder.last.clone())
         for _ in range(4):
             decoder.decode(1)
-            written.append(decoder.last)
+            written.append(decoder.last.clone())
         assert torch.equal(torch.cat(written, 1), wanted)
+
+
+class Recorded(TorchDispatchMode):
+    """Calls of torch's ops, done again on the same memory: what a CUDA graph is on a card."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value goes to the host"
+        self.calls.append((func, args, kwargs or {}, func(*args, **(kwargs or {}))))
+        return self.calls[-1][3]
+
+    def replay(self) -> None:
+        for func, args, kwargs, results in self.calls:
+            for result, again in zip(tree_leaves(results), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(result, torch.Tensor) and result.data_ptr() != again.data_ptr():
+                    result.copy_(again)
+
+
+@torch.inference_mode()
+def test_replayed_steps_write_the_same(models, monkeypatch):
+    """A step captured once goes on from where the last one stopped, and from another prompt."""
+    recorded = []
+
+    def captured(run):
+        state = [decoder.last, *(t for layer in decoder.cache.layers for t in vars(layer).values())]
+        tensors = [t for t in state if isinstance(t, torch.Tensor)]
+        before = [t.clone() for t in tensors]
+        with Recorded() as record:
+            run()
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)  # a capture computes nothing
+        recorded.append(record)
+        return record.replay
+
+    monkeypatch.setattr(steps, "captured", captured)
+    for model in models.values():
+        written: dict[bool, list] = {}
+        for graphs in (False, True):
+            decoder = Decoder(model, 2, 24)
+            decoder.graphs = graphs
+            for prompt in (torch.arange(24).view(2, 12), torch.arange(16).view(2, 8)):
+                decoder.read(prompt)
+                for _ in range(5):
+                    decoder.decode(2)
+                    written.setdefault(graphs, []).append(decoder.last.clone())
+        assert torch.equal(*map(torch.cat, written.values()))
+    assert len(recorded) == len(models), "captured again, or never"
 
 
 @pytest.mark.slow
@@ -94,10 +146,10 @@ def test_compiled_steps_write_the_same(models):
     for step in (None, compiled(models["rana"])):
         decoder = Decoder(models["rana"], 1, 20, step)
         decoder.read(prompt)
-        tokens = [decoder.last]
+        tokens = [decoder.last.clone()]
         for _ in range(3):
             decoder.decode(1)
-            tokens.append(decoder.last)
+            tokens.append(decoder.last.clone())
         written.append(torch.cat(tokens))
     assert torch.equal(*written)
 

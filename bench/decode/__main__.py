@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from bench import gpu, report
+from bench import report
 from bench.__main__ import require_green_tests
 from bench.baselines import DTYPES
 from bench.decode import contenders, drafts, tables
@@ -22,6 +22,8 @@ from bench.decode.measure import Setting, Steps, random_tokens, take_turns
 from bench.decode.profile import where_time_goes
 from bench.decode.shapes import SHAPES, random_model
 from bench.decode.steps import Decoder, compiled
+from bench.gpu import card
+from bench.gpu.tests import require_green_gates
 from bench.models import KEEP
 from bench.timing import using
 from rana_kernels.evaluation.evaluate import perplexity
@@ -54,16 +56,19 @@ def main(
     A shape has random weights, and thresholds such that the masks keep what the plan says. A directory is
     compressed on its calibration.safetensors, and has its perplexity on evaluation.safetensors in each
     row. All have the same static cache and the same loop; tokens a second are those of all rows together.
-    One thread is timed by the processor time that it takes, several by the clock.
+    One thread is timed by the processor time that it takes, several by the clock. On a card every step is
+    the replay of a CUDA graph.
 
     Example:  python -m bench.decode Llama-3.2-1B --prompt 32 --batch 1 --threads 1
+    On a card:  python -m bench.decode Llama-2-7B --device cuda --compile --prompt 32 --batch 1 --turn 32
     """
+    on_card = device == "cuda"
     if tests:
-        require_green_tests()
+        require_green_gates() if on_card else require_green_tests()
     logging.disable_progress_bar()
     torch.manual_seed(0)
     mode = "compiled" if compile else "eager"
-    stamp = gpu.conditions() if device == "cuda" else report.conditions()
+    stamp = card.conditions() if on_card else report.conditions()
     folder = None if model in SHAPES else Path(model)
     texts = {}
     if folder:
@@ -73,7 +78,7 @@ def main(
         models = contenders.from_random(random_model(SHAPES[model], DTYPES[dtype], device), keep)
     room = models["dense"].config.max_position_embeddings - turn * (rounds + 1) - 1
     counts = threads or sorted({1, torch.get_num_threads()})
-    counts = counts[-1:] if device == "cuda" else counts
+    counts = counts[-1:] if on_card else counts
     grid = [Setting(T, M, n, read >= T * M) for T, M, n in product(prompt, batch, counts) if room >= T]
     console.print(f"{Path(model).name}, {dtype}, keep {keep}, {mode}: {stamp}")
 
@@ -85,11 +90,12 @@ def main(
         rows += [facts | row | {"perplexity": losses[row["contender"]]} for row in found]
     report.show(console, "time to the first token, and tokens a second after it (medians)", rows)
     for count in counts:
-        _show_shares(_steps(models, compile), Setting(prompt[0], 1, count, read=True))
+        if not on_card:  # a profile of the processor shows nothing of a graph
+            _show_shares(_steps(models, compile), Setting(prompt[0], 1, count, read=True))
         if folder:
             _show_drafts(models, texts["evaluation"], count)
     if tests:
-        machine = gpu.card() if device == "cuda" else report.processor()
+        machine = card.card() if on_card else report.processor()
         path = output or report.RESULTS / f"decode-{Path(model).name}-{mode}-{machine}.csv".lower()
         report.write_csv(path, stamp, rows)
         report.write(path.with_suffix(".txt"), console.export_text())

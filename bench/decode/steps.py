@@ -13,13 +13,16 @@ from bench.stream import clock
 class Decoder:
     """Everything that one model needs to go on from its last tokens. The same for every contender.
 
-    step   what computes the logits of one more token: the model's forward, or that compiled
+    step     what computes the logits of one more token: the model's forward, or that compiled
+    graphs   whether steps are replays of a CUDA graph, as they are on a card
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, room: int, step: Callable | None = None) -> None:
         self.model, self.batch, self.step = model, batch, step or model.forward
         self.cache = StaticCache(config=model.config, max_cache_len=room)
         self.last: Tensor = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        self.graphs = model.device.type == "cuda"
+        self._advance: Callable[[], None] | None = None
 
     def read(self, prompt: Tensor) -> float:
         """Seconds from the prompt [batch, T] to the first new token.
@@ -30,7 +33,7 @@ class Decoder:
         self.cache.reset()
         begin = self._clock()
         hidden = self.model.base_model(input_ids=prompt, past_key_values=self.cache, use_cache=True)[0]
-        self.last = self.model.get_output_embeddings()(hidden[:, -1]).argmax(-1, keepdim=True)
+        self.last.copy_(self.model.get_output_embeddings()(hidden[:, -1]).argmax(-1, keepdim=True))
         return self._clock() - begin
 
     def pretend(self, length: int) -> None:
@@ -45,9 +48,19 @@ class Decoder:
         """Seconds a step, each with a new token for every row of the batch, over `tokens` of them."""
         begin = self._clock()
         for _ in range(tokens):
-            output = self.step(input_ids=self.last, past_key_values=self.cache, use_cache=True)
-            self.last = output.logits.argmax(-1)
+            self._next()
         return (self._clock() - begin) / tokens
+
+    def _next(self) -> None:
+        if self._advance is None and self.graphs:
+            self._compute()  # compiles, and warms the libraries up
+            self._advance = captured(self._compute)
+        else:
+            (self._advance or self._compute)()
+
+    def _compute(self) -> None:
+        output = self.step(input_ids=self.last, past_key_values=self.cache, use_cache=True)
+        self.last.copy_(output.logits.argmax(-1))
 
     def _clock(self) -> float:
         if self.model.device.type == "cuda":
@@ -56,7 +69,14 @@ class Decoder:
         return clock(torch.get_num_threads())()
 
 
+def captured(run: Callable[[], None]) -> Callable[[], None]:
+    """A CUDA graph of what `run` does. That is not done yet: calling what is returned does it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def compiled(model: PreTrainedModel) -> Callable:
-    """One step of `model`, compiled whole; on a card inside a CUDA graph."""
-    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-    return torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
+    """One step of `model`, compiled whole."""
+    return torch.compile(model.forward, fullgraph=True, dynamic=False)
