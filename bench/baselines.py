@@ -32,6 +32,31 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=False)
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether torch's oneDNN multiplies weights of its own layout here: in 16 bits processors differ."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype not in supported or supported[dtype]()
+
+
+def packed(weight: Tensor, M: int) -> Tensor:
+    """A weight [N, K] as oneDNN likes to have it for M tokens: what torch.compile makes of the weights of a
+    model where its option `freezing` is on, and calls `packed_linear` with."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, M)
+
+
+def packed_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def packed_low_rank(x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    return packed_linear(packed_linear(x, B), A)
+
+
 def difference(y: Tensor, exact: Tensor) -> float:
     return float((y.double() - exact).norm() / exact.norm())
 

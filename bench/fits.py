@@ -1,7 +1,8 @@
 """Least squares with what it leaves over: how a time grows, and how far to believe that."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -20,6 +21,9 @@ class Fit:
 def fit(features: Sequence[dict[str, float]], values: Sequence[float]) -> Fit:
     """Coefficients whose relative errors are least, so that small measurements count as much as large ones.
 
+    None is below zero: no work takes less than no time, and a fit that says so is wrong beyond its ends.
+    Features are few: every set of them that might have coefficients above zero is tried.
+
     ValueError for fewer measurements than coefficients.
     """
     names = list(features[0])
@@ -27,6 +31,18 @@ def fit(features: Sequence[dict[str, float]], values: Sequence[float]) -> Fit:
         raise ValueError(f"a fit of {len(names)} coefficients has {len(values)} measurements, wanted as many")
     measured = np.array(values, dtype=float)
     A = np.array([[entry[name] for name in names] for entry in features], dtype=float) / measured[:, None]
-    size = np.abs(A).max(axis=0)  # features differ by many orders of magnitude
-    solution = np.linalg.lstsq(A / size, np.ones(len(measured)), rcond=None)[0] / size
+    solution = min(_candidates(A), key=lambda x: float(np.square(1 - A @ x).sum()))
     return Fit(dict(zip(names, map(float, solution), strict=True)), [float(r) for r in 1 - A @ solution])
+
+
+def _candidates(A: np.ndarray) -> Iterator[np.ndarray]:
+    """Least squares to ones over every set of columns, of which those without a coefficient below zero."""
+    count = A.shape[1]
+    size = np.abs(A).max(axis=0)  # features differ by many orders of magnitude
+    yield np.zeros(count)
+    for chosen in (list(c) for k in range(1, count + 1) for c in combinations(range(count), k)):
+        part = np.linalg.lstsq((A / size)[:, chosen], np.ones(len(A)), rcond=None)[0]
+        if (part >= 0).all():
+            solution = np.zeros(count)
+            solution[chosen] = part / size[chosen]
+            yield solution

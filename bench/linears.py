@@ -1,12 +1,25 @@
 """The benchmarked linears: a rank adapter and a neuron adapter against what does the same job."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.baselines import DTYPES, Contenders, compiled, difference, low_rank, masked, static_rank
+from bench.baselines import (
+    DTYPES,
+    Contenders,
+    can_pack,
+    compiled,
+    difference,
+    low_rank,
+    masked,
+    packed,
+    packed_linear,
+    packed_low_rank,
+    static_rank,
+)
 from bench.weights import copies, far, threshold_keeping, turns, wanted, weight
 from rana_kernels import ops
 from rana_kernels.backends import reference
@@ -64,6 +77,7 @@ class Lowrank:
                 low_rank,
                 copies(lambda: (x, weight(static, self.K, dtype), weight(self.N, static, dtype))),
             ),
+            **packed_pair(x, self.N, static),
             "masked in torch": turns(masked_in_torch, copies(masked_weights)),
             "rana": turns(lambda B, rows, t: ops.masked_lowrank_linear(x, B, rows, t), ours),
         }
@@ -113,7 +127,26 @@ class Neurons:
                 low_rank,
                 copies(lambda: (h, weight(static, self.R, dtype), weight(self.N, static, dtype))),
             ),
-            "masked in torch": turns(lambda h, W: F.linear(masked(h, threshold), W), dense),
+            **packed_pair(h, self.N, static),
+            "masked in torch": turns(
+                lambda h, W: F.linear(masked(h, threshold), W),
+                copies(lambda: (h, weight(self.N, self.R, dtype))),
+            ),
             "rana": turns(lambda rows: ops.masked_linear(h, rows, threshold, scale), ours),
         }
         return Contenders(calls, touched, 2 * self.M * self.live * self.N, error)
+
+
+def packed_pair(x: Tensor, N: int, rank: int) -> dict[str, Callable[[], Tensor]]:
+    """A dense layer x [M, K] -> N and one of so many ranks, both packed; none where torch cannot do that."""
+    if not can_pack(x.dtype):
+        return {}
+    M, K = x.shape
+
+    def pack(*shape: int) -> Tensor:
+        return packed(weight(*shape, x.dtype), M)
+
+    return {
+        "dense packed": turns(packed_linear, copies(lambda: (x, pack(N, K)))),
+        "static packed": turns(packed_low_rank, copies(lambda: (x, pack(rank, K), pack(N, rank)))),
+    }

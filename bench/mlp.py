@@ -1,5 +1,6 @@
 """The benchmarked MLP: one op, against the same in parts and against what does the same job."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,7 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.baselines import DTYPES, Contenders, compiled, difference, low_rank, masked, static_rank
+from bench.baselines import (
+    DTYPES,
+    Contenders,
+    can_pack,
+    compiled,
+    difference,
+    low_rank,
+    masked,
+    packed,
+    packed_linear,
+    packed_low_rank,
+    static_rank,
+)
 from bench.weights import copies, far, threshold_keeping, turns, wanted, weight
 from rana_kernels import ops
 from rana_kernels.backends import reference
@@ -55,6 +68,7 @@ class Mlp:
             "dense": turns(lambda *w: dense(x, *w), dense_weights),
             "dense compiled": turns(compiled(lambda *w: dense(x, *w)), far(dense_weights)),
             "static low rank": turns(lambda *w: static(x, *w), static_weights),
+            **self._packed(x),
             "masked in torch": turns(
                 lambda *w: masked_in_torch(x, *w), copies(lambda: transposed(self._adapter(x)))
             ),
@@ -83,6 +97,21 @@ class Mlp:
         R = static_rank(self.keep, K, N)
         return weight(R, K, DTYPES[self.dtype]), weight(N, R, DTYPES[self.dtype])
 
+    def _packed(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """Dense and static with packed weights; none where torch cannot do that."""
+        if not can_pack(x.dtype):
+            return {}
+
+        def pack(weights: Iterable[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(packed(w, self.M) for w in weights)
+
+        wide = copies(lambda: pack(weight(*shape, x.dtype) for shape in self._shapes()))
+        thin = copies(lambda: pack(w for shape in self._shapes() for w in self._pair(*shape)))
+        return {
+            "dense packed": turns(lambda *w: dense(x, *w, linear=packed_linear), wide),
+            "static packed": turns(lambda *w: static(x, *w, linear=packed_low_rank), thin),
+        }
+
     def _adapter(self, x: Tensor) -> Weights:
         B = weight(2 * self.ranks, self.K, x.dtype)
         threshold = threshold_keeping(2 * self.live, (x.float() @ B.float().T).abs())
@@ -93,14 +122,14 @@ class Mlp:
         return made._replace(down_threshold=kept)
 
 
-def dense(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+def dense(x: Tensor, up: Tensor, gate: Tensor, down: Tensor, linear: Callable = F.linear) -> Tensor:
+    return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
 
-def static(x: Tensor, *factors: Tensor) -> Tensor:
+def static(x: Tensor, *factors: Tensor, linear: Callable = low_rank) -> Tensor:
     """factors: two each of up, gate and down."""
     up, gate, down = factors[:2], factors[2:4], factors[4:]
-    return low_rank(F.silu(low_rank(x, *gate)) * low_rank(x, *up), *down)
+    return linear(F.silu(linear(x, *gate)) * linear(x, *up), *down)
 
 
 def transposed(w: Weights) -> Weights:

@@ -1,4 +1,4 @@
-"""`python -m bench.scale`: how times grow with sizes, and what compressing a large model would take."""
+"""`python -m bench.scale`: how the time of an adapter grows with each of its sizes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,6 @@ import matplotlib
 import torch
 import typer
 
-from bench.cost import BLOCKS, LINEARS, cost
 from bench.report import RESULTS, conditions, processor, write_json
 from bench.sweep import AXES, BASE, sweep
 
@@ -22,7 +21,7 @@ def main(
         typer.Option(help="JSON; default bench/results/scale-<processor>.json. A plot beside it."),
     ] = None,
 ) -> None:
-    """Time a rank adapter along each of its sizes, and the steps of a compression; fit; estimate.
+    """Time a rank adapter along each of its sizes, with tokens and with threads, and fit lines.
 
     Example:  python -m bench.scale
     """
@@ -31,10 +30,8 @@ def main(
     typer.echo(f"{stamp}\ntiming a linear along {', '.join(AXES)}")
     with torch.inference_mode():
         kernels = sweep(BASE, AXES, threads, rounds)
-    typer.echo("timing decompositions, calibration and compression")
-    found = {"kernels": kernels, "compression": cost(LINEARS, BLOCKS)}
     path = output or RESULTS / f"scale-{processor()}.json"
-    write_json(path, stamp, found)
+    write_json(path, stamp, {"kernels": kernels})
     draw(kernels, path.with_suffix(".png"), stamp)
     typer.echo(f"wrote {path} and {path.with_suffix('.png')}")
 

@@ -59,9 +59,10 @@ def fitted(values: list[int], us: list[float], feature: list[float]) -> dict[str
 
 
 def marginal(base: Lowrank, axis: str, values: list[int], us: list[float]) -> float | None:
-    """GB/s of what one more unit of the axis reads; None for tokens, which share what they read."""
+    """GB/s of what one more unit of the axis reads; None for tokens, which share what they read, and where
+    more units take no more time."""
     weights = {"N": base.live, "K": base.R, "R": base.K, "live": base.N}.get(axis)
     if weights is None:
         return None
     each = fit([{"constant": 1.0, "each": float(v)} for v in values], us).coefficients["each"]
-    return round(2 * weights / each / 1e3, 1)  # bfloat16
+    return round(2 * weights / each / 1e3, 1) if each else None  # bfloat16

@@ -12,7 +12,10 @@ import torch
 from bench.baselines import Contenders
 from bench.kernels import PUBLISHED, Case
 
-NAMES = ("dense", "dense compiled", "static low rank", "masked in torch", "parts", "rana")
+NAMES = (
+    "dense", "dense compiled", "dense packed", "static low rank", "static packed", "masked in torch", "parts",
+    "rana",
+)  # fmt: skip
 
 
 @lru_cache(maxsize=1)

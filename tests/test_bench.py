@@ -13,13 +13,18 @@ from typer.testing import CliRunner
 import rana_kernels
 from bench import __main__ as command
 from bench import baselines, check, compare, cost, linears, measure, mlp, stream, sweep, weights
+from bench.baselines import can_pack
+from bench.estimates import Decomposition, decompositions
 from bench.fits import fit
 from bench.kernels import PUBLISHED, Lowrank, Mlp, Neurons
 from bench.models import KEEP, MODELS, cases
 from bench.page import PAGE, page
 from bench.report import RESULTS, ROOT, machine, read_csv, write_csv, write_json
 from bench.timing import interleave, repeats
+from rana_kernels import layer
 from rana_kernels.cli import bench as handover
+from rana_kernels.methods.budget import block_curves
+from rana_kernels.models import find_blocks
 
 TINY = [
     Lowrank(64, 96, 32, 20, 1, "bf16"),
@@ -58,6 +63,26 @@ def test_a_case_is_what_it_says(case):
     assert not torch.equal(first, second), "the copies are one"
 
 
+def test_contenders_compute_the_same():
+    """Dense and packed ones on weights of one seed; the low ranks and the masks of each are its own."""
+    x, w = torch.randn(4, 64).bfloat16(), weights.weight(96, 64, torch.bfloat16)
+    if can_pack(torch.bfloat16):
+        y = baselines.packed_linear(x, baselines.packed(w, 4))
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, w))
+    A, B = weights.weight(96, 32, torch.float32), weights.weight(32, 64, torch.float32)
+    if can_pack(torch.float32):
+        y = baselines.packed_low_rank(x.float(), baselines.packed(B, 4), baselines.packed(A, 4))
+        torch.testing.assert_close(y, x.float() @ B.T @ A.T)
+
+
+def test_compiled_is_compiled():
+    torch._dynamo.utils.counters.clear()
+    x, w = torch.randn(1, 8), torch.randn(4, 8)
+    y = baselines.compiled(torch.nn.functional.linear)(x, w)
+    torch.testing.assert_close(y, x @ w.T)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_wrong_kernel_shows_as_an_error(monkeypatch):
     right = linears.ops.masked_lowrank_linear
     monkeypatch.setattr(linears.ops, "masked_lowrank_linear", lambda *args: 1.5 * right(*args))
@@ -68,13 +93,9 @@ def test_measured_rows(tmp_path):
     rows = list(measure.measure(TINY[:1], ["auto", "reference"], [1], 3))
     assert [row["backend"] for row in rows] == ["auto", "reference"]
     for row in rows:
-        assert {
-            "x dense",
-            "x dense compiled",
-            "x static low rank",
-            "x masked in torch",
-            "error",
-        } <= row.keys()
+        baselines = {"dense", "dense compiled", "static low rank", "masked in torch"}
+        assert {"error", *(f"x {name}" for name in baselines)} <= row.keys()
+        assert ("x dense packed" in row) == ("x static packed" in row) == can_pack(torch.bfloat16)
         assert row["p20"] <= row["us"] <= row["p80"]
     write_csv(tmp_path / "a.csv", "here", rows)
     stamp, again = read_csv(tmp_path / "a.csv")
@@ -241,23 +262,63 @@ def test_a_fit_finds_the_line_and_says_what_is_left():
         fit([{"a": 1.0, "b": 2.0}], [1.0])
 
 
+def test_no_work_takes_less_than_no_time():
+    """Plain least squares would fit 1.2 · a - 0.1 · b to these."""
+    features = [{"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 4.1}, {"a": 4.0, "b": 7.9}]
+    found = fit(features, [1.2 * f["a"] - 0.1 * f["b"] for f in features])
+    assert found.coefficients["b"] == 0 and found.coefficients["a"] > 0
+    draw = random.Random(0)
+    for _ in range(20):
+        true = [max(0.0, draw.gauss(0, 1)) for _ in "abc"]
+        features = [{name: draw.random() for name in "abc"} for _ in range(8)]
+        values = [sum(c * v for c, v in zip(true, f.values(), strict=True)) for f in features]
+        if min(values) > 0:
+            assert list(fit(features, values).coefficients.values()) == pytest.approx(true, abs=1e-9)
+
+
 def test_a_sweep_covers_its_axes():
     with torch.inference_mode():
         found = sweep.sweep(TINY[0], {"N": [64, 128, 256], "M": [1, 2]}, [1], 3)
     assert list(found) == ["base", "N, 1 thread", "M, 1 thread"]
     assert len(found["N, 1 thread"]["us"]) == len(found["N, 1 thread"]["residuals"]) == 3
-    assert found["N, 1 thread"]["GB/s"] is not None and found["M, 1 thread"]["GB/s"] is None
+    assert found["M, 1 thread"]["GB/s"] is None
+    assert sweep.marginal(TINY[0], "N", [64, 128, 256], [1.0, 2.0, 4.0]) == round(2 * 20 * 64 / 1e3, 1)
+    assert sweep.marginal(TINY[0], "N", [64, 128], [2.0, 1.9]) is None
 
 
 @pytest.fixture(scope="module")
 def compression() -> dict:
-    return cost.cost([(48, 32), (32, 48), (96, 64)], [64, 128])
+    linears = [Decomposition(48, 32, True), Decomposition(32, 48, False), Decomposition(96, 64, True)]
+    return cost.cost(linears, [64, 128], 96)
 
 
-def test_cost_is_measured_and_extrapolated(compression):
+def test_cost_is_measured_checked_and_extrapolated(compression):
     assert all(piece["seconds"] > 0 for piece in compression["linears"])
+    assert all(block[step] > 0 for block in compression["blocks"] for step in cost.STEPS)
+    for fitted in compression["fits"].values():
+        assert min(fitted["coefficients"].values()) >= 0
+    assert compression["check"]["measured"]["hidden"] == 96
+    assert compression["check"]["estimated"].keys() == set(cost.STEPS)
     assert compression["estimates"].keys() == cost.ESTIMATED.keys()
-    assert compression["estimates"]["Llama-2-7B"]["moment GB"] == round(8 * 4096**2 / 1e9, 2)
+    hours = compression["estimates"]["Llama-2-7B"]
+    assert hours["all h"] == pytest.approx(sum(hours[f"{step} h"] for step in cost.STEPS), rel=0.01)
+    assert hours["moment GB"] == float(f"{8 * 4096**2 / 1e9:.3g}")
+
+
+def test_the_decompositions_counted_are_those_that_are_done():
+    """Where up and gate, and q, k and v, end up together, and nothing is left dense."""
+    shape, done = cost.block_shape(64), []
+    model = cost.random_block(64)
+    stats = rana_kernels.calibrate(model, [torch.randint(256, (2, 64))], progress=False)
+    for block in find_blocks(model):
+        worked = layer.Layer(model, block, stats)
+        block_curves(worked)
+        done += worked._factors
+    by_input = find_blocks(model)[0].inputs
+    counted = [(d.N, d.K) for d in decompositions(shape)]
+    again = {names: sum(model.get_submodule(n).out_features for n in names) for names in by_input.values()}
+    sizes = [sum(model.get_submodule(n).out_features for n in names) for names, _ in done]
+    assert sorted([*sizes, *again.values()]) == sorted(N for N, _ in counted)
 
 
 # --- what is published ---
@@ -268,22 +329,30 @@ def test_the_page_is_what_its_generator_makes_of_the_results():
 
 
 def test_the_page_shows_every_kind_of_result(compression, tmp_path):
-    rows = [
-        {"case": case.name, "threads": 1, "us": 1.5, "p20": 1, "p80": 2, "x dense": 0.9} for case in PUBLISHED
-    ]
+    # as if 1377 rows were read by one that has 2464
+    speed = {"us": 1.5, "GB/s": 2 * (2464 * 4096 + 1377 * 11008) / 1.5e3}
+    ratios = {"p20": 1, "p80": 2, "x dense": 0.9, "x static low rank": 0.8, "peak GFLOP/s": 100}
+    rows = [{"case": case.name, "threads": 1} | speed | ratios for case in PUBLISHED]
     write_csv(tmp_path / "a.csv", "a processor", rows)
     gpu_row = {"op": "masked_mlp", "model": "m", "MB": 1, "rana cuda us": 7.25, "rana cuda x dense": 1.9}
     write_csv(tmp_path / "b.csv", "a card", [gpu_row])
-    write_csv(tmp_path / "decode-m.csv", "a model", [{"prompt": 32, "tokens/s": 11.5}])
+    decoded = {"prompt": 32, "threads": 2, "batch": 4}
+    speeds = [decoded | {"contender": name, "tokens/s": s} for name, s in (("static", 20.0), ("rana", 11.5))]
+    write_csv(tmp_path / "decode-m.csv", "a model", speeds)
     kernels = sweep.sweep(TINY[0], {"N": [64, 128, 256]}, [1], 3)
-    write_json(tmp_path / "scale-a.json", "a machine", {"kernels": kernels, "compression": compression})
+    write_json(tmp_path / "scale-a.json", "a machine", {"kernels": kernels})
+    write_json(tmp_path / "cost-a.json", "a machine", compression)
     text = page(tmp_path)
     for words in (
         "a processor",
-        "| Gemma-2-2B: down | 1 | 1.5 | 1–2 | 0.9 |",
+        "| Gemma-2-2B: down | 1 | 1.5 | 1–2 |",
         f"In {len(PUBLISHED)} of {len(PUBLISHED)} measurements",
         "| masked_mlp | m |",
-        "| 32 | 11.5 |",
+        "| 32 | 2 | 4 | rana | 11.5 |",
+        "| 32 | 2 | 4 | 20.0 | 11.5 | 0.57 |",
+        "0.57 with 4 texts (prompt of 32, 2 threads).",
+        "| bf16 | 1 | 2 | 1377 | 1.5 | 0.9 | 0.8 |",
+        "0.80 with 1 token, 0.80 with 2 tokens, 0.80 with 4 tokens, 0.80 with 8",
         "| N, 1 thread | 64, 128, 256 |",
         "| Llama-3.1-405B |",
     ):
