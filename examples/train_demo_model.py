@@ -167,9 +167,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 class Architecture(str, Enum):
-    """What is trained: 5.4 million parameters of Llama, or 3.5 of GPT-NeoX."""
+    """What is trained: 5.4 million parameters of Llama, 91 (on a card), or 3.5 of GPT-NeoX."""
 
     llama = "llama"
+    llama_large = "llama_large"
     gpt_neox = "gpt_neox"
 
 
@@ -190,7 +191,9 @@ class Recipe:
 def new_model(architecture: Architecture, seed: int) -> PreTrainedModel:
     """Build a model with random float32 weights and tied embeddings."""
     torch.manual_seed(seed)
-    return new_llama() if architecture is Architecture.llama else new_gpt_neox()
+    if architecture is Architecture.gpt_neox:
+        return new_gpt_neox()
+    return new_llama(SIZES[architecture])
 
 
 # of the configuration of every architecture
@@ -204,18 +207,27 @@ SHARED = {
 }
 
 
-def new_llama() -> LlamaForCausalLM:
+SIZES = {
+    Architecture.llama: {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    Architecture.llama_large: {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 14,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def new_llama(sizes: dict[str, int]) -> LlamaForCausalLM:
     """Gated MLPs, grouped-query attention, no biases."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=256,
-            intermediate_size=688,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            **SHARED,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**sizes, **SHARED))
 
 
 def new_gpt_neox() -> GPTNeoXForCausalLM:
@@ -284,22 +296,25 @@ def token_losses(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
 
 
+def rows_at_once(model: PreTrainedModel) -> int:
+    """Few on a CPU: the logits of more fall out of its caches."""
+    return 4 if model.device.type == "cpu" else 64
+
+
 def train_step(model: PreTrainedModel, optimizer: torch.optim.AdamW, input_ids: Tensor, rate: float) -> float:
     """Take one optimizer step on `input_ids` [n, T]; return the mean loss in nats a token."""
-    total = 0.0
-    # Four rows at a time: the logits of more fall out of the CPU's caches.
-    parts = input_ids.split(4)
-    for part in parts:
-        with torch.autocast("cpu", torch.bfloat16):
+    total = torch.zeros((), device=model.device)
+    for part in input_ids.to(model.device).split(rows_at_once(model)):
+        with torch.autocast(model.device.type, torch.bfloat16):
             loss = token_losses(model, part).mean() * (len(part) / len(input_ids))
         loss.backward()
-        total += loss.item()
+        total += loss.detach()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return total
+    return total.item()
 
 
 @torch.inference_mode()
@@ -308,7 +323,8 @@ def perplexity(model: PreTrainedModel, input_ids: Tensor) -> float:
 
     A row sees nothing of the rows before it. The losses are added in float64.
     """
-    losses = [token_losses(model, part.long()).double() for part in input_ids.split(4)]
+    parts = input_ids.to(model.device).split(rows_at_once(model))
+    losses = [token_losses(model, part.long()).double() for part in parts]
     return torch.cat(losses).mean().exp().item()
 
 
@@ -352,12 +368,12 @@ def load_checkpoint(
             f"{path} is from other settings or other text; pass --fresh to discard it, "
             "or another --work-dir to keep both"
         )
-    tensors = load_file(path)
+    tensors = load_file(path, device=str(model.device))
     step = int(metadata["step"])
     for name, parameter in model.named_parameters():
         parameter.data.copy_(tensors[f"weight.{name}"])
         state = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step), device=model.device), **state}
     return step, float(metadata["seconds"])
 
 
@@ -424,7 +440,7 @@ def progress_bar() -> Progress:
 
 def glance(model: PreTrainedModel, evaluation: Tensor) -> float:
     """Return the perplexity on a few evaluation rows, in the precision of training."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16):
         return perplexity(model, evaluation[:GLANCE_ROWS])
 
 
@@ -547,6 +563,11 @@ def train(
     ] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of rows.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Folder of Python files to learn from.", show_default="the standard library"),
+    ] = None,
 ) -> None:
     """Train the model and write it to `--out`. The defaults made the checked-in one.
 
@@ -559,16 +580,21 @@ def train(
 
     `python examples/train_demo_model.py train --architecture gpt_neox --steps 800 --cosine-steps 1700
     --cooldown-steps 100 --out build/gpt_neox --work-dir build/gpt_neox_work`
+
+    A larger one, on a card and with more text:
+
+    `python examples/train_demo_model.py train --architecture llama_large --device cuda --text FOLDER
+    --rows-per-step 64 --lr 6e-4 --out build/large --work-dir build/large_work`
     """
     torch.set_num_threads(threads)
     recipe = Recipe(architecture, steps, lr, warmup_steps, cosine_steps, cooldown_steps, rows_per_step, seed)
-    root = Path(sysconfig.get_path("stdlib"))
+    root = text or Path(sysconfig.get_path("stdlib"))
     tokenizer, splits, digest = prepare(root)
 
     work_dir.mkdir(parents=True, exist_ok=True)
     if fresh:
         (work_dir / "checkpoint.safetensors").unlink(missing_ok=True)
-    model = new_model(architecture, seed)
+    model = new_model(architecture, seed).to(device)
     console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     # What a checkpoint must share with a run to be continued by it.
     identity = json.dumps({"text": digest, **asdict(recipe)}, sort_keys=True)
@@ -579,7 +605,7 @@ def train(
     save_tokenizer(tokenizer, out)
     save_data(splits, root, work_dir, out)
     save_model(model, out)
-    evaluate(out)
+    evaluate(out, device)
 
 
 @app.command()
@@ -591,11 +617,12 @@ def evaluate(
             show_default="examples/demo_model",
         ),
     ] = REPOSITORY / "examples" / "demo_model",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Print the perplexity of a saved model on its evaluation tokens, in bfloat16 and float32."""
     input_ids = load_file(folder / "evaluation.safetensors")["input_ids"]
     for dtype in (torch.bfloat16, torch.float32):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
         console.print(f"saved weights in {dtype}: perplexity {perplexity(model, input_ids):.4f}")
 
 
