@@ -1,4 +1,4 @@
-"""Allocation: from a FLOPs budget to a Plan, by one of four methods.
+"""Allocation: from a budget to a Plan, by one of four methods.
 
 global        one budget for the whole model, spent where it saves the most loss (`budget.py`)
 rankadaptor   the same, corrected by measurements of what comes of it (`rankadaptor.py`)
@@ -13,10 +13,12 @@ from rich.progress import track
 from rana_kernels.calibrate import Stats
 from rana_kernels.layer import Layer
 from rana_kernels.methods import budget, paper, rankadaptor
+from rana_kernels.methods.request import Request
 from rana_kernels.methods.search import Search
 from rana_kernels.models import find_blocks
 from rana_kernels.plan import Adapter, Plan
 from rana_kernels.resume import ResumeDir
+from rana_kernels.times import Times
 
 DEFAULT = "global"
 # what of `calibrate` a method reads: its arguments
@@ -31,7 +33,10 @@ NEEDS: dict[str, dict[str, Any]] = {
 def plan(
     stats: Stats,
     *,
-    flops_reduction: float,
+    flops_reduction: float | None = None,
+    time_reduction: float | None = None,
+    times: Times | None = None,
+    max_memory: int | None = None,
     method: str = DEFAULT,
     search: Search | None = None,
     store: ResumeDir | None = None,
@@ -40,6 +45,9 @@ def plan(
     """Decide what each linear becomes, so that the linears of the blocks lose `flops_reduction`
     (a fraction of their FLOPs; linears that stay dense count).
 
+    time_reduction   in its place: a fraction of the time that they take for one token, by `times`
+    max_memory       bytes that they may store, which a FLOPs budget alone does not limit: weights, biases,
+                     thresholds and scales
     search   for `rankadaptor`, and wanted there: what to measure with; it says afterwards what was found
     store    keeps what the search measured, for the same call after an interruption
 
@@ -48,17 +56,25 @@ def plan(
     (it says what is).
     """
     check_method(method, search)
-    stats.require(NEEDS[method]["inputs"])
-    if method == "global":
-        return budget.plan_model(stats, flops_reduction, progress)
+    request = Request(method, flops_reduction, time_reduction, times, max_memory)
+    return plan_request(stats, request, search, store, progress)
+
+
+def plan_request(
+    stats: Stats, request: Request, search: Search | None, store: ResumeDir | None, progress: bool
+) -> Plan:
+    """`plan`, for what was checked."""
+    stats.require(NEEDS[request.method]["inputs"])
+    if request.method == "global":
+        return budget.plan_model(stats, request, progress)
     if search is not None:
-        return rankadaptor.plan_by_search(stats, flops_reduction, search, store, progress)
+        return rankadaptor.plan_by_search(stats, request, search, store, progress)
     blocks = find_blocks(stats.model)
-    keep = paper.keep_for(stats.model, blocks, flops_reduction, method)
+    keep = paper.keep_for(stats.model, blocks, request.reduction, request.method)
     adapters: list[Adapter] = []
     for block in track(blocks, "planning", disable=not progress, transient=True):
-        adapters += paper.plan_layer(Layer(stats.model, block, stats), keep, method)
-    return Plan(tuple(adapters), method, flops_reduction)
+        adapters += paper.plan_layer(Layer(stats.model, block, stats), keep, request.method)
+    return request.record(tuple(adapters))
 
 
 def check_method(method: str, search: Search | None) -> None:

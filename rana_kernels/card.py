@@ -13,7 +13,7 @@ from torch import nn
 from rana_kernels.calibrate import Stats
 from rana_kernels.checkpoint import attach_plan, attached_facts, attached_plan, versions
 from rana_kernels.measure import CompressReport
-from rana_kernels.plan import Adapter
+from rana_kernels.plan import Adapter, Plan
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -25,6 +25,8 @@ def made_from(model: nn.Module, stats: Stats, report: CompressReport) -> dict[st
         "calibration": {"tokens": stats.tokens, "seed": stats.seed, "sha256": stats.digest},
         "model_flops_reduction": report.model_flops_reduction,
         "bytes": {"before": report.bytes_before, "after": report.bytes_after},
+        "block_bytes": {"before": report.block_bytes_before, "after": report.block_bytes_after},
+        "block_time_reduction": report.block_time_reduction,
         "versions": versions(),
     }
 
@@ -53,11 +55,8 @@ def card(model: nn.Module) -> str:
     name = base.rstrip("/").rpartition("/")[2] or "a model"
     lines = [*_front_matter(base), f"# {name}, compressed with RaNA", "", _HOW, ""]
     lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in _facts(base, made))]
-    saved, whole = plan.reduction, made.get("model_flops_reduction")
-    asked = "" if plan.flops_reduction is None else f" ({plan.flops_reduction:.1%} asked for)"
-    lines += [f"| method | {plan.method} |", f"| FLOPs saved in the blocks' linears | {saved:.1%}{asked} |"]
-    if isinstance(whole, float):
-        lines.append(f"| FLOPs saved, lm_head included | {whole:.1%} |")
+    lines.append(f"| method | {plan.method} |")
+    lines += [f"| {name} | {saved} |" for name, saved in _savings(plan, made)]
     lines += ["", "Rows kept of rows stored, mean over the calibration's tokens:", ""]
     lines += ["| linears | kind | kept / stored | of the dense cost |", "| --- | --- | --- | --- |"]
     return "\n".join([*lines, *map(_row, plan.adapters), ""])
@@ -89,7 +88,7 @@ def _facts(base: str, made: dict[str, Any]) -> list[tuple[str, str]]:
     def part(key: str) -> dict[str, Any]:
         return made[key] if isinstance(made.get(key), dict) else {}
 
-    calibration, perplexity, size = part("calibration"), part("perplexity"), part("bytes")
+    calibration, perplexity = part("calibration"), part("perplexity")
     words = [f"{calibration[key]} {word}" for key, word in (("tokens", "tokens"),) if key in calibration]
     words += [f"of {calibration['data']}"] if "data" in calibration else []
     words += [f"{key} {calibration[key]}" for key in ("seed", "sha256") if key in calibration]
@@ -99,7 +98,7 @@ def _facts(base: str, made: dict[str, Any]) -> list[tuple[str, str]]:
         if _number(perplexity, key)
     ]
     measured += [f"on {perplexity['data']}"] if "data" in perplexity else []
-    kept = [f"{size[key] / 1e6:.1f} MB {key}" for key in ("before", "after") if _number(size, key)]
+    kept, inside = _sizes(part("bytes")), _sizes(part("block_bytes"))
     recovery = part("recovery")
     trained = [f"{recovery[key]} {key}" for key in ("steps", "tokens") if _number(recovery, key)]
     trained += [f"of {recovery['data']}"] if "data" in recovery else []
@@ -112,9 +111,31 @@ def _facts(base: str, made: dict[str, Any]) -> list[tuple[str, str]]:
         "perplexity": measured or ["not measured"],
         "recovered": trained,
         "weights": kept,
+        "of the blocks' linears": inside,
         "made with": made_with,
     }
     return [(key, _plain(", ".join(values))) for key, values in rows.items() if values]
+
+
+def _savings(plan: Plan, made: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the plan saves, and what was asked for."""
+
+    def asked(reduction: float | None) -> str:
+        return "" if reduction is None else f" ({reduction:.1%} asked for)"
+
+    whole, time = made.get("model_flops_reduction"), made.get("block_time_reduction")
+    rows = [("FLOPs saved in the blocks' linears", f"{plan.reduction:.1%}{asked(plan.flops_reduction)}")]
+    rows += [("FLOPs saved, lm_head included", f"{whole:.1%}")] if isinstance(whole, float) else []
+    if isinstance(time, float):
+        what = "time saved there for one token, expected from measured kernels"
+        rows.append((what, f"{time:.1%}{asked(plan.time_reduction)}"))
+    if plan.max_memory is not None:
+        rows.append(("most that these linears may store", f"{plan.max_memory / 1e6:.1f} MB"))
+    return rows
+
+
+def _sizes(size: dict[str, Any]) -> list[str]:
+    return [f"{size[key] / 1e6:.1f} MB {key}" for key in ("before", "after") if _number(size, key)]
 
 
 def _number(facts: dict[str, Any], key: str) -> bool:

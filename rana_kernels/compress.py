@@ -1,8 +1,9 @@
 """Compression: calibrate → plan → modules, in place, one block at a time.
 
 The paper's method decomposes each linear once; one budget for the whole model has to see all of them
-before it can decide, so there each is decomposed again for its modules. A block's factors are dropped
-when its modules are in place, so that there are never two copies of the model. Only linears are
+before it can decide, so there each is decomposed again for its modules: a fiftieth of the time, where to
+keep all factors would take the memory of two more models. A block's factors are dropped when its modules
+are in place, so that there are never two copies of the model. Only linears are
 replaced: embeddings and norms stay, and so do the weights of lm_head and of linears left dense.
 """
 
@@ -24,12 +25,22 @@ from rana_kernels.fill import block_tensors, with_threshold
 from rana_kernels.huge_pages import use_huge_pages
 from rana_kernels.install import check_plan, dense_names, put
 from rana_kernels.layer import Layer
-from rana_kernels.measure import AdapterReport, CompressReport, measure, model_bytes, model_flops_reduction
+from rana_kernels.measure import (
+    AdapterReport,
+    CompressReport,
+    block_bytes,
+    measure,
+    model_bytes,
+    model_flops_reduction,
+)
 from rana_kernels.methods import paper
+from rana_kernels.methods.prices import reduction
+from rana_kernels.methods.request import WHOLE, Request
 from rana_kernels.methods.search import Search
 from rana_kernels.models import describe, find_blocks
 from rana_kernels.plan import Adapter, Plan
 from rana_kernels.resume import ResumeDir, fingerprint
+from rana_kernels.times import Times
 
 
 def compress(
@@ -37,6 +48,9 @@ def compress(
     calibration: Iterable | None = None,
     *,
     flops_reduction: float | None = None,
+    time_reduction: float | None = None,
+    times: Times | None = None,
+    max_memory: int | None = None,
     method: str = allocate.DEFAULT,
     search: Search | None = None,
     plan: Plan | None = None,
@@ -50,6 +64,9 @@ def compress(
     calibration       as in `calibrate`; not needed where `stats` are given
     flops_reduction   share of the block linears' FLOPs to save, by `method`; or else a `plan`, whose
                       missing thresholds are chosen from the token sample
+    time_reduction    in place of FLOPs: share of the time that these linears take for one token, by `times`
+                      (`rana_kernels.times.Times`)
+    max_memory        bytes that these linears may store (weights, biases, thresholds, scales)
     search            for `method="rankadaptor"`: rows to measure on that the calibration does not have
     patterns          for a model of an architecture that is not known: which of its linears is what, by
                       the fields of `rana_kernels.models.Architecture`. Its forward takes token ids first
@@ -61,22 +78,24 @@ def compress(
     started = time.monotonic()
     if patterns is not None:
         describe(model, patterns)
-    _check_request(model, flops_reduction, method, search, plan)
+    request = _request(
+        model, plan, search, method=method, flops_reduction=flops_reduction,
+        time_reduction=time_reduction, times=times, max_memory=max_memory,
+    )  # fmt: skip
     stats = _stats(model, calibration, stats, method, plan, progress)
     blocks = find_blocks(model)
-    asked_for = plan.to_json() if plan else f"{method} {flops_reduction}"
+    asked_for = plan.to_json() if plan else repr(request)
     facts = (stats.digest, asked_for, *([search.digest] if search else []))
     store = ResumeDir(resume_dir, fingerprint(model, blocks, *facts)) if resume_dir else None
-    choose = _chooser(stats, flops_reduction, method, search, store, plan, progress)
+    asked, choose = _chooser(stats, request, search, store, plan, progress)
     adapters: list[Adapter] = []
     measured: list[AdapterReport] = []
-    bytes_before = model_bytes(model)
+    bytes_before, block_bytes_before = model_bytes(model), block_bytes(model)
     for block in track(blocks, "compressing", disable=not progress, transient=True):
         tensors, found, reports = _block(Layer(model, block, stats), choose, store)
         put(model, block, found, tensors)
         adapters += found
         measured += reports
-    asked = plan or Plan((), method, flops_reduction)
     done = asked.with_adapters(tuple(adapters))
     serve_dense(model, dense_names(model, done))
     use_huge_pages(model)
@@ -87,6 +106,9 @@ def compress(
         model_flops_reduction=model_flops_reduction(model, done),
         bytes_before=bytes_before,
         bytes_after=model_bytes(model),
+        block_bytes_before=block_bytes_before,
+        block_bytes_after=block_bytes(model),
+        block_time_reduction=reduction(times, done) if times else None,
         seconds=time.monotonic() - started,
     )
     if hasattr(model, "config"):  # so that model.save_pretrained writes what can be loaded
@@ -95,50 +117,47 @@ def compress(
 
 
 Chooser = Callable[[Layer], list[Adapter]]
-WHOLE = ("global", "rankadaptor")  # methods that see the whole model before they decide
 
 
-def _check_request(
-    model: nn.Module, flops_reduction: float | None, method: str, search: Search | None, plan: Plan | None
-) -> None:
-    """Find what cannot be done before the calibration runs."""
-    if (plan is None) == (flops_reduction is None):
-        raise ValueError(
-            f"compress: plan is {'given' if plan else None} and flops_reduction is {flops_reduction}, "
-            "wanted exactly one of them"
-        )
+def _request(
+    model: nn.Module, plan: Plan | None, search: Search | None, *, method: str, **asked: Any
+) -> Request | None:
+    """What is asked for; None where there is a plan. Raises before the calibration runs, not after."""
     if plan is not None:
+        given = [name for name, value in asked.items() if value is not None]
+        if given:
+            raise ValueError(f"compress: a plan is given, and {', '.join(given)}: wanted exactly one of them")
         check_plan(model, plan)
-        return
+        return None
     allocate.check_method(method, search)
-    blocks = find_blocks(model)
+    request = Request(method, **asked)
+    if request.times:
+        request.times.require(model)
     if method not in WHOLE:
-        assert flops_reduction is not None
-        paper.keep_for(model, blocks, flops_reduction, method)
+        paper.keep_for(model, find_blocks(model), request.reduction, method)
+    return request
 
 
 def _chooser(
     stats: Stats,
-    flops_reduction: float | None,
-    method: str,
+    request: Request | None,
     search: Search | None,
     store: ResumeDir | None,
     plan: Plan | None,
     progress: bool,
-) -> Chooser:
-    """What decides the adapters of a block: the plan, or the method at its budget."""
+) -> tuple[Plan, Chooser]:
+    """The plan, or its start, and what decides the adapters of a block: it, or the method at its budget."""
     model = stats.model
-    if plan is None and method in WHOLE:
-        assert flops_reduction is not None
-        asked: dict[str, Any] = {"flops_reduction": flops_reduction, "method": method, "search": search}
-        plan = allocate.plan(stats, **asked, store=store, progress=progress)
-    if plan is not None:
-        planned = {block.index: adapters for block, adapters in check_plan(model, plan)}
-        return lambda layer: planned[layer.block.index]
-    assert flops_reduction is not None
-    # layer by layer, while its factors are there: each linear is decomposed once
-    keep = paper.keep_for(model, find_blocks(model), flops_reduction, method)
-    return lambda layer: paper.plan_layer(layer, keep, method)
+    if request is not None and request.method not in WHOLE:
+        # layer by layer, while its factors are there: each linear is decomposed once
+        method = request.method
+        keep = paper.keep_for(model, find_blocks(model), request.reduction, method)
+        return request.record(), lambda layer: paper.plan_layer(layer, keep, method)
+    if plan is None:
+        assert request is not None, "there is a plan or a request"
+        plan = allocate.plan_request(stats, request, search, store, progress)
+    planned = {block.index: adapters for block, adapters in check_plan(model, plan)}
+    return plan, lambda layer: planned[layer.block.index]
 
 
 def _stats(

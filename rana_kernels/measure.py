@@ -35,7 +35,8 @@ class AdapterReport:
 
 @dataclass
 class CompressReport:
-    """`plan` is complete (every threshold filled in). FLOPs are a token's; bytes are the model's."""
+    """`plan` is complete (every threshold filled in). FLOPs are a token's; bytes are the model's, those that
+    `block_bytes` counts apart. `block_time_reduction`: expected, by the times that the plan was made with."""
 
     plan: Plan
     adapters: list[AdapterReport]
@@ -43,7 +44,10 @@ class CompressReport:
     model_flops_reduction: float  # blocks and lm_head
     bytes_before: int
     bytes_after: int
+    block_bytes_before: int
+    block_bytes_after: int
     seconds: float
+    block_time_reduction: float | None = None
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "plan": json.loads(self.plan.to_json())}, indent=1)
@@ -91,6 +95,17 @@ def _downsample(spectrum: Tensor) -> list[float]:
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers; tied ones count once."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def block_bytes(model: nn.Module) -> int:
+    """Bytes of the linears of the blocks, or of what is in their place: what `max_memory` is about."""
+    total = 0
+    for block in find_blocks(model):
+        for name in filter(None, (*block.linears, block.mlp)):
+            module = model.get_submodule(name)
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            total += sum(t.numel() * t.element_size() for t in own)
+    return total
 
 
 def model_flops_reduction(model: nn.Module, plan: Plan) -> float:

@@ -62,6 +62,14 @@ class Adapter:
         router = self.rank * self.in_features if self.kind == "rank" else 0
         return 2 * (router + self.live * self.width)
 
+    def stored_bytes(self, itemsize: int) -> int:
+        """Of all its tensors, with weights and biases of `itemsize` bytes: also of its float32 thresholds,
+        one a row, and of a neuron adapter's scales."""
+        stored = self.rank * (self.in_features + self.width)
+        weights = stored if self.kind == "rank" else self.in_features * self.width
+        vectors = {"rank": self.rank, "neuron": 2 * self.rank, "dense": 0}[self.kind]
+        return itemsize * (weights + self.bias * self.width) + 4 * vectors
+
     @property
     def keep(self) -> float:
         """Its cost, as a fraction of the dense cost."""
@@ -72,20 +80,25 @@ class Adapter:
 class Plan:
     """Every linear of the transformer blocks, once.
 
-    `flops_reduction` is what was asked for; `reduction` is what the adapters come to.
+    `flops_reduction`, or else `time_reduction`, is what was asked for, `max_memory` how many bytes the
+    linears of the blocks may store; `reduction` is what the adapters come to, in FLOPs.
     """
 
     adapters: tuple[Adapter, ...]
     method: str = "custom"
     flops_reduction: float | None = None
+    time_reduction: float | None = None
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         _require(isinstance(self.method, str), "Plan", "method", self.method, "a string")
-        asked = self.flops_reduction
-        _require(
-            asked is None or (_is_number(asked) and 0 <= asked < 1),
-            "Plan", "flops_reduction", asked, "None or a number in [0, 1)",
-        )  # fmt: skip
+        for unit in ("flops_reduction", "time_reduction"):
+            asked = getattr(self, unit)
+            fine = asked is None or (_is_number(asked) and 0 <= asked < 1)
+            _require(fine, "Plan", unit, asked, "None or a number in [0, 1)")
+        cap = self.max_memory
+        fine = cap is None or (isinstance(cap, int) and not isinstance(cap, bool) and cap > 0)
+        _require(fine, "Plan", "max_memory", cap, "None or a positive whole number of bytes")
         seen: set[str] = set()
         for name in (name for adapter in self.adapters for name in adapter.names):
             _require(name not in seen, "Plan", f"the linear {name!r}", "two adapters", "one")

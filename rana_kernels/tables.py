@@ -22,9 +22,13 @@ def show_compression(report: CompressReport, output: Path, stored: int) -> None:
     console.print(_rank_table(report.plan))
     blocks, whole = report.block_flops_reduction, report.model_flops_reduction
     before, after = report.bytes_before / 1e6, report.bytes_after / 1e6
+    inside = [size / 1e6 for size in (report.block_bytes_before, report.block_bytes_after)]
+    time = report.block_time_reduction
+    faster = "" if time is None else f", {time:.1%} less time expected there"
     console.print(
-        f"{blocks:.1%} fewer FLOPs in the blocks' linears, {whole:.1%} with lm_head. {before:.1f} MB of "
-        f"weights became {after:.1f}; {stored / 1e6:.1f} MB written to {output}",
+        f"{blocks:.1%} fewer FLOPs in the blocks' linears{faster}, {whole:.1%} with lm_head. "
+        f"{before:.1f} MB of weights became {after:.1f} ({inside[0]:.1f} of these linears {inside[1]:.1f}); "
+        f"{stored / 1e6:.1f} MB written to {output}",
         highlight=False,
     )
 

@@ -1,5 +1,6 @@
 """One budget for a model: what the loss says about errors, and where multiply-adds are spent."""
 
+import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,8 @@ from rana_kernels.compress import compress
 from rana_kernels.decompose import decompose
 from rana_kernels.layer import Layer
 from rana_kernels.methods import budget
-from rana_kernels.methods.budget import Choice, spend
+from rana_kernels.methods.prices import MULTIPLY_ADDS
+from rana_kernels.methods.spend import Choice, least_cost, least_memory, spend
 from rana_kernels.methods.split import threshold_for
 from rana_kernels.models import find_blocks
 from rana_kernels.plan import Adapter
@@ -105,50 +107,72 @@ def test_the_moment_of_outputs_decomposes_as_that_of_inputs():
 # spending
 
 
-def choice(cost: float, error: float) -> Choice:
-    return Choice(cost, error, (Adapter("dense", (f"{cost} {error}",), 1, (1,)),))
+def choice(cost: float, error: float, size: int = 0) -> Choice:
+    return Choice(cost, size, error, Adapter("dense", (f"{cost} {error}",), 1, (1,)))
 
 
 def random_curve(generator: torch.Generator) -> list[Choice]:
-    costs = torch.rand(6, generator=generator).sort().values * 10
-    steepness = float(torch.rand((), generator=generator)) * 3 + 0.3
-    return [choice(float(c), float(torch.exp(-steepness * c))) for c in costs]
+    """At each cost a few, of which those that store more lose less."""
+    draw = lambda n: torch.rand(n, generator=generator).tolist()  # noqa: E731
+    (steepness,), costs = draw(1), sorted(draw(6))
+    return [
+        choice(10 * c, math.exp(-(3 * steepness + 0.3) * 10 * c) * 2 ** (-s / 40), int(s + 30 * c))
+        for c in costs
+        for s in (10, 30, 70)
+    ]
 
 
-def least_error(curves: list, limit: float) -> float:
-    """By trying everything."""
-    return min(sum(c.error for c in cs) for cs in product(*curves) if sum(c.cost for c in cs) <= limit)
+def random_ways(generator: torch.Generator) -> list:
+    """One curve, or else two others."""
+    return [[random_curve(generator)], [random_curve(generator) for _ in range(2)]]
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_spending_is_close_to_the_best_there_is(seed):
-    generator = torch.Generator().manual_seed(seed)
-    curves = [random_curve(generator) for _ in range(4)]
-    for limit in (12.0, 18.0, 25.0):
-        chosen = spend(curves, limit)
-        if chosen is None:
-            assert sum(min(c.cost for c in curve) for curve in curves) > limit
-            continue
-        assert sum(c.cost for c in chosen) <= limit * (1 + 1e-6)
-        # between two points of the hulls there may be one that only trying everything finds
-        assert sum(c.error for c in chosen) <= least_error(curves, limit) * 2 + 0.05
+def everything(curves: list) -> list[tuple[float, float, float]]:
+    """Cost, bytes and error of all there is to choose."""
+    return [
+        (sum(c.cost for c in cs), sum(c.bytes for c in cs), sum(c.error for c in cs))
+        for ways in product(*curves)
+        for cs in product(*(curve for way in ways for curve in way))
+    ]
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_curves_together_are_on_the_hull_of_all_their_sums(seed):
+def test_spending_is_close_to_the_best_there_is(seed):
     generator = torch.Generator().manual_seed(seed)
-    curves = [random_curve(generator) for _ in range(3)]
-    points = budget.together(curves)
-    for point in points:
-        assert point.error <= least_error(curves, point.cost * (1 + 1e-9)) * (1 + 1e-6)
-        assert point.error == pytest.approx(sum(float(a.names[0].split()[1]) for a in point.adapters))
-    assert points[0].cost == sum(min(c.cost for c in curve) for curve in curves)
-    assert points[-1].error == pytest.approx(sum(min(c.error for c in curve) for curve in curves))
+    curves = [random_ways(generator), [[random_curve(generator)]]]
+    points = everything(curves)
+    for limit, room in product((8.0, 14.0, 20.0), (None, 190, 120, 80, 60)):
+        within = [(b, e) for c, b, e in points if c <= limit * (1 + 1e-9)]
+        chosen = spend(curves, limit, room)
+        fitting = [e for b, e in within if room is None or b <= room]
+        if not fitting:
+            assert chosen is None
+        if not within:
+            assert least_memory(curves, limit) is None and least_cost(curves) > limit
+        if chosen is None:  # of points that no price buys some may fit: between those of the hulls
+            assert not fitting or room < least_memory(curves, limit) <= 1.5 * min(b for b, _ in within)
+            continue
+        assert sum(c.cost for c in chosen) <= limit * (1 + 1e-6)
+        assert room is None or sum(c.bytes for c in chosen) <= room
+        assert sum(c.error for c in chosen) <= min(fitting) * 2 + 0.1
+
+
+def test_a_cap_that_changes_nothing_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    curves = [random_ways(generator) for _ in range(4)]
+    chosen = spend(curves, 30)
+    stored = sum(c.bytes for c in chosen)
+    assert spend(curves, 30, stored) == chosen
+    fewer = spend(curves, 30, stored - 1)
+    assert sum(c.bytes for c in fewer) < stored and sum(c.error for c in fewer) > sum(c.error for c in chosen)
 
 
 def test_nothing_is_spent_where_nothing_is_affordable():
-    assert spend([[choice(5, 1), choice(6, 0)]], 4) is None
-    assert [c.cost for c in spend([[choice(5, 1), choice(6, 0)]], 5)] == [5]
+    curves = [[[[choice(5, 1, 2), choice(6, 0, 4)]]]]
+    assert spend(curves, 4) is None and least_cost(curves) == 5
+    assert [c.cost for c in spend(curves, 5)] == [5] and [c.cost for c in spend(curves, 6)] == [6]
+    assert [c.cost for c in spend(curves, 6, 3)] == [5] and spend(curves, 6, 1) is None
+    assert least_memory(curves, 6) == 2
 
 
 # the plan
@@ -183,11 +207,11 @@ def test_errors_of_the_curves_are_what_the_modules_do():
     for names in (block.qkv, (block.down,), (block.o,)):
         x = layer.sample(layer.input_of(names))
         y = x @ layer.weight(names).T
-        curve = list(budget._ranks(layer, names))
+        curve = list(budget._ranks(layer, names, MULTIPLY_ADDS))
         if len(names) == 1:
-            curve += budget._neurons(layer, names[0])
+            curve += budget._neurons(layer, names[0], MULTIPLY_ADDS)
         for point in curve[::7]:
-            (adapter,) = point.adapters
+            adapter = point.adapter
             metric = layer.metric(names).float()
             if adapter.kind == "rank":
                 factors = layer.factors(names, "loss")

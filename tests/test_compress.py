@@ -14,6 +14,7 @@ from rana_kernels.compress import compress
 from rana_kernels.decompose import decompose
 from rana_kernels.evaluation.live import count_live
 from rana_kernels.layer import linear_of
+from rana_kernels.methods.prices import MULTIPLY_ADDS
 from rana_kernels.methods.split import Splits, threshold_for
 from rana_kernels.models import find_blocks
 from rana_kernels.modules import RanaMLP, RanaReceiver
@@ -178,7 +179,7 @@ def test_the_split_is_the_best_there_is(keep):
     torch.manual_seed(0)
     K, N, count = 64, 176, 400
     h = torch.randn(count, K) * torch.logspace(0, -1.5, K) * torch.rand(count, 1)
-    split = Splits(h, K, N).exact(keep * K * N)
+    split = Splits(h, MULTIPLY_ADDS.rank(K, N)).exact(keep * K * N)
 
     def captured(rank: int, live: float) -> float:
         return float(h[:, :rank].square().flatten().topk(round(live * count)).values.sum())

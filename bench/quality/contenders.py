@@ -17,9 +17,13 @@ from rana_kernels.evaluation.density import Costs, costs_of
 from rana_kernels.layer import Layer
 from rana_kernels.methods import paper
 from rana_kernels.methods.adapters import dense_adapter
-from rana_kernels.methods.budget import Curve, plan_curves
+from rana_kernels.methods.budget import plan_curves
+from rana_kernels.methods.request import Request
 from rana_kernels.methods.search import Search
+from rana_kernels.methods.spend import Ways
 from rana_kernels.plan import Adapter, Plan
+
+EVALUATIONS = 20  # of a search of rankadaptor
 
 
 @dataclass
@@ -54,11 +58,13 @@ def as_published(subject: Subject, scope: str, keep: float) -> Candidate:
 
 def one_budget(subject: Subject, scope: str, keep: float) -> Candidate:
     inside = subject.linears(scope)
-    curves = [_within(curve, inside) for curve in subject.curves]
+    curves = [_within(ways, inside) for ways in subject.curves]
     # the curves' own budget is over all linears
-    total = sum(a.dense_flops for curve in curves for a in curve[0].adapters)
-    part = sum(a.dense_flops for curve in curves for a in curve[0].adapters if a.names[0] in inside)
-    return _compressed(subject, scope, plan_curves(subject.stats, curves, (1 - keep) * part / total))
+    every = [curve[0].adapter for ways in curves for curve in ways[0]]
+    total = sum(adapter.dense_flops for adapter in every)
+    part = sum(adapter.dense_flops for adapter in every if adapter.names[0] in inside)
+    request = Request("global", flops_reduction=(1 - keep) * part / total)
+    return _compressed(subject, scope, plan_curves(subject.stats, curves, request))
 
 
 def by_search(subject: Subject, scope: str, keep: float) -> Candidate:
@@ -66,8 +72,9 @@ def by_search(subject: Subject, scope: str, keep: float) -> Candidate:
     if scope != "both":
         raise ValueError("rankadaptor measures what a whole model loses")
     part, held_out = subject.searched
+    search = Search(held_out, EVALUATIONS)
     plan = rana.plan(
-        part.stats, flops_reduction=1 - keep, method="rankadaptor", search=Search(held_out), progress=False
+        part.stats, flops_reduction=1 - keep, method="rankadaptor", search=search, progress=False
     )
     return _compressed(part, scope, plan)
 
@@ -111,8 +118,8 @@ def _same_for_every_layer(subject: Subject, scope: str, keep: float, method: str
     return Plan(tuple(adapters), method)
 
 
-def _within(curve: Curve, names: set[str]) -> Curve:
-    """The curve, or only its dense end where its linears are out of scope."""
-    if curve[0].adapters[0].names[0] in names:
-        return curve
-    return [choice for choice in curve if all(a.kind == "dense" for a in choice.adapters)]
+def _within(ways: Ways, names: set[str]) -> Ways:
+    """The ways, or only dense linears where they are out of scope."""
+    if ways[0][0][0].adapter.names[0] in names:
+        return ways
+    return [[curve[:1] for curve in ways[0]]]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from rana_kernels.calibrate import Stats, calibrate
 from rana_kernels.cli.options import Dtype, hold_out, open_model, open_tokenizer
-from rana_kernels.methods.budget import Curve, model_curves
+from rana_kernels.methods.budget import model_curves
+from rana_kernels.methods.spend import Ways
 from rana_kernels.models import Block, find_blocks
 from rana_kernels.tokens import read_rows
 
@@ -42,7 +43,7 @@ class Subject:
         return calibrate(self.dense, self.calibration.split(BATCH), progress=False)
 
     @cached_property
-    def curves(self) -> list[Curve]:
+    def curves(self) -> list[Ways]:
         """What every multiply-add is worth: serves every budget of `global`."""
         return model_curves(self.stats, progress=False)
 

@@ -21,6 +21,7 @@ from rana_kernels.calibrate import Stats
 from rana_kernels.evaluation.live import count_live
 from rana_kernels.measure import AdapterReport, CompressReport
 from rana_kernels.methods.budget import model_curves, plan_curves
+from rana_kernels.methods.request import Request
 from rana_kernels.plan import Adapter, Plan
 
 METHODS = ("global", "paper", "static")
@@ -52,7 +53,8 @@ def measure_quality(
     compressed: Compressed = {}
     for method, budget in ((method, budget) for budget in budgets for method in METHODS):
         say(f"{method} at {budget:.0%} fewer FLOPs")
-        made = plan_curves(stats, curves, budget) if method == "global" else None
+        request = Request(method, flops_reduction=budget)
+        made = plan_curves(stats, curves, request) if method == "global" else None
         compressed[method, budget], report = _compress(model.dense, stats, method, budget, made)
         found = _evaluate(compressed[method, budget], report, evaluation, quality.perplexity)
         quality.variants.append(found)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import nn
 
 from rana_kernels.allocate import DEFAULT, NEEDS
 from rana_kernels.calibrate import calibrate
@@ -28,8 +29,12 @@ from rana_kernels.compress import compress as compress_model
 from rana_kernels.evaluation import evaluate
 from rana_kernels.integrations.transformers import save
 from rana_kernels.methods.search import Search, own_history
+from rana_kernels.stopwatch import measure_times
 from rana_kernels.tables import show_compression
+from rana_kernels.times import Times
 from rana_kernels.tokens import read_rows
+
+FLOPS_REDUCTION = 0.44
 
 
 class Method(str, Enum):
@@ -47,6 +52,7 @@ Examples:
   rana compress meta-llama/Llama-3.2-1B --calibration text.txt -o llama-rana
   rana compress ./model --calibration tokens.safetensors --flops-reduction 0.3 -o out --json
   rana compress ./model --calibration text.txt --method rankadaptor --evaluations 50 -o out
+  rana compress ./model --calibration text.txt --time-reduction 0.3 --times here.json -o out
 After an interruption, the same command goes on from the last finished block or evaluation."""
 )
 def compress(
@@ -57,8 +63,22 @@ def compress(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     flops_reduction: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the blocks' linear FLOPs to save.")
-    ] = 0.44,
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Share of the blocks' linear FLOPs to save.", show_default="0.44"
+        ),
+    ] = None,
+    time_reduction: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="In its place: share of their time for one token, by --times."),
+    ] = None,
+    times: Annotated[
+        Path | None,
+        typer.Option(help="Times of kernels, measured here and written if there is no such file."),
+    ] = None,
+    max_memory: Annotated[
+        float | None, typer.Option(min=0.0, help="Most MB (millions of bytes) that these linears may store.")
+    ] = None,
     method: Annotated[
         Method,
         typer.Option(
@@ -97,6 +117,9 @@ def compress(
     if evaluation is not None:
         held_out = read_rows(evaluation, tokenizer, original.config.vocab_size, length=sequence_length)
         dense = evaluate.perplexity(original, held_out, progress=progress).perplexity
+    flops = FLOPS_REDUCTION if flops_reduction is None and time_reduction is None else flops_reduction
+    table = _table(times, original, progress)
+    cap = None if max_memory is None else round(max_memory * 1e6)
     search = None
     if method is Method.rankadaptor:
         rows, measured_on = hold_out(rows)
@@ -107,7 +130,10 @@ def compress(
         report = compress_model(
             original,
             stats=stats,
-            flops_reduction=flops_reduction,
+            flops_reduction=flops,
+            time_reduction=time_reduction,
+            times=table,
+            max_memory=cap,
             method=method.value,
             search=search,
             resume_dir=unfinished,
@@ -132,3 +158,12 @@ def compress(
         show_compression(report, output, stored)
         if search:
             print(search.summary("of global", "of the dense model"))
+
+
+def _table(path: Path | None, model: nn.Module, progress: bool) -> Times | None:
+    """Read, or measured and written."""
+    if path is None or path.exists():
+        return None if path is None else Times.load(path)
+    table = measure_times(model, progress)
+    table.save(path)
+    return table

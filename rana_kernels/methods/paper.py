@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rana_kernels.layer import Layer, linear_of
 from rana_kernels.methods.adapters import dense_adapter, make_adapter
+from rana_kernels.methods.prices import MULTIPLY_ADDS
 from rana_kernels.methods.split import ROUNDING, Split, Splits, smallest_budget, threshold_for
 from rana_kernels.models import Block
 from rana_kernels.plan import Adapter
@@ -40,7 +41,7 @@ def keep_for(model: nn.Module, blocks: Iterable[Block], flops_reduction: float, 
         for names in filter(None, (block.qkv, *((name,) for name in block.expanding))):
             K = linear_of(model, names[0]).in_features
             dense = sum(cost[name] for name in names)
-            smallest = max(smallest, smallest_budget(K, dense // K) / dense)
+            smallest = max(smallest, smallest_budget(MULTIPLY_ADDS.rank(K, dense // K)) / dense)
     most = (1 - smallest) * adapted / total
     if not 0 < flops_reduction <= most:
         raise ValueError(
@@ -67,7 +68,7 @@ def plan_layer(layer: Layer, keep: float, method: str) -> list[Adapter]:
 def rank_adapter(layer: Layer, names: tuple[str, ...], keep: float) -> Adapter:
     """The best rank adapter for `names` (several: decomposed jointly) at `keep` of their dense cost."""
     K, width = layer.weight(names).shape[1], sum(layer.linear(name).out_features for name in names)
-    split = Splits(layer.rank_values(names), K, width).exact(keep * K * width)
+    split = Splits(layer.rank_values(names), MULTIPLY_ADDS.rank(K, width)).exact(keep * K * width)
     return make_adapter(layer, "rank", names, split.rank, split.live, split.threshold)
 
 
@@ -118,11 +119,12 @@ class _Expanded:
         self.layer, self.name, self.unit, self.some = layer, name, unit, some
         self.h, self.factors = layer.rank_values((name,)), layer.factors((name,))
         self.N, self.K = layer.weight((name,)).shape
-        self._all, self._splits = Splits(self.h, self.K, self.N), dict[int, Split]()
+        self.line = MULTIPLY_ADDS.rank(self.K, self.N)
+        self._all, self._splits = Splits(self.h, self.line), dict[int, Split]()
         self._outputs: dict[int, Tensor] = {}
 
     def affords(self, share: int) -> bool:
-        least = smallest_budget(self.K, self.N) * (1 - ROUNDING)
+        least = smallest_budget(self.line) * (1 - ROUNDING)
         return least <= share * self.unit <= self.K * self.N
 
     def adapter(self, share: int) -> Adapter:

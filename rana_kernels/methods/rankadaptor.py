@@ -22,9 +22,11 @@ from rana_kernels.evaluation.evaluate import perplexity
 from rana_kernels.fill import block_tensors, with_threshold
 from rana_kernels.install import check_plan, put, swap
 from rana_kernels.layer import Layer
-from rana_kernels.methods.budget import Choice, Curve, block_curves, plan_curves
+from rana_kernels.methods.budget import block_curves, plan_curves
 from rana_kernels.methods.performance import Site
+from rana_kernels.methods.request import Request
 from rana_kernels.methods.search import Search, best_allocation
+from rana_kernels.methods.spend import Ways
 from rana_kernels.models import find_blocks, is_described
 from rana_kernels.plan import Plan
 from rana_kernels.resume import ResumeDir
@@ -32,26 +34,27 @@ from rana_kernels.resume import ResumeDir
 
 def plan_by_search(
     stats: Stats,
-    flops_reduction: float,
+    request: Request,
     search: Search,
     store: ResumeDir | None = None,
     progress: bool = True,
 ) -> Plan:
-    """The plan of least measured loss. ValueError for a reduction out of reach."""
+    """The plan of least measured loss. ValueError for a request out of reach."""
     model = stats.model
     if is_described(model):
         raise ValueError("method 'rankadaptor' measures perplexity, wanted a model of transformers")
     layers = [Layer(model, block, stats) for block in find_blocks(model)]
     curves = [
-        block_curves(layer) for layer in track(layers, "planning", disable=not progress, transient=True)
+        block_curves(layer, request.prices)
+        for layer in track(layers, "planning", disable=not progress, transient=True)
     ]
-    reference = plan_curves(stats, [curve for block in curves for curve in block], flops_reduction)
+    reference = plan_curves(stats, [ways for block in curves for ways in block], request)
     sites = _sites(layers, curves, reference)
 
     def plan(allocation: Tensor) -> Plan:
         weights = iter(allocation.exp().tolist())
-        weighted = [_weighted(curve, next(weights)) for block in curves for curve in block]
-        return replace(plan_curves(stats, weighted, flops_reduction), method="rankadaptor")
+        weighted = [_weighted(ways, next(weights)) for block in curves for ways in block]
+        return plan_curves(stats, weighted, request)
 
     def measure(allocation: Tensor) -> float:
         with realised(layers, plan(allocation)):
@@ -65,13 +68,15 @@ def _loss(model: nn.Module, search: Search) -> float:
     return perplexity(model, search.held_out, progress=False).nll
 
 
-def _weighted(curve: Curve, weight: float) -> Curve:
-    return [Choice(choice.cost, weight * choice.error, choice.adapters) for choice in curve]
+def _weighted(ways: Ways, weight: float) -> Ways:
+    return [
+        [[replace(choice, error=weight * choice.error) for choice in curve] for curve in way] for way in ways
+    ]
 
 
-def _sites(layers: list[Layer], curves: list[list[Curve]], reference: Plan) -> list[Site]:
-    """One for each curve; its share is that of the errors of the reference plan."""
-    errors = [[_error(curve, reference) for curve in block] for block in curves]
+def _sites(layers: list[Layer], curves: list[list[Ways]], reference: Plan) -> list[Site]:
+    """One for each input; its share is that of the errors of the reference plan."""
+    errors = [[_error(ways, reference) for ways in block] for block in curves]
     total = math.fsum(map(math.fsum, errors))
     deepest = max(1, len(layers) - 1)
     return [
@@ -81,10 +86,11 @@ def _sites(layers: list[Layer], curves: list[list[Curve]], reference: Plan) -> l
     ]
 
 
-def _error(curve: Curve, plan: Plan) -> float:
-    """Of the choice of this curve that the plan has."""
+def _error(ways: Ways, plan: Plan) -> float:
+    """Of the choices that the plan has."""
     adapters = set(plan.adapters)
-    return next(choice.error for choice in curve if adapters.issuperset(choice.adapters))
+    curves = [curve for way in ways for curve in way]
+    return sum(next((c.error for c in curve if c.adapter in adapters), 0.0) for curve in curves)
 
 
 @contextmanager

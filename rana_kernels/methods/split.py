@@ -1,7 +1,8 @@
 """How a rank adapter spends its budget: few ranks that are mostly on, or many that are mostly off.
 
 RaNA (arXiv 2503.18216, algorithm 1): of all pairs (stored ranks R, mean live ranks) that a budget of
-R·K + live·N multiply-adds allows, take the one whose mask captures the most energy, Σ of the kept h².
+R·K + live·N multiply-adds allows, take the one whose mask captures the most energy, Σ of the kept h². The
+same in any other unit: a stored rank has a price, and a live one.
 """
 
 from dataclasses import dataclass, replace
@@ -9,8 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rana_kernels.methods.prices import Line
+
 RANK_STEP = 16
 ROUNDING = 1e-9  # a budget exactly at a limit may come out of arithmetic this much past it
+PARTS = 4  # between few ranks that are always on and those of the best split: where `frontier` looks
 _BINS = 2048
 _OCTAVES = 64  # of h², below its largest value: more than float32 squares resolve
 
@@ -26,37 +30,60 @@ class Split:
     threshold: float | None = None
 
 
-def smallest_budget(in_features: int, width: int) -> int:
-    """Multiply-adds of the smallest rank adapter that is worth storing: one live rank of 16."""
-    return RANK_STEP * in_features + width
+def smallest_budget(line: Line) -> float:
+    """What the smallest rank adapter costs that is worth storing: one live rank of 16."""
+    return line.at(RANK_STEP, 1)
 
 
 class Splits:
-    """The best split of any budget, for rank values `h` [T, F] of the token sample, counted once."""
+    """The best split of any budget, for rank values `h` [T, F] of the token sample, counted once.
 
-    def __init__(self, h: Tensor, in_features: int, width: int) -> None:
-        self.h, self.tokens, self.in_features, self.width = h, len(h), in_features, width
+    line   what stored and live ranks cost, in the unit of the budgets
+    """
+
+    def __init__(self, h: Tensor, line: Line) -> None:
+        self.h, self.tokens, self.line = h, len(h), line
         counts, self._value = _histogram(h)
         self._energy = float((counts * self._value).sum())
         # ranks after the last block of 16 are never stored
         self._energy += float(h[:, len(counts) * RANK_STEP :].square().sum(dtype=torch.float64))
         self._counts = counts.cumsum(0).double()
+        self._ranks = torch.arange(1, len(counts) + 1, device=h.device, dtype=torch.float64) * RANK_STEP
 
     def best(self, budget: float) -> Split:
-        """The split of `budget` multiply-adds a token. ValueError if even the smallest adapter costs more."""
-        counts = self._counts
-        ranks = torch.arange(1, len(counts) + 1, device=counts.device, dtype=torch.float64) * RANK_STEP
-        live = ((budget - ranks * self.in_features) / self.width).minimum(ranks)
+        """The split that loses least at a cost of `budget` a token. ValueError if even the smallest adapter
+        costs more."""
+        live, captured = self._captured(budget)
+        return self._split(live, captured, len(captured))
+
+    def frontier(self, budget: float) -> list[Split]:
+        """The best split last, and before it some that store fewer ranks, and lose more. Raises as `best`."""
+        live, captured = self._captured(budget)
+        most = int(captured.argmax()) + 1
+        # with fewer than can all be live at once, some of the budget would be left over
+        few = min(most, max(1, int((live == self._ranks).sum())))
+        limits = sorted({few + (most - few) * i // PARTS for i in range(PARTS + 1)})
+        return list({s.rank: s for s in (self._split(live, captured, limit) for limit in limits)}.values())
+
+    def _captured(self, budget: float) -> tuple[Tensor, Tensor]:
+        """For 16, 32, … stored ranks: the live ones that `budget` pays for, and the energy that these keep;
+        -1 where that is none."""
+        counts, ranks, line = self._counts, self._ranks, self.line
+        live = ((budget - line.fixed - ranks * line.stored) / line.live).minimum(ranks)
         if len(ranks) == 0 or live[0] < 1 - ROUNDING:
             raise ValueError(
-                f"a rank adapter {self.in_features} -> {self.width} has {budget:.0f} multiply-adds, wanted "
-                f"at least {smallest_budget(self.in_features, self.width)}: ask for a smaller flops_reduction"
+                f"a rank adapter has a budget of {budget:.6g}, wanted at least {smallest_budget(line):.6g}, "
+                "for one live rank of 16: ask for a smaller reduction"
             )
         # of each bin, largest values first, what is left of the `live` share once the bins before are in
         room = live[:, None] * self.tokens - (counts.cumsum(1) - counts)
         captured = (counts.minimum(room.clamp_min(0)) * self._value).sum(1)
         captured[live < 1 - ROUNDING] = -1
-        best = int(captured.argmax())
+        return live, captured
+
+    def _split(self, live: Tensor, captured: Tensor, limit: int) -> Split:
+        """The best one of at most `limit` times 16 ranks."""
+        best = int(captured[:limit].argmax())
         dropped = max(0.0, self._energy - float(captured[best])) / max(1, self.tokens)
         return Split(RANK_STEP * (best + 1), float(live[best]), dropped)
 

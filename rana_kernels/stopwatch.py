@@ -1,0 +1,138 @@
+"""Measuring `times.py`'s table here: the modules of a compressed model, one token, random weights.
+
+Of each weight there are as many copies as the model has blocks (or as fill `COLD` bytes), used in turn, so
+that caches help as much as they do in the model. Contenders take turns too; live rows lie in random places.
+"""
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from rana_kernels.dense import DenseLinear
+from rana_kernels.layer import linear_of
+from rana_kernels.models import find_blocks
+from rana_kernels.modules import RanaLinear, RanaNeuronLinear
+from rana_kernels.times import Shape, Times, sizes_of
+
+COLD = 128_000_000  # bytes
+PARTS = (0.25, 0.5, 1.0)  # of all ranks that are stored, and of the stored rows that are live
+ROUNDS = 15  # the median of which counts
+SHORTEST = 200e-6  # seconds: what takes less is called several times in a row
+FAR = 1e30  # a threshold that no score reaches
+Run = Callable[[], object]
+
+
+def measure_times(model: nn.Module, progress: bool = True) -> Times:
+    """Time every way to adapt the linears of `model`'s blocks, on its device, in its dtype, with as many
+    threads as torch has now. Takes about a second a shape, and no other work beside it."""
+    blocks = find_blocks(model)
+    weight = linear_of(model, blocks[0].linears[0]).weight
+    sizes = track(sizes_of(model), "timing", disable=not progress, transient=True)
+    shapes = [_measure(K, N, len(blocks), weight) for K, N in sizes]
+    return Times(_machine(weight), tuple(shapes))
+
+
+def _machine(weight: Tensor) -> dict[str, Any]:
+    facts = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
+    processor = names[0] if names else platform.machine()
+    if weight.device.type == "cuda":
+        processor = torch.cuda.get_device_name(weight.device)
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def _measure(K: int, N: int, blocks: int, like: Tensor) -> Shape:
+    copies = min(blocks, math.ceil(COLD / (K * N * like.element_size())))
+    ranks = sorted({max(1, round(part * min(K, N))) for part in PARTS})
+    stored = [(R, max(1, round(part * R))) for R, part in product(ranks, PARTS)]
+    live = [max(1, round(part * K)) for part in PARTS]
+    # every number of ranks reads the first of the same ones
+    B, rows, W = (_copies(like, copies, *size) for size in ((ranks[-1], K), (ranks[-1], N), (K, N)))
+    x = torch.randn(1, K, dtype=like.dtype, device=like.device)
+    runs = [_in_turn([_dense(w.view(N, K)) for w in W], x)]
+    for R, kept in stored:
+        made = (_rank(b[:R], r[:R], _threshold(R, kept, like)) for b, r in zip(B, rows, strict=True))
+        runs.append(_in_turn(list(made), x))
+    runs += [_in_turn([_neuron(w, _threshold(K, kept, like)) for w in W], x) for kept in live]
+    dense, *found = _medians(runs, like.device)
+    return Shape(
+        K, N, dense,
+        tuple((float(R), float(kept), us) for (R, kept), us in zip(stored, found, strict=False)),
+        tuple((float(K), float(kept), us) for kept, us in zip(live, found[len(stored) :], strict=True)),
+    )  # fmt: skip
+
+
+def _copies(like: Tensor, count: int, *size: int) -> list[Tensor]:
+    first = torch.randn(size, dtype=like.dtype, device=like.device) / size[-1] ** 0.5
+    return [first, *(first.clone() for _ in range(count - 1))]
+
+
+def _threshold(stored: int, live: int, like: Tensor) -> Tensor:
+    threshold = torch.full((stored,), FAR, device=like.device)
+    threshold[torch.randperm(stored, device=like.device)[:live]] = 0
+    return threshold
+
+
+def _dense(weight: Tensor) -> nn.Module:
+    N, K = weight.shape
+    return _filled(DenseLinear(K, N, False, device="meta"), weight=weight)
+
+
+def _rank(B: Tensor, rows: Tensor, threshold: Tensor) -> nn.Module:
+    made = RanaLinear(B.shape[1], rows.shape[1], len(B), device="meta", dtype=B.dtype)
+    return _filled(made, weight=B.new_empty(0), B=B, rows=rows, threshold=threshold)
+
+
+def _neuron(rows: Tensor, threshold: Tensor) -> nn.Module:
+    K, N = rows.shape
+    made = RanaNeuronLinear(K, N, device="meta", dtype=rows.dtype)
+    scale = torch.ones_like(threshold)
+    return _filled(made, weight=rows.new_empty(0), rows=rows, scale=scale, threshold=threshold)
+
+
+def _filled(module: nn.Module, **tensors: Tensor) -> nn.Module:
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module
+
+
+def _in_turn(modules: list[nn.Module], x: Tensor) -> Run:
+    following = cycle(modules)
+    return lambda: next(following)(x)
+
+
+def _medians(runs: list[Run], device: torch.device) -> list[float]:
+    """Microseconds of each; in every round all of them run."""
+    calls = [max(1, math.ceil(SHORTEST / _seconds(run, 1, device))) for run in runs for _ in (run(),)]
+    rounds = [
+        [_seconds(run, count, device) for run, count in zip(runs, calls, strict=True)] for _ in range(ROUNDS)
+    ]
+    return [1e6 * statistics.median(taken) for taken in zip(*rounds, strict=True)]
+
+
+def _seconds(run: Run, calls: int, device: torch.device) -> float:
+    """Of a call. One thread is timed by the processor time that it takes, whatever else the machine does."""
+    on_card = device.type == "cuda"
+    now = time.thread_time if torch.get_num_threads() == 1 and not on_card else time.perf_counter
+    if on_card:
+        torch.cuda.synchronize(device)
+    begin = now()
+    for _ in range(calls):
+        run()
+    if on_card:
+        torch.cuda.synchronize(device)
+    return (now() - begin) / calls
