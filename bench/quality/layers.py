@@ -41,7 +41,7 @@ def _inputs(dense: nn.Module, names: list[str], rows: Tensor) -> list[Tensor]:
     ]
     try:
         for part in rows.split(BATCH):
-            dense(input_ids=part, use_cache=False)
+            dense(input_ids=part.to(dense.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
