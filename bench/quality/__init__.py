@@ -12,5 +12,6 @@ layers.py      what each block's outputs keep of their energy, layer by layer
 spread.py      kept rows over tokens, the tokens that lose most, and text of another kind
 store.py       finished measurements on disk, so that an interrupted run goes on
 tables.py      the tables
+docs.py        those of docs/quality.md
 plots.py       the plots
 """

@@ -45,7 +45,7 @@ def main(
         int, typer.Option(min=2, help="Of each kind of text, to see how kept rows spread.")
     ] = DEFAULT.spread_tokens,
     recovery_steps: Annotated[
-        int, typer.Option(min=0, help="Also train each compressed model so long; needs PEFT.")
+        int, typer.Option(min=0, help="Also train each model so long, with PEFT; 0: not at all.")
     ] = DEFAULT.recovery_steps,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a row where a file is text.")] = 512,
     output: Annotated[
@@ -78,7 +78,7 @@ def main(
             recovery_steps,
         )
         run(subject, store, settings, console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         console.print(f"[red]error:[/red] {error}")
         raise typer.Exit(1) from None
     write(path.with_suffix(".md"), page(store.data, path.stem))

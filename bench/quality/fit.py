@@ -19,13 +19,17 @@ FIT_ROWS = 16  # of the evaluation text, spread over it, on which the cost is me
 TRIES = 4
 
 
-def fit(build: Callable[[float], Candidate], keep: float, rows: Tensor) -> tuple[Candidate, float]:
+def fit(
+    build: Callable[[float], Candidate], keep: float, rows: Tensor, first: float | None = None
+) -> tuple[Candidate, float]:
     """A candidate that costs `keep` on some of `rows`, and what was asked for to get it.
+
+    first   what to ask for first; None: `keep`
 
     Raises ValueError for a budget that the method cannot meet.
     """
     some = rows[torch.linspace(0, len(rows) - 1, min(FIT_ROWS, len(rows))).round().long()]
-    asked, tried = keep, []
+    asked, tried = first or keep, []
     for _ in range(TRIES):
         candidate = build(asked)
         found = measured_keep(candidate, some)

@@ -10,6 +10,9 @@ search for a share of each linear of a block, and WINA's top k of each token and
 weights, are left out. Nothing here is fast: it is for measuring what these masks lose.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,33 +22,48 @@ from rana_kernels.layer import Layer
 from rana_kernels.methods.split import threshold_for
 
 
-class MaskedLinear(nn.Module):
-    """A linear that sees no input i with |x_i|·scale_i below the threshold. scale [K] float32."""
+class Masked(nn.Module):
+    """Keeps the values whose `scores` reach the threshold."""
 
-    def __init__(self, linear: nn.Module, scale: Tensor, threshold: float) -> None:
-        super().__init__()
-        self.linear, self.scale, self.threshold = linear, scale, threshold
+    threshold = 0.0
+
+    def scores(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def masks(self, x: Tensor) -> dict[str, Tensor]:
-        return {"": x.float().abs() * self.scale >= self.threshold}
+        return {"": self.scores(x) >= self.threshold}
+
+    def fit(self, x: Tensor, live: float) -> None:
+        """The threshold at which tokens like those of `x` keep `live` values on average."""
+        self.threshold, _ = threshold_for(self.scores(x).flatten(0, -2), live)
+
+
+class MaskedLinear(Masked):
+    """A linear that sees no input i with |x_i|·scale_i below the threshold. scale [K] float32."""
+
+    def __init__(self, linear: nn.Module, scale: Tensor) -> None:
+        super().__init__()
+        self.linear, self.scale = linear, scale
+
+    def scores(self, x: Tensor) -> Tensor:
+        return x.float().abs() * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(torch.where(self.masks(x)[""], x, 0))
 
 
-class MaskedActivation(nn.Module):
+class MaskedActivation(Masked):
     """An activation whose values below the threshold are zero."""
 
-    def __init__(self, act: nn.Module, threshold: float) -> None:
+    def __init__(self, act: nn.Module) -> None:
         super().__init__()
-        self.act, self.threshold = act, threshold
+        self.act = act
 
-    def masks(self, x: Tensor) -> dict[str, Tensor]:
-        return {"": self.act(x).abs() >= self.threshold}
+    def scores(self, x: Tensor) -> Tensor:
+        return self.act(x).abs()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act(x)
-        return torch.where(y.abs() >= self.threshold, y, 0)
+        return torch.where(self.masks(x)[""], self.act(x), 0)
 
 
 def mask_inputs(subject: Subject, scope: str, keep: float, *, weighted: bool) -> tuple[nn.Module, Costs]:
@@ -57,8 +75,9 @@ def mask_inputs(subject: Subject, scope: str, keep: float, *, weighted: bool) ->
         for name in scoped(block, scope):
             x, weight = layer.sample(layer.input_of((name,))), layer.linear(name).weight
             scale = layer.scale(name) if weighted else torch.ones(x.shape[1], device=x.device)
-            threshold, _ = threshold_for(x.abs() * scale, keep * x.shape[1])
-            model.set_submodule(name, MaskedLinear(model.get_submodule(name), scale, threshold))
+            masked = MaskedLinear(model.get_submodule(name), scale)
+            masked.fit(x, keep * x.shape[1])
+            model.set_submodule(name, masked)
             rows[name] = len(weight)
             dense += weight.numel()
     return model, Costs(dense, 0, rows)
@@ -71,18 +90,38 @@ def mask_gates(subject: Subject, scope: str, keep: float) -> tuple[nn.Module, Co
     """
     model, _ = subject.copy()
     cost = {name: subject.dense.get_submodule(name).weight.numel() for name in subject.linears(scope)}
-    masked = sum(cost.get(name, 0) for block in subject.blocks for name in (block.up, block.down))
+    skipped = sum(cost.get(name, 0) for block in subject.blocks for name in (block.up, block.down))
     dense = sum(cost.values())
-    share = (keep * dense - (dense - masked)) / masked if masked else 0.0
+    share = (keep * dense - (dense - skipped)) / skipped if skipped else 0.0
     if not 0 < share <= 1:
-        raise ValueError(f"CATS leaves {1 - masked / dense:.2f} of the cost dense, wanted {keep}")
+        raise ValueError(f"CATS leaves {1 - skipped / dense:.2f} of the cost dense, wanted {keep}")
     rows = {}
     for block in subject.blocks:
         if not block.act or block.gate in ("", block.up):
             raise ValueError("CATS needs an MLP with a gate of its own")
         layer = Layer(subject.dense, block, subject.stats)
-        gates = layer.act(layer.dense(block.gate, layer.sample("mlp")))
-        threshold, _ = threshold_for(gates.abs(), share * gates.shape[1])
-        model.set_submodule(block.act, MaskedActivation(model.get_submodule(block.act), threshold))
+        gates = layer.dense(block.gate, layer.sample("mlp"))
+        masked = MaskedActivation(model.get_submodule(block.act))
+        masked.fit(gates, share * gates.shape[1])
+        model.set_submodule(block.act, masked)
         rows[block.act] = (cost[block.up] + cost[block.down]) // gates.shape[1]
-    return model, Costs(dense, dense - masked, rows)
+    return model, Costs(dense, dense - skipped, rows)
+
+
+@torch.no_grad()
+def refit(model: Any, rows: Tensor, live: dict[str, float]) -> None:
+    """New thresholds for weights that have changed: on `rows` [n, T], each mask keeps what `live` says.
+
+    One pass: a mask is fitted before it is used, on what the fitted ones before it give.
+    """
+
+    def fit(name: str, module: Masked, args: tuple[Tensor, ...]) -> None:
+        module.fit(args[0], live[name])
+
+    masked = {name: module for name, module in model.named_modules() if isinstance(module, Masked)}
+    hooks = [module.register_forward_pre_hook(partial(fit, name)) for name, module in masked.items()]
+    try:
+        model(input_ids=rows.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()

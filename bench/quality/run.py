@@ -1,15 +1,18 @@
 """The order of things: every contender at every budget in every scope, then what the means hide."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor
 
-from bench.quality.contenders import CONTENDERS, Candidate
+from bench.quality import recovery
+from bench.quality.contenders import CONTENDERS, EVALUATIONS, Candidate
 from bench.quality.fit import fit
 from bench.quality.layers import kept_energy
 from bench.quality.measure import Row, fill, measure
-from bench.quality.recovery import recover
 from bench.quality.spread import in_prose, spread
 from bench.quality.store import Store
 from bench.quality.subject import SCOPES, Subject, some_rows
@@ -27,58 +30,96 @@ class Settings:
     budgets: tuple[float, ...] = (0.70, 0.56, 0.45, 0.35, 0.25)
     methods: tuple[str, ...] = tuple(CONTENDERS)
     ablation_tokens: int = 16_384
-    spread_tokens: int = 32_768
-    recovery_steps: int = 0
+    spread_tokens: int = 16_384
+    recovery_steps: int = 25
 
 
 def run(subject: Subject, store: Store, settings: Settings, console: Console) -> None:
-    """Measure what the store does not have yet."""
+    """Measure what the store does not have yet. Raises ValueError if what it has was made in another way."""
+    store.settle("ablation_tokens", settings.ablation_tokens)
+    store.settle("spread_tokens", settings.spread_tokens)
+    store.settle("evaluations", EVALUATIONS)
+    if settings.recovery_steps:
+        recovery.check()
+        store.settle("recovery", recovery.settings(subject, settings.recovery_steps))
     for scope in SCOPES:
         tokens = subject.evaluation.numel() if scope == "both" else settings.ablation_tokens
-        compare(subject, store, scope, settings, some_rows(subject.evaluation, tokens), console)
+        text = some_rows(subject.evaluation, tokens)
+        Comparison(subject, store, scope, settings, text, console).run()
     if subject.prose is not None:
         look_closer(subject, store, settings, console)
 
 
-def compare(
-    subject: Subject, store: Store, scope: str, settings: Settings, rows: Tensor, console: Console
-) -> None:
-    """The rows of one scope; whole models are recovered too, if at all."""
-    kinds = (False, True) if scope == "both" and settings.recovery_steps else (False,)
-    wanted = [Row(scope, m, r, b) for r in kinds for b in settings.budgets for m in settings.methods]
-    wanted = [row for row in wanted if not store.has("rows", row.key)]
-    if wanted and not store.has("dense", scope):
-        found = measure(subject.dense, rows)
-        store.put("dense", scope, {"perplexity": found.perplexity, "predictions": found.losses.numel()})
-    for row in wanted:
-        with console.status(row.key):
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of one scope, measured on `text`; whole models are recovered too, if at all."""
+
+    subject: Subject
+    store: Store
+    scope: str
+    settings: Settings
+    text: Tensor
+    console: Console
+
+    def run(self) -> None:
+        for budget in self.settings.budgets:
+            for method in self.settings.methods:
+                row = Row(self.scope, method, False, budget)
+                candidate = None if self.store.has("rows", row.key) else self._measure(row, self._fitted)
+                trained = replace(row, recovered=True)
+                if self._recovers and not self.store.has("rows", trained.key):
+                    self._measure(trained, partial(self._trained, candidate))
+
+    @property
+    def _recovers(self) -> bool:
+        return self.scope == "both" and self.settings.recovery_steps > 0
+
+    def _measure(self, row: Row, make: Callable[[Row], Candidate]) -> Candidate | None:
+        """The candidate that was made for `row`, if its budget can be met: else the row says why not."""
+        candidate = None
+        with self.console.status(row.key):
             try:
-                candidate = _candidate(subject, store, row, rows, settings.recovery_steps)
-                fill(row, candidate, rows, store.section("dense")[scope]["perplexity"])
-                some = some_rows(rows, LAYER_ROWS * rows.shape[1])
-                row.layers = kept_energy(subject, candidate.model, some)
-            except ValueError as error:  # a budget that the method cannot meet is a result too
+                candidate = make(row)
+                fill(row, candidate, self.text, self._dense())
+                some = some_rows(self.text, LAYER_ROWS * self.text.shape[1])
+                row.layers = kept_energy(self.subject, candidate.model, some)
+            except ValueError as error:
                 row.failed = str(error)
-        console.print(_line(row), highlight=False)
-        store.put("rows", row.key, asdict(row))
-
-
-def _candidate(subject: Subject, store: Store, row: Row, rows: Tensor, steps: int) -> Candidate:
-    """Of the cost that was wanted, and then trained, if `row` is of a recovered one."""
-
-    def build(keep: float) -> Candidate:
-        return CONTENDERS[row.method](subject, row.scope, keep)
-
-    if not row.recovered:
-        candidate, row.asked = fit(build, row.budget, rows)
+        self.console.print(_line(row), highlight=False)
+        self.store.put("rows", row.key, asdict(row))
         return candidate
-    before = store.section("rows")[replace(row, recovered=False).key]
-    if before["failed"]:
-        raise ValueError(before["failed"])
-    row.asked = before["asked"]
-    candidate = build(row.asked)
-    recover(candidate, subject, row.scope, steps)
-    return candidate
+
+    def _dense(self) -> float:
+        """Perplexity of the dense model."""
+        if not self.store.has("dense", self.scope):
+            found = measure(self.subject.dense, self.text)
+            facts = {"perplexity": found.perplexity, "predictions": found.losses.numel()}
+            self.store.put("dense", self.scope, facts)
+        return self.store.section("dense")[self.scope]["perplexity"]
+
+    def _fitted(self, row: Row) -> Candidate:
+        """Of the cost that is wanted."""
+        first = None
+        if row.method == "rankadaptor":  # searches take long, and spend as `global` does
+            first = self._found(replace(row, method="global")).get("asked")
+        candidate, row.asked = fit(partial(self._build, row), row.budget, self.text, first)
+        return candidate
+
+    def _trained(self, candidate: Candidate | None, row: Row) -> Candidate:
+        """`candidate`, or if that is of an earlier run one like it, after its training."""
+        before = self._found(replace(row, recovered=False))
+        if before["failed"]:
+            raise ValueError(before["failed"])
+        row.asked = before["asked"]
+        candidate = candidate or self._build(row, before["asked"])
+        recovery.recover(candidate, self.subject, self.settings.recovery_steps)
+        return candidate
+
+    def _build(self, row: Row, keep: float) -> Candidate:
+        return CONTENDERS[row.method](self.subject, row.scope, keep)
+
+    def _found(self, row: Row) -> dict[str, Any]:
+        return self.store.section("rows").get(row.key, {})
 
 
 def look_closer(subject: Subject, store: Store, settings: Settings, console: Console) -> None:

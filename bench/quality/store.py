@@ -30,6 +30,18 @@ class Store:
             )
         self.conditions = conditions
 
+    def settle(self, name: str, value: Any) -> None:
+        """Results of different settings are not to be compared: keep `value` beside them.
+
+        Raises ValueError if they were made with another one.
+        """
+        kept = self.data.setdefault("settings", {}).setdefault(name, value)
+        if kept != value:
+            raise ValueError(
+                f"{self.path} has results of {name} {kept}, asked for {value}: ask for the same, or give "
+                "another --output"
+            )
+
     def has(self, section: str, key: str) -> bool:
         return key in self.data.get(section, {})
 
