@@ -107,6 +107,19 @@ def seed() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def whole_sums():
+    """cuBLAS may not add parts of a sum up in 16 bits, as torch lets it."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = {name: getattr(matmul, name) for name in names}
+    for name in names:
+        setattr(matmul, name, False)
+    yield
+    for name, value in before.items():
+        setattr(matmul, name, value)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def poisoned_memory():
     """Fill fresh memory: torch's tensors with NaN, malloc's with 0x7F, which is huge or NaN in each dtype."""
     with contextlib.suppress(OSError, AttributeError):  # mallopt is glibc's

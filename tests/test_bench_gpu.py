@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu import __main__ as command
 from bench.gpu import limits, tests
 from bench.gpu.stages import Stages
+from bench.report import read_csv, write_csv
 from rana_kernels import ops
 from rana_kernels.backends import triton
 from tests.child import python
@@ -92,9 +94,41 @@ def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys):
     assert "third: left out" in log and "never" not in log and log in capsys.readouterr().out
 
 
-def selected(command: list[str], **environment: str) -> str:
+class Rehearsal(Stages):
+    """Runs nothing; one op fails, and what would be timed is made up."""
+
+    def run(self, stage, commands, limit):
+        played.append((stage, commands))
+        for words in commands.values():
+            if "bench.gpu.ops" in words:
+                write_csv(Path(words[3]), "a card", [{"op": stage, "us": 1}])
+        return ["cuda:masked_mlp"] if "cuda:masked_mlp" in commands else []
+
+
+played: list[tuple[str, dict]] = []
+
+
+def test_stages_come_in_the_order_of_their_worth(monkeypatch, tmp_path):
+    monkeypatch.setattr(tests, "served", lambda: ["cuda"])
+    monkeypatch.setattr(command, "card", lambda: "no-card")
+    monkeypatch.setattr(command, "PARTS", tmp_path)
+    played.clear()
+    command.run(Rehearsal(tmp_path / "log", time.monotonic()), "", "bf16", tmp_path, tmp_path / "out")
+    stages = [stage for stage, _ in played]
+    assert stages[:4] == ["limits", "the ops, exact and close", "times of one token", "all tests"]
+    assert stages[-1] == "sanitizer"
+    timed = [commands["times"] for _, commands in played if "times" in commands]
+    assert len(timed) == 4 and all(words[-4:-2] == ["--red", "cuda:masked_mlp"] for words in timed)
+    stamp, rows = read_csv(tmp_path / "out" / "no-card.csv")
+    assert stamp == "a card" and [row["op"] for row in rows] == [s for s in stages if s.startswith("times")]
+    # the commands are understood: without a card they fail later than that
+    child = python(*timed[0][1:])
+    assert child.returncode == 1 and "Usage" not in child.stderr, child.stderr
+
+
+def selected(words: list[str]) -> str:
     """What pytest says that it would run."""
-    child = python(*command[1:], "--collect-only", **environment)
+    child = python(*words[1:], "--collect-only")
     assert child.returncode == 0, child.stdout + child.stderr
     return child.stdout
 
@@ -105,7 +139,7 @@ def test_the_tests_of_a_card_are_found(monkeypatch):
     monkeypatch.setattr(tests, "IMPLEMENTATIONS", {"cuda": "registered", "triton": "reference"})
     gates = tests.gates()
     assert set(gates) == {f"{backend}:{op}" for backend in ("cuda", "triton") for op in ops.SCHEMAS}
-    for op in ops.SCHEMAS:
+    for op in ("masked_linear", "linear"):  # the one's name is part of the other's
         found = selected([word.replace("gpu and ", "") for word in gates[f"cuda:{op}"]])
         assert len(re.findall(rf"\[registered-{op}-M", found)) > 50
         assert "test_integers_are_exact" in found and "test_gaussians_are_close" in found

@@ -188,6 +188,7 @@ def test_compute_sanitizer(backend, tool):
         [
             sanitizer,
             f"--tool={tool}",
+            "--report-api-errors=no",
             "--error-exitcode=9",
             sys.executable,
             "-c",
@@ -198,4 +199,6 @@ def test_compute_sanitizer(backend, tool):
         capture_output=True,
         text=True,
     )
+    if "Device not supported" in child.stdout:
+        pytest.skip("compute-sanitizer knows no way to this device")
     assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-2000:]

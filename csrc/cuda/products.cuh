@@ -1,7 +1,8 @@
 // Many tokens: dense products by torch (cuBLAS), with masks of our own between them.
 //
 // The first product leaves float32, so that the mask is decided on it; the masked values are rounded once to
-// the type of the weights for the second. In float32, torch's setting for TF32 applies to both.
+// the type of the weights for the second. torch's settings apply: in float32 for TF32 to both, in 16 bits
+// for reductions of less precision to the second.
 #pragma once
 
 #include <array>
