@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
-from bench.decode import steps, tables
+from bench.baselines import can_pack
+from bench.decode import measure, steps, tables
 from bench.decode.__main__ import main
 from bench.decode.contenders import NAMES, from_random
 from bench.decode.drafts import measure_drafts
@@ -138,13 +139,36 @@ def test_replayed_steps_write_the_same(models, monkeypatch):
     assert len(recorded) == len(models), "captured again, or never"
 
 
-@pytest.mark.slow
-@torch.inference_mode()
-def test_compiled_steps_write_the_same(models):
+@pytest.fixture
+def may_freeze():
+    """Puts torch's setting back, which `compiled` changes for the process."""
     torch._dynamo.reset()
+    with steps.inductor.patch(freezing=False):
+        yield
+
+
+def test_a_compiled_model_is_timed(may_freeze):
+    """One block, 16 bits: where torch can, every dense linear is compiled with its weight packed."""
+    config = LlamaConfig(**{**TINY.to_dict(), "num_hidden_layers": 1})
+    model = random_model(config, torch.bfloat16, "cpu")
+    torch._dynamo.utils.counters.clear()
+    contenders = {"dense": (model, compiled(model))}
+    setting = Setting(prompt=8, batch=2, threads=1, read=True)
+    found = tables.rows(setting, take_turns(contenders, setting, rounds=3, turn=2))
+    assert found[0]["p20"] <= found[0]["tokens/s"] <= found[0]["p80"]
+    counts = torch._dynamo.utils.counters
+    assert counts["stats"]["unique_graphs"] == 1, "compiled again, or not at all"
+    linears = 8 if can_pack(torch.bfloat16) else 0
+    assert counts["inductor"]["mkldnn_linear_weight_pack_matcher_count"] == linears
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_compiled_steps_write_the_same(models, name, may_freeze):
     prompt, written = torch.randint(TINY.vocab_size, (1, 12)), []
-    for step in (None, compiled(models["rana"])):
-        decoder = Decoder(models["rana"], 1, 20, step)
+    for step in (None, compiled(models[name])):
+        decoder = Decoder(models[name], 1, 20, step)
         decoder.read(prompt)
         tokens = [decoder.last.clone()]
         for _ in range(3):
@@ -152,6 +176,16 @@ def test_compiled_steps_write_the_same(models):
             tokens.append(decoder.last.clone())
         written.append(torch.cat(tokens))
     assert torch.equal(*written)
+
+
+def test_long_prompts_are_read_less_often(models, monkeypatch):
+    monkeypatch.setattr(measure, "READ_TOKENS", 40)
+    for rows, readings in ((1, 3), (2, 2), (3, 1), (9, 1)):
+        read = measure._read_prompts(
+            {"dense": Decoder(models["dense"], rows, 20)},
+            Setting(prompt=10, batch=rows, threads=1, read=True),
+        )
+        assert len(read["dense"]) == readings
 
 
 @torch.inference_mode()

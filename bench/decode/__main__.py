@@ -46,7 +46,7 @@ def main(
     compile: Annotated[bool, typer.Option(help="Compiled steps, in place of eager ones.")] = False,
     rounds: Annotated[int, typer.Option(min=3, help="In each of them every contender decodes.")] = 9,
     turn: Annotated[int, typer.Option(min=1, help="Tokens that it decodes in a round.")] = 4,
-    read: Annotated[int, typer.Option(help="Longer prompts, all rows together, are made up.")] = 2048,
+    read: Annotated[int, typer.Option(help="Longer prompts, all rows together, are made up.")] = 8192,
     tokens: Annotated[int, typer.Option(help="At most so many, of each text of a directory.")] = 102_400,
     tests: Annotated[bool, typer.Option(help="Run those of the ops first, or write nothing.")] = True,
     output: Annotated[Path | None, typer.Option(help="CSV; default bench/results/decode-….csv.")] = None,
@@ -57,7 +57,8 @@ def main(
     compressed on its calibration.safetensors, and has its perplexity on evaluation.safetensors in each
     row. All have the same static cache and the same loop; tokens a second are those of all rows together.
     One thread is timed by the processor time that it takes, several by the clock. On a card every step is
-    the replay of a CUDA graph.
+    the replay of a CUDA graph. Steps are what --compile compiles: prompts are read eagerly, as `generate` of
+    transformers does.
 
     Example:  python -m bench.decode Llama-3.2-1B --prompt 32 --batch 1 --threads 1
     On a card:  python -m bench.decode Llama-2-7B --device cuda --compile --prompt 32 --batch 1 --turn 32
@@ -79,8 +80,11 @@ def main(
     room = models["dense"].config.max_position_embeddings - turn * (rounds + 1) - 1
     counts = threads or sorted({1, torch.get_num_threads()})
     counts = counts[-1:] if on_card else counts
-    grid = [Setting(T, M, n, read >= T * M) for T, M, n in product(prompt, batch, counts) if room >= T]
+    long = [T for T in prompt if room < T]
+    grid = [Setting(T, M, n, read >= T * M) for T, M, n in product(prompt, batch, counts) if T not in long]
     console.print(f"{Path(model).name}, {dtype}, keep {keep}, {mode}: {stamp}")
+    if long:
+        console.print(f"left out, for the model has no positions for them: prompts of {long}")
 
     losses = _perplexities(models, texts.get("evaluation"))
     facts = {"model": Path(model).name, "dtype": dtype, "keep": keep, "mode": mode}

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from bench.decode.steps import Decoder
 from bench.timing import Timing, summary, using
 
-PROMPTS_READ = 3  # times that a prompt is read by each contender
+READINGS = 3  # of a prompt by each contender,
+READ_TOKENS = 6144  # or as many as come to so many tokens, and one at least
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def _read_prompts(decoders: dict[str, Decoder], setting: Setting) -> dict[str, l
             decoder.pretend(setting.prompt)
         return seconds
     prompt = random_tokens(next(iter(decoders.values())).model, setting)
-    for _ in range(PROMPTS_READ):
+    for _ in range(max(1, min(READINGS, READ_TOKENS // prompt.numel()))):
         for name, decoder in decoders.items():
             seconds[name].append(decoder.read(prompt))
     return seconds
