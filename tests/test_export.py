@@ -61,17 +61,17 @@ def test_modules_export_with_any_batch(make, dtype, strict):
 
 
 @every_dtype
-def test_a_model_exports_with_its_cache(dtype):
-    model = small("Llama", dtype)
+@pytest.mark.parametrize("architecture", ["Llama", "OPT"])
+def test_a_model_exports_with_its_cache(architecture, dtype):
+    model = small(architecture, dtype)
     program = export(model, 32).module()
     for prompt in (PROMPT, PROMPT[:1], PROMPT[2:]):
         assert continuation(program, prompt, 8) == generated(model, prompt)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [name for name in MODELS if name != "OPT"])
+@pytest.mark.parametrize("architecture", MODELS)
 def test_every_architecture_exports(architecture):
-    """OPT's class in transformers cannot: it cuts its positions by a length that is a tensor here."""
     model = small(architecture)
     assert continuation(export(model, 32).module(), PROMPT, 8) == generated(model, PROMPT)
 

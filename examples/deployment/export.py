@@ -2,8 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
@@ -18,10 +20,16 @@ def export(model: PreTrainedModel, length: int) -> ExportedProgram:
     `cache_position` (consecutive numbers) and sees all before them. T is any from 1 to `length`, so a
     prompt is one call and each further token one more; position 0 starts a new text.
     """
+
+    def place(_: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        # OPT would find these from a mask as long as what the cache holds: a size that is data has no shape
+        positions = named["past_key_values"].get_seq_length() + torch.arange(named["input_ids"].shape[1])
+        return arguments, named | {"position_ids": positions[None], "attention_mask": torch.ones(1, length)}
+
     model.generation_config.cache_implementation = "static"
     program = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=length)
     tokens = Dim("tokens", min=1, max=length)
-    with torch.no_grad():
+    with torch.no_grad(), model.register_forward_pre_hook(place, with_kwargs=True):
         return program.export(
             input_ids=torch.zeros(1, 3, dtype=torch.long),
             cache_position=torch.arange(3),
