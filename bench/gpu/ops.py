@@ -1,8 +1,8 @@
 """`python -m bench.gpu.ops`: the problems of some models, timed inside CUDA graphs, as a CSV.
 
 Each contender is captured in one CUDA graph that calls it on copy after copy of its weights, so many
-that they leave the card's cache between two uses. What is timed are replays; a call is a replay's time
-over the number of copies. What was measured is written problem by problem.
+that they leave the card's cache between two uses, round and round. What is timed are replays; a call is a
+replay's time over the number of calls. What was measured is written problem by problem.
 """
 
 import statistics

@@ -62,7 +62,7 @@ def everything() -> dict[str, list[str]]:
             "-m", "gpu and isa", "-k", IMPLEMENTATIONS["triton"], "tests/test_ops.py"
         )
     if find_spec("vllm"):
-        commands["vllm"] = _pytest("-m", "gpu", "tests/stacks/test_vllm.py")
+        commands["vllm"] = _pytest("-m", "gpu", "tests/stacks/test_vllm_engine.py")
     return commands
 
 
