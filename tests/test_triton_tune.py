@@ -17,6 +17,7 @@ import rana_kernels as rana
 from rana_kernels.backends.triton import configurations
 from rana_kernels.backends.triton.configurations import Decode, Prefill
 from rana_kernels.backends.triton.tune import microseconds, record, tune, write
+from triton.runtime.errors import OutOfResources
 
 torch.manual_seed(0)
 config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -38,7 +39,7 @@ def clock(group):
         op, args[0].reshape(M, -1), *(t for t in args[1:] if torch.is_tensor(t) and t.dim() == 2))
     tried.add(config)
     if isinstance(config, Decode) and config.warps == 8 and config.residents == 2:
-        raise RuntimeError("out of resources")
+        raise RuntimeError("no room for so many") if config.columns > 128 else OutOfResources(2, 1, "memory")
     wanted = Decode(8, 1, 64, 256), Prefill(64, 64, 64, 4, 3, False)
     return 1.0 if config in wanted else 2.0
 

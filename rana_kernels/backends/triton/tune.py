@@ -17,6 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.errors import TritonError
 from triton.testing import do_bench_cudagraph
 
 from rana_kernels.backends.triton import configurations
@@ -99,7 +100,7 @@ def _best(key: str, calls: list[Call], time: Callable[[list[Call]], float]) -> C
             # a card may lack the registers or the shared memory for one: then it is no choice there
             try:
                 measured[candidate] = time(calls)
-            except RuntimeError:
+            except (RuntimeError, TritonError):
                 if not measured:
                     raise  # the rule's own, the first, must run
     best = min(measured, key=lambda candidate: measured[candidate])
