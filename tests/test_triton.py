@@ -136,7 +136,7 @@ def test_launches_that_may_meet_have_states_of_their_own(monkeypatch):
     stream, capturing = SimpleNamespace(cuda_stream=1), False
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(launch, "_filled", lambda device: torch.zeros(5, 2, dtype=torch.int32))
+    monkeypatch.setattr(launch, "_filled", lambda device: torch.zeros(5, launch._STATE, dtype=torch.int32))
     monkeypatch.setattr(launch, "_supplies", {})
     monkeypatch.setattr(launch, "_of_stream", {})
     first, again = launch.barrier_state(CUDA), launch.barrier_state(CUDA)
@@ -146,7 +146,8 @@ def test_launches_that_may_meet_have_states_of_their_own(monkeypatch):
     states = [first, other, *captured]
     assert first.data_ptr() == again.data_ptr()
     assert len({state.data_ptr() for state in states}) == len(states)
-    assert all(state.tolist() == [0, 0] for state in states)
+    assert not any(state.any() for state in states)
+    assert all(state.data_ptr() % 16 == 0 for state in states), "compiled again, maybe during a capture"
 
 
 def test_states_are_filled_by_another_thread(monkeypatch):

@@ -15,7 +15,9 @@ from rana_kernels.backends.triton.configurations import Decode
 
 # Rows that a program lists at a time before it streams those it keeps.
 CHUNK = 1024
-_STATE = 2  # int32 of a barrier: arrived, generation
+# int32 of a barrier: arrived, generation, and room to 32 bytes. Triton compiles again for a pointer that does
+# not lie on 16, and must not while a launch is captured.
+_STATE = 8
 _STATES = 1 << 16
 # Barrier states: a supply of zeroed ones for each device, and those that each (device, stream) took of it.
 _supplies: dict[int, "_Supply"] = {}
@@ -37,7 +39,7 @@ class _Supply:
 
 
 def barrier_state(device: torch.device) -> Tensor:
-    """A zeroed int32 [2] that no launch in flight uses, without filling memory on the way.
+    """A zeroed int32 [8] that no launch in flight uses, without filling memory on the way.
 
     A barrier leaves its state as it found it, but for the generation, so launches that follow one
     another on a stream share one. A captured launch may be replayed next to anything: it gets a state
