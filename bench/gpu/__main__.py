@@ -32,7 +32,8 @@ def main(
     In this order: what the card does at best; the ops on a part of the shared cases; times of those that
     pass, for one token through Llama-2-7B; all tests; the other times; compute-sanitizer. Each stage has a
     time limit, and what it measured is written at its end: <card>-limits.csv, <card>.csv, and all that was
-    printed to <card>.txt. Fails if anything failed.
+    printed to <card>.txt. Fails if anything failed. RANA_REVISION names the revision of a copy without its
+    history.
 
     Example:  python -m bench.gpu --only Llama-2-7B --peer-dir ../checkouts
     """
