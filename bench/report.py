@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Collection
 from datetime import date
@@ -37,7 +38,12 @@ def machine() -> str:
 
 def processor() -> str:
     """What the processor calls itself, as a file name."""
-    return re.sub(r"\W+", "-", (_field("model name") or platform.machine()).strip()).strip("-").lower()
+    return re.sub(r"\W+", "-", model_name()).strip("-").lower()
+
+
+def model_name() -> str:
+    """Of the processor, in its own words."""
+    return _field("model name") or platform.machine()
 
 
 def _field(name: str) -> str:
@@ -59,6 +65,8 @@ def revision() -> str:
     """
     if named := os.environ.get("RANA_REVISION"):
         return named
+    if not shutil.which("git"):
+        return "unknown"
     found = _git("describe", "--always").stdout.strip()
     changed = _git("diff", "--quiet", "HEAD", "--", ".", ":!bench/results", ":!docs").returncode != 0
     return f"{found}-dirty" if found and changed else found or "unknown"
