@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -17,6 +16,7 @@ from bench.kernels import PUBLISHED, Case
 from bench.measure import measure
 from bench.models import KEEP, MODELS, grid
 from bench.report import RESULTS, ROOT, conditions, processor, show, write_csv, write_json
+from bench.timing import thread_counts
 from rana_kernels.backends import NAMES
 
 console = Console(width=None if sys.stdout.isatty() else 190)
@@ -71,7 +71,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"{unknown[0]}: wanted one of {', '.join(NAMES)}", param_hint="--backend")
     require_green_tests()
-    counts = threads or sorted({1, torch.get_num_threads()})
+    counts = threads or thread_counts()
     stamp = conditions()
     console.print(stamp)
     if base is not None:

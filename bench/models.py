@@ -49,9 +49,9 @@ LARGE = {
 }
 
 
-def stored_ranks(K: int, N: int) -> int:
-    """R at which density KEEP costs KEEP of the dense layer K -> N."""
-    exact = KEEP * K * N / (K + KEEP * N)
+def stored_ranks(K: int, N: int, keep: float = KEEP, density: float = KEEP) -> int:
+    """R of which so many live cost `keep` of the dense layer K -> N."""
+    exact = keep * K * N / (K + density * N)
     return max(RANK_MULTIPLE, RANK_MULTIPLE * round(exact / RANK_MULTIPLE))
 
 

@@ -9,6 +9,7 @@ import typer
 
 from bench.report import RESULTS, conditions, processor, write_json
 from bench.sweep import AXES, BASE, sweep
+from bench.timing import thread_counts
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -26,7 +27,7 @@ def main(
     Example:  python -m bench.scale
     """
     stamp = conditions()
-    threads = sorted({1, torch.get_num_threads()})
+    threads = thread_counts()
     typer.echo(f"{stamp}\ntiming a linear along {', '.join(AXES)}")
     with torch.inference_mode():
         kernels = sweep(BASE, AXES, threads, rounds)

@@ -3,9 +3,10 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +15,7 @@ from bench.stream import LOOPS, bandwidth, clock
 # Seconds; what takes less is called several times in a row, about as long as a pass of the streaming loops.
 # The first call after another loop is some 70 µs slower, whatever its length; decode goes from op to op.
 SHORTEST = 5e-3
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,41 @@ class Round:
     stream: float
 
 
+def thread_counts() -> list[int]:
+    """One, and all that torch has."""
+    return sorted({1, torch.get_num_threads()})
+
+
 def interleave(contenders: dict[str, Callable[[], object]], threads: int, rounds: int) -> Round:
     """Time every contender `rounds` times on `threads` threads, taking turns with the streaming loops.
 
     The yardstick is the best loop by its median, as the contenders are judged by theirs.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     streams: dict[str, list[float]] = {loop: [] for loop in LOOPS}
+
+    def stream() -> None:
+        for loop in LOOPS:
+            streams[loop].append(bandwidth(loop, threads))
+
+    times = alternate(contenders, threads, rounds, between=stream)
+    return Round(times, max(statistics.median(values[1:]) for values in streams.values()))
+
+
+def alternate(
+    contenders: Mapping[Name, Callable[[], object]],
+    threads: int,
+    rounds: int,
+    between: Callable[[], None] = lambda: None,
+) -> dict[Name, Timing]:
+    """Time every contender `rounds` times on `threads` threads; `between` is called after each round."""
+    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
     with using(threads):
         calls = {name: repeats(run) for name, run in contenders.items()}
         for _ in range(1 + rounds):  # the first round warms up
             for name, run in contenders.items():
                 seconds[name].append(once(run, threads, calls[name]))
-            for loop in LOOPS:
-                streams[loop].append(bandwidth(loop, threads))
-    return Round(
-        {name: summary(values[1:]) for name, values in seconds.items()},
-        max(statistics.median(values[1:]) for values in streams.values()),
-    )
+            between()
+    return {name: summary(values[1:]) for name, values in seconds.items()}
 
 
 @contextmanager

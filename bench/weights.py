@@ -57,7 +57,9 @@ def far(arguments: list[tuple]) -> list[tuple]:
 def threshold_keeping(live: int, scores: Tensor) -> Tensor:
     """The threshold, [] float32, that `live` of the scores [M, R] reach in the mean over tokens."""
     ordered = scores.flatten().sort(descending=True).values
-    kept = min(live * scores.shape[0], len(ordered) - 1)
+    kept = live * scores.shape[0]
+    if kept >= len(ordered):
+        return ordered.new_zeros(())
     return (ordered[kept - 1] + ordered[kept]) / 2 if kept else ordered[0] + 1
 
 

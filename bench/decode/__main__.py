@@ -25,7 +25,7 @@ from bench.decode.steps import Decoder, compiled
 from bench.gpu import card
 from bench.gpu.tests import require_green_gates
 from bench.models import KEEP
-from bench.timing import using
+from bench.timing import thread_counts, using
 from rana_kernels.evaluation.evaluate import perplexity
 
 DRAFT_PROMPTS, DRAFT_PROMPT, DRAFT_TOKENS = 4, 64, 64
@@ -78,7 +78,7 @@ def main(
     else:
         models = contenders.from_random(random_model(SHAPES[model], DTYPES[dtype], device), keep)
     room = models["dense"].config.max_position_embeddings - turn * (rounds + 1) - 1
-    counts = threads or sorted({1, torch.get_num_threads()})
+    counts = threads or thread_counts()
     counts = counts[-1:] if on_card else counts
     long = [T for T in prompt if room < T]
     grid = [Setting(T, M, n, read >= T * M) for T, M, n in product(prompt, batch, counts) if T not in long]

@@ -26,9 +26,7 @@ def from_random(dense: PreTrainedModel, keep: float) -> dict[str, PreTrainedMode
     static, masked = twin(dense), twin(dense)
     adapt(static, keep, live_share=1.0)
     adapt(masked, keep, live_share=LIVE_SHARE)
-    for model in (static, masked):
-        use_huge_pages(model)  # as `compress` and `load` do
-    return dict(zip(NAMES, (dense, _served(dense), static, masked), strict=True))
+    return _named(dense, static, masked)
 
 
 def from_directory(
@@ -39,6 +37,14 @@ def from_directory(
     static, masked = twin(dense), twin(dense)
     for model, method in ((static, "static"), (masked, "global")):
         rana.compress(model, calibration.split(8), flops_reduction=1 - keep, method=method)
+    return _named(dense, static, masked)
+
+
+def _named(*made: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """Dense, static and masked; all on huge pages, as `compress` and `load` leave the last two."""
+    dense, static, masked = made
+    for model in made:
+        use_huge_pages(model)
     return dict(zip(NAMES, (dense, _served(dense), static, masked), strict=True))
 
 

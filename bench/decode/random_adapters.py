@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bench.models import stored_ranks
 from bench.weights import threshold_keeping
 from rana_kernels.install import install
 from rana_kernels.layer import linear_of
@@ -31,11 +32,16 @@ def adapt(dense: PreTrainedModel, keep: float, live_share: float) -> None:
     install(dense, Plan(tuple(adapters), "random weights", 1 - keep))
     parts = [module for module in dense.modules() if isinstance(module, RanaLinear | RanaMLP)]
     for part in parts:
-        for weight in part.parameters():
-            nn.init.normal_(weight, std=max(weight.shape) ** -0.5)
+        randomize(part)
     if live_share < 1:
         neurons = next(round(a.live) for a in adapters if a.kind == "neuron")
         _set_thresholds(dense, parts, neurons)
+
+
+def randomize(module: nn.Module) -> None:
+    """Weights of a size that keeps values near 1."""
+    for weight in module.parameters():
+        nn.init.normal_(weight, std=max(weight.shape) ** -0.5)
 
 
 def _adapters(dense: PreTrainedModel, block: Block, keep: float, live_share: float) -> Iterator[Adapter]:
@@ -47,7 +53,7 @@ def _adapters(dense: PreTrainedModel, block: Block, keep: float, live_share: flo
     def adapter(kind: str, names: tuple[str, ...]) -> Adapter:
         K, widths = weights[names[0]].shape[1], tuple(len(weights[name]) for name in names)
         N = sum(widths)
-        rank = round(keep * K * N / (K + live_share * N) / 16) * 16
+        rank = stored_ranks(K, N, keep, live_share)
         sizes = {"rank": (rank, live_share * rank), "neuron": (K, keep * K), "dense": (0, 0.0)}[kind]
         return Adapter(kind, names, K, widths, *sizes)
 
@@ -64,9 +70,9 @@ def _set_thresholds(model: PreTrainedModel, parts: list[nn.Module], neurons: int
     def before(part: nn.Module, inputs: tuple[Tensor]) -> None:
         x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
         if isinstance(part, RanaMLP):
-            _set_of_mlp(part, x, neurons)
+            set_mlp_thresholds(part, x, neurons)
         else:
-            part.set_threshold(_half(x @ part.B.float().T))
+            part.set_threshold(halving(x @ part.B.float().T))
 
     hooks = [part.register_forward_pre_hook(before) for part in parts]
     model(torch.randint(model.config.vocab_size, (1, SAMPLE), device=model.device), use_cache=False)
@@ -74,15 +80,15 @@ def _set_thresholds(model: PreTrainedModel, parts: list[nn.Module], neurons: int
         hook.remove()
 
 
-def _half(h: Tensor) -> Tensor:
+def halving(h: Tensor) -> Tensor:
     """The threshold, [] float32, that leaves `LIVE_SHARE` of h [M, R]."""
     return threshold_keeping(round(LIVE_SHARE * h.shape[1]), h.abs())
 
 
-def _set_of_mlp(mlp: RanaMLP, x: Tensor, neurons: int) -> None:
-    """Its ranks, and of what these leave `neurons` neurons."""
+def set_mlp_thresholds(mlp: RanaMLP, x: Tensor, neurons: int) -> None:
+    """So that x [M, K], float32, keeps half of its ranks, and of what these leave `neurons` neurons."""
     up, gate = (x @ mlp.B.float().T).chunk(2, dim=1)
-    thresholds = _half(up), _half(gate)
+    thresholds = halving(up), halving(gate)
     mlp.set_threshold(torch.cat([t.expand(up.shape[1]) for t in thresholds]))
     up, gate = (torch.where(h.abs() < t, 0, h) for h, t in zip((up, gate), thresholds, strict=True))
     g = F.silu(gate @ mlp.gate_proj.rows.float()) * (up @ mlp.up_proj.rows.float())

@@ -8,9 +8,10 @@ model.py         the model folder: weights, tokenizer, tokens
 quality.py       compress at several budgets; perplexity and kept rows of each
 texts.py         save, load, and continue a prompt with each
 decode_step.py   the linears of real block shapes, dense and RaNA, to be timed
-timing.py        how steps are timed
 tables.py        the tables, for the terminal and the page
 figures.py       the plots
 captions.py      the words
 page.py          report.html
+
+How things are timed, and the conditions of a run, are those of `bench`.
 """

@@ -5,6 +5,9 @@ Weights are random, and thresholds are set so that the stated share of rows is k
 kept follows no pattern, where in a trained model the leading ranks are kept nearly always.
 """
 
+import copy
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.demo.results import DecodeStep, DensityPoint, DensitySweep
-from examples.demo.timing import measure, rotation, thread_counts
+from bench import timing
+from bench.decode.random_adapters import LIVE_SHARE, halving, randomize, set_mlp_thresholds
+from bench.models import stored_ranks
+from bench.weights import copies, threshold_keeping, turns
+from examples.demo.results import DecodeStep, DensityPoint, DensitySweep, Timing
 from rana_kernels import RanaLinear, RanaMLP, ops, use_backend
+from rana_kernels.huge_pages import use_huge_pages
 
 DTYPE = torch.bfloat16
 BYTES = 2
-LIVE_SHARE = 0.5  # of the stored ranks, in the adapters timed here
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,10 @@ class RanaBlock(nn.Module):
         # the adapted linears take the cut of o too
         keep = (keep * (dense + adapted) - dense) / adapted
         self.qkv, self.o = _rank_adapter(hidden, width, keep), _linear(hidden, hidden)
-        rank = _rank(hidden, neurons, keep)
+        rank = stored_ranks(hidden, neurons, keep, LIVE_SHARE)
         self.mlp = _random(RanaMLP(hidden, neurons, hidden, rank, rank, "silu", dtype=DTYPE))
-        self.qkv.set_threshold(_threshold(_rank_values(x, self.qkv.B), LIVE_SHARE))
-        _set_mlp_thresholds(self.mlp, x, keep)
+        self.qkv.set_threshold(halving(x.float() @ self.qkv.B.float().T))
+        set_mlp_thresholds(self.mlp, x.float(), round(keep * neurons))
         live = LIVE_SHARE * (self.qkv.rows.numel() + 2 * rank * neurons) + keep * neurons * hidden
         self.read_bytes = BYTES * (self.qkv.B.numel() + self.mlp.B.numel() + dense + live)
 
@@ -85,11 +91,10 @@ def time_block(shape: BlockShape, keep: float, rounds: int) -> list[DecodeStep]:
         _check(blocks["rana"], x)
         nbytes = {name: block.read_bytes for name, block in blocks.items()}
         contenders = {
-            name: [partial(copy, x) for copy in rotation(block, nbytes[name])]
-            for name, block in blocks.items()
+            name: turns(partial(_call, x), rotation(block, nbytes[name])) for name, block in blocks.items()
         }
     steps = []
-    for threads in thread_counts():
+    for threads in timing.thread_counts():
         dense, rana = measure(contenders, nbytes, threads, rounds).values()
         reached = nbytes["rana"] / nbytes["dense"]
         steps.append(DecodeStep(shape.name, threads, reached, dense, rana, dense.median / rana.median))
@@ -102,26 +107,47 @@ def sweep_density(
     """One rank adapter K -> N, of the size that comes to `keep` at `LIVE_SHARE`, at several densities."""
     with torch.inference_mode():
         x, dense, adapter = torch.randn(1, K, dtype=DTYPE), _linear(K, N), _rank_adapter(K, N, keep)
-        h, rank = _rank_values(x, adapter.B), len(adapter.rows)
-        thresholds = {density: _threshold(h, density) for density in densities}
+        scores, rank = (x.float() @ adapter.B.float().T).abs(), len(adapter.rows)
         nbytes = {"dense": BYTES * K * N} | {d: BYTES * rank * (K + d * N) for d in densities}
-        contenders = {"dense": [partial(copy, x) for copy in rotation(dense, nbytes["dense"])]}
-        copies = rotation(adapter, min(nbytes.values()))
-    for density, threshold in thresholds.items():
-        contenders[density] = [
-            partial(ops.masked_lowrank_linear, x, copy.B, copy.rows, threshold) for copy in copies
-        ]
+        contenders = {"dense": turns(partial(_call, x), rotation(dense, nbytes["dense"]))}
+        # the densities take their turns through the same copies, so that none finds what the last one read
+        following = itertools.cycle(rotation(adapter, min(nbytes.values())))
+    for density in densities:
+        threshold = threshold_keeping(round(density * rank), scores)
+        contenders[density] = partial(_masked, x, following, threshold)
     sweeps = []
-    for threads in thread_counts():
+    for threads in timing.thread_counts():
         timed = measure(contenders, nbytes, threads, rounds)
         points = [DensityPoint(d, nbytes[d] / nbytes["dense"], timed[d]) for d in densities]
         sweeps.append(DensitySweep(K, N, rank, threads, timed["dense"], points))
     return sweeps
 
 
-def _rank(K: int, N: int, keep: float) -> int:
-    """Stored ranks, a multiple of 16, that come to `keep` of K·N when `LIVE_SHARE` of them is live."""
-    return max(16, round(keep * K * N / (K + LIVE_SHARE * N) / 16) * 16)
+def measure(
+    contenders: dict[object, Callable[[], object]], nbytes: dict[object, float], threads: int, rounds: int
+) -> dict[object, Timing]:
+    """Contenders taking turns; `nbytes`: what a step of each must read."""
+    with torch.inference_mode():
+        found = timing.alternate(contenders, threads, rounds)
+    return {name: Timing(t.median, t.p20, t.p80, nbytes[name] / t.median / 1e3) for name, t in found.items()}
+
+
+def rotation(module: nn.Module, nbytes: float) -> list[tuple[nn.Module]]:
+    """Copies of it, of each of which a step reads `nbytes`: more than the last cache holds of all. On huge
+    pages, as `compress` leaves a model, the dense ones too."""
+    made = copies(lambda: (copy.deepcopy(module),), nbytes)
+    for (part,) in made:
+        use_huge_pages(part)
+    return made
+
+
+def _call(x: Tensor, module: nn.Module) -> object:
+    return module(x)
+
+
+def _masked(x: Tensor, following: Iterator[tuple[nn.Module]], threshold: Tensor) -> Tensor:
+    (adapter,) = next(following)
+    return ops.masked_lowrank_linear(x, adapter.B, adapter.rows, threshold)
 
 
 def _linear(K: int, N: int) -> nn.Linear:
@@ -129,40 +155,12 @@ def _linear(K: int, N: int) -> nn.Linear:
 
 
 def _rank_adapter(K: int, N: int, keep: float) -> RanaLinear:
-    return _random(RanaLinear(K, N, _rank(K, N, keep), dtype=DTYPE))
+    return _random(RanaLinear(K, N, stored_ranks(K, N, keep, LIVE_SHARE), dtype=DTYPE))
 
 
 def _random(module: nn.Module) -> nn.Module:
-    """Weights of a size that keeps values near 1."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=max(parameter.shape) ** -0.5)
+    randomize(module)
     return module.requires_grad_(False)
-
-
-def _rank_values(x: Tensor, B: Tensor) -> Tensor:
-    return (x.float() @ B.float().T).flatten()
-
-
-def _threshold(score: Tensor, share: float) -> Tensor:
-    """The threshold, float32 [], between the scores that are kept and those that are not."""
-    kept = round(share * score.numel())
-    if kept == score.numel():
-        return torch.tensor(0.0)
-    ordered = score.abs().sort(descending=True).values
-    return ordered[kept - 1 : kept + 1].mean()
-
-
-def _set_mlp_thresholds(mlp: RanaMLP, x: Tensor, live_neurons: float) -> None:
-    """Half of the ranks of up and of gate, and `live_neurons` of the neurons, for this input."""
-    h = _rank_values(x, mlp.B)
-    up, gate = h.chunk(2)
-    thresholds = [_threshold(part, LIVE_SHARE) for part in (up, gate)]
-    mlp.set_threshold(torch.cat([t.expand(len(up)) for t in thresholds]))
-    up, gate = (torch.where(part.abs() < t, 0, part) for part, t in zip((up, gate), thresholds, strict=True))
-    g = F.silu(gate @ mlp.gate_proj.rows.float()) * (up @ mlp.up_proj.rows.float())
-    scale = mlp.down_proj.rows.float().norm(dim=1)
-    mlp.down_proj.scale.copy_(scale)
-    mlp.down_proj.set_threshold(_threshold(g * scale, live_neurons))
 
 
 def _check(block: RanaBlock, x: Tensor) -> None:

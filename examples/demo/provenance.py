@@ -3,14 +3,13 @@
 import datetime
 import os
 import platform
-import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
 import rana_kernels
+from bench import report
 from rana_kernels import backends
 
 
@@ -41,7 +40,7 @@ class Provenance:
 def provenance() -> Provenance:
     return Provenance(
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        processor=_processor(),
+        processor=report.model_name(),
         cores=len(os.sched_getaffinity(0)),
         instruction_set=backends.instruction_set(),
         served_by=backends.serving()["masked_mlp"]["cpu"],
@@ -49,23 +48,5 @@ def provenance() -> Provenance:
         torch=torch.__version__,
         transformers=version("transformers"),
         rana_kernels=rana_kernels.__version__,
-        revision=_revision(),
+        revision=report.revision(),
     )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def _revision() -> str:
-    """The commit, with a plus where files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()

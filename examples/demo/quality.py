@@ -10,15 +10,13 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rana_kernels as rana
 from examples.demo.model import DemoModel
 from examples.demo.results import Adapted, Quality, Variant
 from rana_kernels.calibrate import Stats
-from rana_kernels.evaluation.live import count_live
+from rana_kernels.evaluation.evaluate import kept_rows, perplexity
 from rana_kernels.measure import AdapterReport, CompressReport
 from rana_kernels.methods.budget import model_curves, plan_curves
 from rana_kernels.methods.request import Request
@@ -47,7 +45,7 @@ def measure_quality(
         parameters=sum(p.numel() for p in model.dense.parameters()),
         calibration_tokens=stats.tokens,
         evaluation_tokens=evaluation.numel(),
-        perplexity=perplexity(model.dense, evaluation),
+        perplexity=perplexity(model.dense, evaluation, batch=BATCH, progress=False).perplexity,
         megabytes=sum(p.numel() * p.element_size() for p in model.dense.parameters()) / 1e6,
     )
     compressed: Compressed = {}
@@ -61,16 +59,6 @@ def measure_quality(
     return quality, compressed
 
 
-@torch.inference_mode()
-def perplexity(model: nn.Module, input_ids: Tensor) -> float:
-    """exp(mean loss) over the T - 1 predictions of each row of [n, T]; rows do not see one another."""
-    losses = []
-    for part in input_ids.split(BATCH):
-        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
-        losses.append(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none").double())
-    return torch.cat(losses).mean().exp().item()
-
-
 def _compress(
     dense: nn.Module, stats: Stats, method: str, budget: float, made: Plan | None
 ) -> tuple[nn.Module, CompressReport]:
@@ -82,9 +70,11 @@ def _compress(
 
 
 def _evaluate(model: nn.Module, report: CompressReport, evaluation: Tensor, dense: float) -> Variant:
-    found = perplexity(model, evaluation)
+    found = perplexity(model, evaluation, batch=BATCH, progress=False).perplexity
     # rows apart from one another: neighbours come from the same file
-    live = kept_rows(model, evaluation[:: -(-len(evaluation) // LIVE_ROWS)])
+    some = evaluation[:: -(-len(evaluation) // LIVE_ROWS)]
+    counts = kept_rows(model, some, batch=BATCH, progress=False)
+    live = {name: count.mean for name, count in counts.items()}
     return Variant(
         method=report.plan.method,
         flops_reduction=report.plan.flops_reduction,
@@ -96,15 +86,6 @@ def _evaluate(model: nn.Module, report: CompressReport, evaluation: Tensor, dens
         seconds=report.seconds,
         adapters=[_adapted(adapter, live[adapter.names[0]]) for adapter in report.adapters],
     )
-
-
-@torch.inference_mode()
-def kept_rows(model: nn.Module, input_ids: Tensor) -> dict[str, float]:
-    """Mean kept rows a token of every adapter, by the name of its (first) linear."""
-    with count_live(model) as counts:
-        for part in input_ids.split(BATCH):
-            model(input_ids=part, use_cache=False)
-    return {name: count.mean for name, count in counts.items()}
 
 
 def _with_live(plan: Plan, live: dict[str, float]) -> Plan:

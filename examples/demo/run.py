@@ -1,7 +1,6 @@
 """The order of things: load, compress and evaluate, write texts, time, write the report."""
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Plain
 
+from bench.report import write
 from examples.demo.decode_step import LLAMA_1B, LLAMA_7B, BlockShape, sweep_density, time_block
 from examples.demo.model import DemoModel, load_demo_model
 from examples.demo.page import page
@@ -61,8 +61,8 @@ def run(settings: Settings, console: Console) -> Results:
         decode_steps, density = _timings(settings)
     console.print(decode_table(decode_steps))
     results = Results(provenance(), quality, texts, decode_steps, density, time.monotonic() - started)
-    _write(settings.output / "report.json", json.dumps(asdict(results), indent=1, allow_nan=False))
-    _write(settings.output / "report.html", page(results))
+    write(settings.output / "report.json", json.dumps(asdict(results), indent=1, allow_nan=False))
+    write(settings.output / "report.html", page(results))
     return results
 
 
@@ -89,10 +89,3 @@ def _timings(settings: Settings) -> tuple[list[DecodeStep], list[DensitySweep]]:
     keep, rounds = 1 - settings.show, settings.rounds
     steps = [step for shape in settings.blocks for step in time_block(shape, keep, rounds)]
     return steps, sweep_density(*settings.linear, keep, settings.densities, rounds)
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing: a reader never sees half a report."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
