@@ -86,7 +86,8 @@ def compress(
     blocks = find_blocks(model)
     asked_for = plan.to_json() if plan else repr(request)
     facts = (stats.digest, asked_for, *([search.digest] if search else []))
-    store = ResumeDir(resume_dir, fingerprint(model, blocks, *facts)) if resume_dir else None
+    made = {"model, calibration or request": fingerprint(model, blocks, *facts)}
+    store = ResumeDir(resume_dir, made) if resume_dir else None
     asked, choose = _chooser(stats, request, search, store, plan, progress)
     adapters: list[Adapter] = []
     measured: list[AdapterReport] = []

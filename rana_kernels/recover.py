@@ -5,9 +5,10 @@ warm-up and a cosine, no dropout; batches depend on the seed and the step alone,
 goes on with the same ones.
 """
 
+import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from rana_kernels.resume import differences, digest
 
 SAVED_EVERY = 25  # steps
 WARMUP = 0.05  # of the steps
@@ -56,13 +59,14 @@ def train(
             2015, at temperature 1), and otherwise the cross-entropy of the tokens; nats a token
     state   a file that the training goes on from, if it is there, and is kept in
 
-    Raises ValueError for too few rows, or a loss that is not finite.
+    Raises ValueError for too few rows, a loss that is not finite, or a state of another training.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if len(rows) < how.batch:
         raise ValueError(f"train: the text has {len(rows)} rows, wanted at least a batch of {how.batch}")
     optimizer = torch.optim.AdamW(trained.values(), lr=how.learning_rate, weight_decay=0.0)
-    done = _restore(state, trained, optimizer)
+    facts = _facts(trained, rows, how, dense)
+    done = _restore(state, facts, trained, optimizer)
     losses: list[float] = []
     model.eval()
     with Progress(disable=not progress, transient=True) as bar:
@@ -71,7 +75,7 @@ def train(
             losses.append(_step(model, optimizer, rows, how, step, dense))
             bar.update(task, advance=1, description=f"training, loss {losses[-1]:.4f}")
             if state and ((step + 1) % SAVED_EVERY == 0 or step + 1 == how.steps):
-                _save(state, trained, optimizer, step + 1)
+                _save(state, facts, trained, optimizer, step + 1)
     return losses
 
 
@@ -129,21 +133,47 @@ def _loss(model: Any, ids: Tensor, dense: Any) -> Tensor:
 # an unfinished training: weights and moments in one file, replaced whole
 
 
-def _save(path: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int) -> None:
+def _facts(
+    trained: dict[str, nn.Parameter], rows: Tensor, how: Training, dense: nn.Module | None
+) -> dict[str, Any]:
+    """What a training must share with the one it goes on from."""
+    facts = {name.replace("_", " "): value for name, value in asdict(how).items()}
+    sizes = {name: list(p.shape) for name, p in trained.items()}
+    return {**facts, "text": digest(rows), "distilled": dense is not None, "choice of weights": sizes}
+
+
+def _save(
+    path: Path,
+    facts: dict[str, Any],
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+) -> None:
     tensors = {name: p.detach() for name, p in trained.items()}
     for name, p in trained.items():
         tensors |= {f"{moment}:{name}": optimizer.state[p][moment] for moment in MOMENTS}
     part = path.with_suffix(".part")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"step": str(step)})
+    about = {"step": str(step), "facts": json.dumps(facts)}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata=about)
     os.replace(part, path)
 
 
-def _restore(path: Path | None, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+def _restore(
+    path: Path | None,
+    facts: dict[str, Any],
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> int:
     """The steps that are done, with the weights and moments after them put in place."""
     if path is None or not path.exists():
         return 0
     with safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
+        about = file.metadata()
+    step = int(about["step"])
+    if other := differences(json.loads(about["facts"]), facts):
+        raise ValueError(
+            f"{path} is of an unfinished training of another kind ({other}): ask for the same, or delete it"
+        )
     tensors = load_file(path)
     with torch.no_grad():
         for name, p in trained.items():

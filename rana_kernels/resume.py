@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,29 +29,49 @@ def fingerprint(model: nn.Module, blocks: list[Block], *facts: str) -> str:
     return digest.hexdigest()
 
 
+def digest(*tensors: Tensor) -> str:
+    """Of their shapes, dtypes and values."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def differences(kept: dict[str, Any], asked: dict[str, Any]) -> str:
+    """What two sets of facts differ in, for a message: short ones with their values. "" if nothing."""
+    found = []
+    for name in kept | asked:
+        values = kept.get(name), asked.get(name)
+        if values[0] != values[1]:
+            short = max(map(len, map(str, values))) < 32
+            found.append(f"{name} {values[0]}, asked for {values[1]}" if short else f"another {name}")
+    return "; ".join(found)
+
+
 class ResumeDir:
     """What is finished of one piece of work. ValueError if the directory holds another one's.
 
-    fingerprint   of all that the work depends on
+    facts   all that the work depends on, by name: numbers, words, digests
     """
 
-    def __init__(self, path: str | os.PathLike, fingerprint: str) -> None:
-        self.path, self.fingerprint = Path(path), fingerprint
-        if self._marker.exists() and read_json(self._marker) != fingerprint:
+    def __init__(self, path: str | os.PathLike, facts: dict[str, Any]) -> None:
+        self.path, self.facts = Path(path), facts
+        if self._marker.exists() and (other := differences(read_json(self._marker), facts)):
             raise ValueError(
-                f"{self.path} holds unfinished work on something else (another model, text or request): "
-                "give an empty directory, or delete this one"
+                f"{self.path} holds unfinished work on something else ({other}): give an empty directory, "
+                "or delete this one"
             )
 
     @property
     def _marker(self) -> Path:
-        return self.path / "fingerprint.json"
+        return self.path / "facts.json"
 
     def _begin(self) -> None:
         """Before anything is kept: a request that fails at once leaves nothing behind."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not self._marker.exists():
-            write_json(self._marker, self.fingerprint)
+            write_json(self._marker, self.facts)
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict] | None:
         """Tensors and record of a finished block, or None."""

@@ -1,6 +1,7 @@
 """Recovery without PEFT: adapters in two factors, training, thresholds fitted again, the ranks of LoRA."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,23 @@ def test_an_interrupted_training_goes_on_with_the_same_bits(tmp_path, monkeypatc
     assert train(again, rows, HOW, state=state, progress=False) == losses[8:]
     assert_equal_states(whole, again)
     assert losses[-1] < losses[0] - 0.1 and [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_training_goes_on_only_from_its_own_state(tmp_path):
+    state, rows = tmp_path / "state.safetensors", tokens(7)
+    train(trainable(), rows, HOW, state=state, progress=False)
+    one_more = replace(HOW, steps=HOW.steps + 1)
+    fewer = trainable()
+    fewer.model.layers[0].requires_grad_(False)
+    for wanted, model, text, how, dense in [
+        ("steps 12, asked for 13", trainable(), rows, one_more, None),
+        ("learning rate 0.005, asked for 0.01", trainable(), rows, replace(HOW, learning_rate=0.01), None),
+        ("seed 0, asked for 3; another text", trainable(), tokens(6), replace(HOW, seed=3), None),
+        ("distilled False, asked for True", trainable(), rows, HOW, make_model()),
+        ("another choice of weights", fewer, rows, HOW, None),
+    ]:
+        with pytest.raises(ValueError, match=rf"training of another kind \({wanted}\): ask for the same"):
+            train(model, text, how, dense=dense, state=state, progress=False)
 
 
 def test_distilling_brings_the_predictions_closer():

@@ -8,7 +8,6 @@ left dense: merging then adds nothing, and sizes, cost and format stay. Ranks ar
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from rana_kernels.recover import Training, train
 from rana_kernels.recovery import lora_ranks
 from rana_kernels.recovery.factored import close, factor
 from rana_kernels.recovery.refit import refit
-from rana_kernels.resume import ResumeDir
+from rana_kernels.resume import ResumeDir, digest
 
 ALPHA = 16  # rsLoRA multiplies by ALPHA / √rank
 REFIT_TOKENS = 4096
@@ -63,7 +62,7 @@ def recover(
     Thresholds are refitted at the end, so that every adapter keeps its planned live rows. Raises ValueError
     as `train` does.
     """
-    store = ResumeDir(resume_dir, _fingerprint(model, rows, how, lora, dense, search)) if resume_dir else None
+    store = ResumeDir(resume_dir, _facts(model, rows, how, lora, dense, search)) if resume_dir else None
     factor(model)
     pattern = _ranks(model, rows, how, lora, dense, search, store, progress)
     tuned = _with_lora(model, pattern, how.seed)
@@ -113,13 +112,24 @@ def _with_lora(model: Any, pattern: dict[str, int], seed: int) -> Any:
     return get_peft_model(model, config)
 
 
-def _fingerprint(
+def _facts(
     model: nn.Module, rows: Tensor, how: Training, lora: Lora, dense: nn.Module | None, search: Search | None
-) -> str:
-    facts = [asdict(how), asdict(lora), dense is not None, search.digest if search else None]
-    digest = hashlib.sha256(json.dumps(facts).encode())
-    digest.update(rows.to(torch.int64).numpy().tobytes())
+) -> dict[str, Any]:
+    """All that a recovery depends on."""
+    searched = {"held-out rows or seed": search.digest, "evaluations": search.evaluations} if search else {}
+    return {
+        **{name.replace("_", " "): value for name, value in (asdict(how) | asdict(lora)).items()},
+        "text": digest(rows),
+        "model": _weights(model),
+        "dense model": None if dense is None else _weights(dense),
+        **searched,
+    }
+
+
+def _weights(model: nn.Module) -> str:
+    """The digest of the sizes and a few values of every weight."""
+    found = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        some = digest(parameter.flatten()[:256])
+        found.update(f"{name} {list(parameter.shape)} {some}".encode())
+    return found.hexdigest()
