@@ -13,6 +13,7 @@ import pytest
 
 from bench.gpu import __main__ as command
 from bench.gpu import limits, tests
+from bench.gpu import stages as stages_module
 from bench.gpu.stages import Stages
 from bench.report import read_csv, write_csv
 from rana_kernels import ops
@@ -76,21 +77,24 @@ def say(text: str, then: str = "") -> list[str]:
     return [sys.executable, "-c", f"print({text!r}, flush=True); {then}"]
 
 
-def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys):
+def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stages_module, "LAST_WORDS", 2)
     stages = Stages(tmp_path / "log", time.monotonic() + 60)
     commands = {
         "good": say("fine"),
         "bad": say("oh", "raise SystemExit(3)"),
-        "hung": say("before", "import time; time.sleep(1000)"),
+        "slow": say("before", "import time; time.sleep(1000)"),
+        "hung": say("deaf", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(1000)"),
     }
-    assert stages.run("first", commands, limit=6) == ["bad", "hung"]
-    assert stages.red == ["first, bad", "first, hung"]
+    assert stages.run("first", commands, limit=6) == ["bad", "slow", "hung"]
+    assert stages.red == ["first, bad", "first, slow", "first, hung"]
     assert stages.run("second", {"good": say("again")}, limit=30) == []
     stages.ends = time.monotonic()
     assert stages.run("third", {"late": say("never")}, limit=30) == ["late"]
     log = (tmp_path / "log").read_text()
-    for words in ("good: done\nfine", "bad: FAILED with 3\noh", "hung: FAILED: out of time\nbefore", "again"):
+    for words in ("good: done\nfine", "bad: FAILED with 3\noh", "slow: FAILED: out of time\nbefore", "again"):
         assert words in log
+    assert "KeyboardInterrupt" in log and "hung: FAILED: out of time\ndeaf\n===" in log
     assert "third: left out" in log and "never" not in log and log in capsys.readouterr().out
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -16,6 +17,7 @@ from bench.report import ROOT
 
 console = Console(width=None if sys.stdout.isatty() else 160)
 SHORTEST = 5  # seconds: nothing is begun for less
+LAST_WORDS = 5  # seconds that an interrupted child has to say how far it came
 
 
 @dataclass
@@ -45,9 +47,10 @@ class Stages:
             return list(commands)
         self.say(f"=== {stage}: {limit:.0f} s at most")
         children = {name: _start(command) for name, command in commands.items()}
+        late = _finish([child for child, _ in children.values()], limit)
         failed = []
         for name, (child, printed) in children.items():
-            verdict = _wait(child, begin + limit - time.monotonic())
+            verdict = _verdict(child, late)
             printed.seek(0)
             self.say(f"--- {name}: {verdict}\n{printed.read()}")
             printed.close()
@@ -68,15 +71,27 @@ def _start(command: list[str]) -> tuple[subprocess.Popen, IO[str]]:
     return child, printed
 
 
-def _wait(child: subprocess.Popen, seconds: float) -> str:
-    """ "done", or what went wrong. A child that a hung kernel holds is left behind."""
-    try:
-        code = child.wait(max(0.0, seconds))
-        return "done" if code == 0 else f"FAILED with {code}"
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        try:
-            child.wait(10)
-        except subprocess.TimeoutExpired:
-            return "FAILED: out of time, and does not end"
+def _finish(children: list[subprocess.Popen], seconds: float) -> set[int]:
+    """Wait for all. The late ones, whose ids this gives, are interrupted, so that pytest says what passed,
+    then killed; one that a hung kernel holds is left behind."""
+    _wait(children, seconds)
+    late = {child.pid for child in children if child.poll() is None}
+    for sent in (signal.SIGINT, signal.SIGKILL):
+        for child in children:
+            if child.poll() is None:
+                os.killpg(child.pid, sent)
+        _wait(children, LAST_WORDS)
+    return late
+
+
+def _wait(children: list[subprocess.Popen], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    for child in children:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, until - time.monotonic()))
+
+
+def _verdict(child: subprocess.Popen, late: set[int]) -> str:
+    if child.pid in late:
         return "FAILED: out of time"
+    return f"FAILED with {child.returncode}" if child.returncode else "done"
