@@ -14,6 +14,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 DOCS = ROOT / "docs"
 Rows = list[dict[str, str]]
+# dense layers that ours is compared with: column, how it is drawn, words
+AGAINST = (
+    ("x dense", "o-", "against torch's F.linear"),
+    ("x dense packed", "s:", "against packed weights (torch.compile, freezing)"),
+)
 
 
 def main(
@@ -39,15 +44,19 @@ def main(
 def speed(axes: plt.Axes, rows: Rows) -> None:
     """Speed-up over dense against the cost that is kept, beside the ideal of 1 / cost."""
     names = {case.name for case in DENSITY}
-    points = [(r["threads"], float(r["keep"]), float(r["x dense"])) for r in rows if r["case"] in names]
-    costs = sorted({keep for _, keep, _ in points})
+    chosen = sorted((r for r in rows if r["case"] in names), key=lambda r: float(r["keep"]))
+    costs = sorted({float(row["keep"]) for row in chosen})
     axes.plot(costs, [1 / cost for cost in costs], "--", color="0.5", label="dense time × cost")
-    for threads, marker in zip(sorted({threads for threads, _, _ in points}), "os^vD", strict=False):
-        line = sorted((keep, ratio) for count, keep, ratio in points if count == threads)
-        axes.plot(*zip(*line, strict=True), marker=marker, label=f"rana, {threads} thread(s)")
+    for number, threads in enumerate(sorted({row["threads"] for row in chosen}, key=int)):
+        line = [row for row in chosen if row["threads"] == threads]
+        for column, style, words in AGAINST:
+            points = [(float(row["keep"]), float(row[column])) for row in line if row.get(column)]
+            if points:
+                label = f"{words}, {threads} thread{'s' * (threads != '1')}"
+                axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
     axes.axhline(1, color="0.8", zorder=0)
     axes.set_xlabel("cost kept: (R·K + live·N) / (K·N)")
-    axes.set_ylabel("times as fast as torch's F.linear")
+    axes.set_ylabel("times as fast as dense")
     axes.set_title("One token through a 4096 → 11008 linear, bfloat16", loc="left")
     axes.set_ylim(bottom=0)
 

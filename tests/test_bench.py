@@ -365,9 +365,9 @@ def test_rana_bench_hands_over(monkeypatch, tmp_path):
         handover.runpy, "run_module", lambda name, **_: called.append((name, handover.sys.argv[1:]))
     )
     monkeypatch.setattr(handover.sys, "argv", [])
-    for words in (["--only", "a"], ["scale", "--rounds", "3"]):
+    for words in (["--only", "a"], ["scale", "--rounds", "3"], ["cost"]):
         handover.bench(SimpleNamespace(args=words))
-    assert called == [("bench", ["--only", "a"]), ("bench.scale", ["--rounds", "3"])]
+    assert called == [("bench", ["--only", "a"]), ("bench.scale", ["--rounds", "3"]), ("bench.cost", [])]
     monkeypatch.setattr(rana_kernels, "__file__", str(tmp_path / "rana_kernels" / "__init__.py"))
     with pytest.raises(FileNotFoundError, match="checkout"):
         handover.bench(SimpleNamespace(args=[]))
