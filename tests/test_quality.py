@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -15,11 +16,17 @@ pytest.importorskip("matplotlib", reason="the plots need the extra `plots`")
 
 from bench.quality.__main__ import main
 from bench.quality.contenders import CONTENDERS, Candidate, cats, one_budget, teal, wina
+from bench.quality.docs import PAGE, filled
 from bench.quality.fit import TOLERANCE, fit, measured_keep
 from bench.quality.layers import kept_energy
+from bench.quality.masks import refit
 from bench.quality.measure import measure
+from bench.quality.run import Comparison, Settings
+from bench.quality.store import Store
 from bench.quality.subject import SCOPES, Subject, open_subject, scoped
+from bench.report import RESULTS
 from rana_kernels.evaluation.density import costs_of, planned_live
+from rana_kernels.evaluation.evaluate import kept_rows
 from rana_kernels.models import find_blocks
 from tests.results import numbers_in
 
@@ -56,6 +63,7 @@ def command(folder, output, *more: object):
     app = Typer()
     app.command()(main)
     arguments = [folder, "--output", output, "--ablation-tokens", 96, "--spread-tokens", 96, "--tokens", 576]
+    arguments += ["--recovery-steps", 0]
     arguments += [x for budget in BUDGETS for x in ("--budget", budget)]
     arguments += [x for method in METHODS for x in ("--method", method)]
     return CliRunner().invoke(app, [str(a) for a in (*arguments, "--sequence-length", 48, *more)])
@@ -104,6 +112,57 @@ def test_results_of_another_text_are_not_mixed(results, folder):
     _, output = results
     done = command(folder, output, "--calibration", folder / "evaluation.safetensors")
     assert done.exit_code == 1 and "of another model or other text" in " ".join(done.output.split())
+
+
+def test_results_made_in_another_way_are_not_mixed(results, folder):
+    _, output = results
+    done = command(folder, output, "--ablation-tokens", 48)
+    assert done.exit_code == 1
+    assert "results of ablation_tokens 96, asked for 48" in " ".join(done.output.split())
+
+
+def test_the_page_has_the_tables_of_the_results(results):
+    text = PAGE.read_text()
+    assert text.count("<!-- end -->") > 5 and filled(text, RESULTS) == text, (
+        "run python -m bench.quality.docs"
+    )
+    data, output = results
+    marked = "a\n<!-- quality-tiny: mlp -->\nold\n<!-- end -->\nb\n"
+    new = filled(marked, output.parent)
+    assert new.startswith("a\n<!-- quality-tiny: mlp -->\n| Cost kept |") and new.endswith(
+        "<!-- end -->\nb\n"
+    )
+    assert f"{data['rows']['mlp teal 0.56']['over_dense']:+.2%}" in new and "old" not in new
+    with pytest.raises(ValueError, match="there is no table 'else', wanted one of conditions, both,"):
+        filled(marked.replace("mlp", "else"), output.parent)
+
+
+@pytest.mark.parametrize("build", [teal, wina, cats])
+def test_masks_fitted_again_keep_what_they_kept(build, subject):
+    candidate, rows = build(subject, "both", 0.7), subject.calibration
+    before, counts = measured_keep(candidate, rows), kept_rows(candidate.model, rows, progress=False)
+    with torch.no_grad():
+        for parameter in candidate.model.parameters():
+            parameter.mul_(0.7)
+    assert measured_keep(candidate, rows) < before - 0.01
+    refit(candidate.model, rows, {name: count.mean for name, count in counts.items()})
+    assert measured_keep(candidate, rows) == pytest.approx(before, abs=0.002)
+
+
+def test_a_search_begins_with_what_global_asked_for(subject, tmp_path, monkeypatch):
+    asked = []
+
+    def search(subject: Subject, scope: str, keep: float) -> Candidate:
+        asked.append(keep)
+        return one_budget(subject, scope, keep)
+
+    monkeypatch.setitem(CONTENDERS, "rankadaptor", search)
+    store = Store(tmp_path / "results.json", subject, "here")
+    how = Settings(budgets=(0.5,), methods=("global", "rankadaptor"))
+    Comparison(subject, store, "both", how, subject.evaluation, Console(quiet=True)).run()
+    rows = store.section("rows")
+    assert asked == [rows["both global 0.50"]["asked"]]
+    assert rows["both rankadaptor 0.50"]["keep"] == rows["both global 0.50"]["keep"]
 
 
 @pytest.mark.parametrize("build", [teal, wina])
