@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from transformers.utils import logging
 
 from bench.quality.plots import draw
@@ -79,7 +80,7 @@ def main(
         )
         run(subject, store, settings, console)
     except (ValueError, OSError, ImportError) as error:
-        console.print(f"[red]error:[/red] {error}")
+        console.print("[red]error:[/red]", escape(str(error)))
         raise typer.Exit(1) from None
     write(path.with_suffix(".md"), page(store.data, path.stem))
     plots = draw(store.data, path)
