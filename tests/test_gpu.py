@@ -17,6 +17,7 @@ import torch
 import rana_kernels
 from rana_kernels import backends
 from tests.cases import FORMS, Case, assert_close, input_of, make_inputs
+from tests.child import python
 
 pytestmark = [
     pytest.mark.gpu,
@@ -154,6 +155,24 @@ def test_compiled_with_graphs(case):
     step = torch.compile(lambda *a: op(*a) * 2, fullgraph=True, mode="reduce-overhead")
     for _ in range(3):
         assert torch.equal(step(*args.values()), call() * 2)
+
+
+COMPILED_FIRST = """
+import torch, rana_kernels
+from tests.cases import SMALL, make_inputs
+args = make_inputs(SMALL["masked_lowrank_linear"], torch.bfloat16, device="cuda")
+op = torch.ops.rana.masked_lowrank_linear.default
+with rana_kernels.use_backend("{backend}"):
+    step = torch.compile(lambda *a: op(*a) * 2, fullgraph=True, mode="reduce-overhead")
+    results = [step(*args.values()).clone() for _ in range(3)]
+    assert all(torch.equal(y, op(*args.values()) * 2) for y in results)
+"""
+
+
+def test_the_first_call_of_a_process_is_compiled_with_graphs(backend):
+    """What a backend keeps for later calls must not be memory of the graph that torch warms up for."""
+    child = python("-c", COMPILED_FIRST.format(backend=backend))
+    assert child.returncode == 0, child.stderr[-4000:]
 
 
 @every_form

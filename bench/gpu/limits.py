@@ -1,6 +1,7 @@
 """`python -m bench.gpu.limits`: what the card does at best, compiled from limits.cu and run, as a CSV."""
 
 import csv
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -35,7 +36,8 @@ def measure(capability: str) -> list[Row]:
 
 def compiled(program: Path, capability: str) -> Path:
     target = f"-gencode=arch=compute_{capability},code=sm_{capability}"
-    subprocess.run(["nvcc", "-O3", "-std=c++17", target, str(SOURCE), "-o", str(program)], check=True)
+    nvcc = f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc"
+    subprocess.run([nvcc, "-O3", "-std=c++17", target, str(SOURCE), "-o", str(program)], check=True)
     return program
 
 
