@@ -72,8 +72,11 @@ def compression(path: Path) -> str:
 
 
 def _terms(fitted: dict) -> list[str]:
-    terms = " + ".join(f"{value:.3g} · {feature}" for feature, value in fitted["coefficients"].items())
-    return [terms, ", ".join(f"{r:+.0%}" for r in fitted["residuals"])]
+    terms = [
+        f"{value:.3g} · ({feature})" if " " in feature else f"{value:.3g} · {feature}"
+        for feature, value in fitted["coefficients"].items()
+    ]
+    return [" + ".join(terms), ", ".join(f"{r:+.0%}" for r in fitted["residuals"])]
 
 
 def _check(check: dict, steps: list[str]) -> str:
