@@ -103,6 +103,16 @@ def test_dtype_on_load(dtype, model, tmp_path):
     torch.testing.assert_close(logits(loaded).float(), logits(model), rtol=0.1, atol=0.2)
 
 
+@pytest.mark.parametrize("name", ["GPTNeoX", "Mixtral"])
+def test_weights_that_have_another_name_in_the_file_change_their_dtype_too(name, tmp_path):
+    model = make_model(name, tie_word_embeddings=False)
+    rana.compress(model, [tokens()], flops_reduction=0.3, method="paper", progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(loaded).float(), logits(model), rtol=0.1, atol=0.2)
+
+
 def test_another_quantization_on_top_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
     bits = pytest.importorskip("transformers").BitsAndBytesConfig(load_in_8bit=True)

@@ -127,6 +127,7 @@ class RanaQuantizer(HfQuantizer):
         _check_files(model, self.files)
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         check_tensors(self.files, _stored_tensors(model, self.files), tied)
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if processes(model) > 1:
             self.aside = SetAside(model)
         return model
@@ -138,6 +139,7 @@ class RanaQuantizer(HfQuantizer):
             raise ImportError(
                 f"transformers {transformers.__version__} has tp_plan, wanted 5.17 or later for it"
             )
+        _bring_to(model, self.dtypes)
         # transformers places tensors itself and so passes by the check of load_state_dict
         check_thresholds(model)
         use_huge_pages(model)
@@ -159,6 +161,14 @@ class RanaQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _bring_to(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Of a quantized model some versions (5.0, 5.17) leave weights that have another name in the file in the
+    dtype of the file: experts, lm_head of GPT-NeoX."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes[name]:
+            model.get_submodule(name.rpartition(".")[0]).to(dtypes[name])
 
 
 def _stored_tensors(model: transformers.PreTrainedModel, files: list[Path]) -> dict[str, torch.Tensor]:
