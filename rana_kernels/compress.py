@@ -1,10 +1,10 @@
 """Compression: calibrate → plan → modules, in place, one block at a time.
 
 The paper's method decomposes each linear once; one budget for the whole model has to see all of them
-before it can decide, so there each is decomposed again for its modules: a fiftieth of the time, where to
-keep all factors would take the memory of two more models. A block's factors are dropped when its modules
-are in place, so that there are never two copies of the model. Only linears are
-replaced: embeddings and norms stay, and so do the weights of lm_head and of linears left dense.
+before it can decide, so there what was chosen is decomposed again for its modules: a thirtieth of the
+time, where to keep all factors would take the memory of two more models. A block's factors are dropped when
+its modules are in place, so that there are never two copies of the model. Only linears are replaced:
+embeddings and norms stay, and so do the weights of lm_head and of linears left dense.
 """
 
 import time

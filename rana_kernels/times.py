@@ -69,6 +69,7 @@ class Times:
         return line_through(self._of(in_features, width).neurons)
 
     def save(self, path: str | os.PathLike) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(path), {"format": FORMAT, **asdict(self)})
 
     @staticmethod
