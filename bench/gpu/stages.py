@@ -74,13 +74,15 @@ def _start(command: list[str]) -> tuple[subprocess.Popen, IO[str]]:
 def _finish(children: list[subprocess.Popen], seconds: float) -> set[int]:
     """Wait for all. The late ones, whose ids this gives, are interrupted, so that pytest says what passed,
     then killed; one that a hung kernel holds is left behind."""
-    _wait(children, seconds)
-    late = {child.pid for child in children if child.poll() is None}
-    for sent in (signal.SIGINT, signal.SIGKILL):
-        for child in children:
-            if child.poll() is None:
-                os.killpg(child.pid, sent)
-        _wait(children, LAST_WORDS)
+    try:
+        _wait(children, seconds)
+    finally:  # also when we are interrupted ourselves
+        late = {child.pid for child in children if child.poll() is None}
+        for sent in (signal.SIGINT, signal.SIGKILL):
+            for child in children:
+                if child.poll() is None:
+                    os.killpg(child.pid, sent)
+            _wait(children, LAST_WORDS)
     return late
 
 

@@ -23,14 +23,11 @@ def served() -> list[str]:
 
 def gates() -> dict[str, list[str]]:
     """{"cuda:masked_mlp": command}: exact and close, on a part of the cases. What fails is not timed."""
+    chosen = "{}-{}-M and (exact or close)"
     return {
         f"{backend}:{op}": _pytest(
-            "-m",
-            "gpu and isa",
-            "-k",
-            f"{IMPLEMENTATIONS[backend]}-{op}-M and (exact or close)",
-            "tests/test_ops.py",
-        )  # fmt: skip
+            "-m", "gpu and isa", "-k", chosen.format(IMPLEMENTATIONS[backend], op), "tests/test_ops.py"
+        )
         for backend in served()
         for op in ops.SCHEMAS
     }
