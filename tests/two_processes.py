@@ -167,13 +167,14 @@ def test_a_linear_in_every_style(kind, style):
     torch.testing.assert_close(y, mine(wanted) if style == "colwise" else wanted)
 
 
-def test_every_part_of_a_joint_linear_is_cut():
+@pytest.mark.parametrize("style", ["colwise", "colwise_rep"])
+def test_every_part_of_a_joint_linear_is_cut(style):
     module, x = filled(RanaLinear(24, 16, 16, True, others=(8, 8), handoff=Handoff())), torch.randn(5, 24)
-    parts = [mine(p) for p in torch.ops.rana.masked_lowrank_linear(
-        x, module.B, module.rows, module.threshold, module.bias).split((16, 8, 8), -1)]  # fmt: skip
-    own = shared(module, "colwise")(x)
+    parts = torch.ops.rana.masked_lowrank_linear(
+        x, module.B, module.rows, module.threshold, module.bias).split((16, 8, 8), -1)  # fmt: skip
+    own = shared(module, style)(x)
     for y, wanted in zip([own, module.handoff.take(x, 0), module.handoff.take(x, 1)], parts, strict=True):
-        torch.testing.assert_close(y, wanted)
+        torch.testing.assert_close(y, mine(wanted) if style == "colwise" else wanted)
 
 
 @pytest.mark.parametrize(

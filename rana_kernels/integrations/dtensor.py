@@ -32,7 +32,8 @@ def _given(layouts: list[Layout], arguments: list[Any]) -> list[Layout]:
     ]
 
 
-def _of_ranks(threshold: Any) -> Any:
+def _of_rows(threshold: Any) -> Any:
+    """One threshold for all rows is in no row's part."""
     return ROW if threshold.ndim else WHOLE
 
 
@@ -40,7 +41,7 @@ def _of_ranks(threshold: Any) -> Any:
 def _masked_linear(h, rows, threshold, scale=None, bias=None):
     last, arguments = Shard(h.ndim - 1), [h, rows, threshold, scale, bias]
     columns = ([last], [WHOLE, COLUMN, WHOLE, WHOLE, ROW])
-    ranks = ([PARTIAL], [last, ROW, _of_ranks(threshold), ROW, PARTIAL])
+    ranks = ([PARTIAL], [last, ROW, _of_rows(threshold), ROW, PARTIAL])
     return _given([*_tokens(h, arguments[1:]), columns, ranks], arguments)
 
 
@@ -48,18 +49,20 @@ def _masked_linear(h, rows, threshold, scale=None, bias=None):
 def _masked_lowrank_linear(x, B, rows, threshold, bias=None):
     last, arguments = Shard(x.ndim - 1), [x, B, rows, threshold, bias]
     columns = ([last], [WHOLE, WHOLE, COLUMN, WHOLE, ROW])
-    ranks = ([PARTIAL], [WHOLE, ROW, ROW, _of_ranks(threshold), PARTIAL])
+    ranks = ([PARTIAL], [WHOLE, ROW, ROW, _of_rows(threshold), PARTIAL])
     return _given([*_tokens(x, arguments[1:]), columns, ranks], arguments)
 
 
 @register_sharding(torch.ops.rana.masked_mlp.default)
-def _masked_mlp(x, B, *rest):
-    arguments = [x, B, *rest]
-    of_neurons = _of_ranks(rest[7])
-    neurons = (
-        [PARTIAL],
-        [WHOLE, WHOLE, COLUMN, COLUMN, WHOLE, ROW, ROW, ROW, ROW, of_neurons, PARTIAL, None],
-    )
+def _masked_mlp(
+    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_scale, down_threshold, down_bias,
+    activation,
+):  # fmt: skip
+    up_and_gate = [B, up_rows, gate_rows, threshold, up_bias, gate_bias]
+    down = [down_rows, down_scale, down_threshold, down_bias]
+    arguments = [x, *up_and_gate, *down, activation]
+    of_down = [ROW, ROW, _of_rows(down_threshold), PARTIAL]
+    neurons = ([PARTIAL], [WHOLE, WHOLE, COLUMN, COLUMN, WHOLE, ROW, ROW, *of_down, None])
     return _given([*_tokens(x, arguments[1:]), neurons], arguments)
 
 

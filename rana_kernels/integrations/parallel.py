@@ -6,8 +6,9 @@
     a whole MLP                           the first, the activation, then the last
 
 A mask is not linear: it is decided on complete rank values, by the process that owns the rank, in float32.
-Only then are values rounded and sent. Partial sums travel in float32, and biases are added after them. So
-the result differs from that of one process only as rounding and the order of sums do.
+Only then are values rounded and sent. Every process's part of y is rounded by its op; the parts are summed in
+float32, and the bias is added to the sum. So the result differs from that of one process only as rounding and
+the order of sums do. (In an MLP that includes the masks of its neurons: up and gate are rounded before.)
 
 For inference: no gradient goes through the collectives, and asking for one is an error.
 """
@@ -30,7 +31,7 @@ _all_reduce = dist.all_reduce
 
 def _gather(share: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[..., C / P] of every process -> [..., C], in the order of the processes."""
-    size, flat = group.size(), share.reshape(-1, share.shape[-1])
+    size, flat = group.size(), share.reshape(-1, share.shape[-1]).contiguous()
     shares = flat.new_empty(size * flat.shape[0], flat.shape[1])
     _all_gather(shares, flat, group=group)
     whole = shares.view(size, *flat.shape).movedim(0, 1)
@@ -148,9 +149,9 @@ def _require_no_gradient(x: Tensor) -> None:
 
 
 class ColumnParallel(nn.Module):
-    """x [..., K], whole -> this process's columns of every linear that reads it; `gathered`: all of them.
+    """x [..., K], whole -> this process's columns of every linear that reads it; `gathered`: all columns.
 
-    `widths` are those of this process: the first is returned, the rest go to the handoff.
+    `widths` are those of this process: the first output is returned, the rest go to the handoff.
     """
 
     def __init__(
@@ -168,10 +169,11 @@ class ColumnParallel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _require_no_gradient(x)
-        own, *rest = self.inner(x).split(self.widths, dim=-1)
+        outputs = self.inner(x).split(self.widths, dim=-1)
+        first, *rest = (_gather(y, self.group) for y in outputs) if self.gathered else outputs
         if self.handoff is not None:
             self.handoff.give(x, dict(enumerate(rest)))
-        return _gather(own, self.group) if self.gathered else own
+        return first
 
 
 class RowParallel(nn.Module):

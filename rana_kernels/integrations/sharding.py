@@ -46,7 +46,7 @@ class Shares:
         if width % size:
             raise ValueError(
                 f"{self.name}: {width} rows or columns are to be shared among {size} processes, wanted a "
-                "multiple of their number: take fewer processes"
+                "multiple of their number: take a number that divides it"
             )
         return width // size
 
@@ -59,14 +59,17 @@ class Shares:
         like: Tensor | None = getattr(self.module, tensor)
         if like is None:
             return None
-        source, pieces, start = self.read(f"{self.name}.{tensor}"), [], 0
-        for width in [0] if dim is None else widths or [like.shape[dim]]:
+        source = self.read(f"{self.name}.{tensor}")
+        if dim is None:
+            return source[:].to(like.dtype)
+        pieces, start = [], 0
+        for width in widths or (like.shape[dim],):
             share = self.part(width)
             first = start + self.group.rank() * share
-            window = slice(None) if dim is None else slice(first, first + share)
+            window = slice(first, first + share)
             pieces.append(source[:, window] if dim == 1 else source[window])
             start += width
-        return torch.cat(pieces, dim or 0).to(like.dtype)
+        return torch.cat(pieces, dim).to(like.dtype)
 
 
 def form(style: str, own: Shares) -> nn.Module:
