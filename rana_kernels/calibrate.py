@@ -43,7 +43,7 @@ class Stats:
     seed      of the sample
     digest    of the token ids, and of which were sampled: two equal runs have the same
     gradients [N] float64 by full name of a linear: the mean over tokens of the squared derivative of
-              their loss by each output. Empty unless asked for
+              the loss by each output (`sensitivity.py`). Empty unless asked for
     """
 
     model: nn.Module

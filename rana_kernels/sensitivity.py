@@ -1,8 +1,10 @@
 """How the loss depends on what each linear puts out: mean squared derivatives, by a few backward passes.
 
 To second order the loss rises by the error of an output times the curvature there, for which the mean
-squared derivative stands in (the Fisher information, diagonal). It weighs errors of different linears,
-and of the outputs of one, against each other.
+squared derivative stands in: the Fisher information, diagonal. It weighs errors of different linears, and
+of the outputs of one, against each other. The tokens whose loss is differentiated are drawn from the
+model's own predictions, as the Fisher information has it: those of the text say as much about where the
+model is wrong as about how it bends (Kunstner et al., 2019, arXiv 1905.12558).
 """
 
 from contextlib import contextmanager
@@ -28,7 +30,7 @@ class Gradients:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, kwargs: dict[str, Any], run: bool = True) -> None:
-        """Differentiate the next-token loss of one batch of model inputs, row by row.
+        """Differentiate the loss of next tokens drawn for one batch of model inputs, row by row.
 
         run   False: another process does, and its tokens are counted here
         """
@@ -50,14 +52,15 @@ class Gradients:
 
     def _row(self, kwargs: dict[str, Any], run: bool) -> None:
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        labels = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-        if not (labels >= 0).any():
+        follows = torch.ones_like(ids[0, 1:]) if mask is None else mask[0, 1:]
+        if not follows.any():
             return
         if run:
             with torch.enable_grad(), self._differentiating():
                 # a sum: then a token's derivative does not depend on how many others there are
                 logits = self._logits(kwargs)[0, :-1].float()
-                F.cross_entropy(logits, labels[0], ignore_index=-100, reduction="sum").backward()
+                labels = drawn(logits.detach(), self.tokens).masked_fill(follows == 0, -100)
+                F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").backward()
         self.tokens += ids.numel() if mask is None else int(mask.sum())
 
     def _logits(self, kwargs: dict[str, Any]) -> Tensor:
@@ -101,6 +104,13 @@ class Gradients:
             self.sums[name] = self.sums.get(name, 0) + squares.float().double()
 
         return lambda _module, _args, output: output.register_hook(collect) and None
+
+
+def drawn(logits: Tensor, seed: int) -> Tensor:
+    """A token [T] for each row of `logits` [T, V], as likely as the model says, the same for a seed."""
+    share = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(seed)).to(logits.device)
+    sums = logits.softmax(-1).cumsum(-1)
+    return (sums <= share * sums[:, -1:]).sum(-1).clamp(max=logits.shape[1] - 1)
 
 
 def _start(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from rana_kernels.methods.spend import Choice, least_cost, least_memory, spend
 from rana_kernels.methods.split import threshold_for
 from rana_kernels.models import find_blocks
 from rana_kernels.plan import Adapter
+from rana_kernels.sensitivity import drawn
 from tests.test_compress import hand_plan, logits, make_model, tokens
 
 DEMO_MODEL = Path(__file__).parent.parent / "examples" / "demo_model"
@@ -30,18 +31,29 @@ DEMO_MODEL = Path(__file__).parent.parent / "examples" / "demo_model"
 # what the loss says
 
 
-def test_gradients_are_those_of_the_loss_of_each_token():
+def test_tokens_are_drawn_as_the_model_predicts_them():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(20_000, 4)
+    found = drawn(logits, 3)
+    shares = found.bincount(minlength=4) / len(found)
+    torch.testing.assert_close(shares, logits[0].softmax(0), atol=0.015, rtol=0)
+    assert (
+        shares[2] == 0 and torch.equal(drawn(logits, 3), found) and not torch.equal(drawn(logits, 4), found)
+    )
+
+
+def test_gradients_are_those_of_the_loss_of_drawn_tokens():
     model, ids = make_model(), tokens(2, 12)
     found = calibrate(model, [ids], progress=False).gradients
     name = "model.layers.1.mlp.up_proj"
     total = torch.zeros(model.config.intermediate_size, dtype=torch.float64)
-    for row in ids:
+    for i, row in enumerate(ids):
         outputs: list[torch.Tensor] = []
         handle = model.get_submodule(name).register_forward_hook(
             lambda module, args, y, outputs=outputs: outputs.append(y)
         )
         y = model(row[None]).logits[0, :-1]
-        (slope,) = torch.autograd.grad(F.cross_entropy(y, row[1:], reduction="sum"), outputs)
+        labels = drawn(y.detach(), i * ids.shape[1])
+        (slope,) = torch.autograd.grad(F.cross_entropy(y, labels, reduction="sum"), outputs)
         total += slope[0].double().square().sum(0)
         handle.remove()
     torch.testing.assert_close(found[name], total / ids.numel(), rtol=1e-5, atol=0)
