@@ -1,5 +1,7 @@
 """The benchmark of whole models, on one that is small enough to run it in seconds."""
 
+import gc
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -142,7 +144,7 @@ def test_replayed_steps_write_the_same(models, monkeypatch):
 @pytest.fixture
 def may_freeze():
     """Puts torch's setting back, which `compiled` changes for the process."""
-    torch._dynamo.reset()
+    steps.forget_compiled()
     with steps.inductor.patch(freezing=False):
         yield
 
@@ -160,6 +162,14 @@ def test_a_compiled_model_is_timed(may_freeze):
     assert counts["stats"]["unique_graphs"] == 1, "compiled again, or not at all"
     linears = 8 if can_pack(torch.bfloat16) else 0
     assert counts["inductor"]["mkldnn_linear_weight_pack_matcher_count"] == linears
+    assert _packed() == linears
+    del contenders
+    steps.forget_compiled()
+    assert _packed() == 0, "every compiled model would keep its own copy of the weights"
+
+
+def _packed() -> int:
+    return sum(type(found) is torch.Tensor and found.is_mkldnn for found in gc.get_objects())
 
 
 @pytest.mark.slow

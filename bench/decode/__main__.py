@@ -21,7 +21,7 @@ from bench.decode import contenders, drafts, tables
 from bench.decode.measure import Setting, Steps, random_tokens, take_turns
 from bench.decode.profile import where_time_goes
 from bench.decode.shapes import SHAPES, random_model
-from bench.decode.steps import Decoder, compiled
+from bench.decode.steps import Decoder, compiled, forget_compiled
 from bench.gpu import card
 from bench.gpu.tests import require_green_gates
 from bench.models import KEEP
@@ -118,7 +118,7 @@ def _perplexities(models: Models, rows: Tensor | None) -> dict[str, object]:
 
 
 def _steps(models: Models, compile: bool) -> Steps:
-    torch._dynamo.reset()  # every size is compiled for itself, and torch allows a function only a few
+    forget_compiled()  # every size is compiled for itself
     return {name: (model, compiled(model) if compile else model.forward) for name, model in models.items()}
 
 

@@ -1,15 +1,19 @@
 """One model decoding: a prompt, then token after token, greedily, through a static cache."""
 
+import gc
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor
+from torch._inductor.codecache import PyCodeCache
 from transformers import PreTrainedModel, StaticCache
 
 from bench.stream import clock
 
+WRITTEN = "torch._inductor.runtime.compile_tasks."  # names of modules that torch.compile writes
 WARM_UP = 2  # steps before one is captured: they compile, and show that they need not compile again
 
 
@@ -88,3 +92,15 @@ def compiled(model: PreTrainedModel) -> Callable:
     """
     inductor.freezing = model.device.type == "cpu"
     return torch.compile(model.forward, fullgraph=True, dynamic=False)
+
+
+def forget_compiled() -> None:
+    """Drop what was compiled before, and the packed weights with it: torch keeps the modules that it wrote.
+
+    A function may also be compiled for a few sizes only, and then runs eagerly without a word.
+    """
+    torch._dynamo.reset()
+    PyCodeCache.cache_clear()
+    for name in [name for name in sys.modules if name.startswith(WRITTEN)]:
+        del sys.modules[name]
+    gc.collect()
