@@ -97,9 +97,11 @@ def test_an_interrupted_search_measures_nothing_twice(tmp_path):
         return loss_of(sites)(allocation)
 
     with pytest.raises(KeyboardInterrupt):
-        best_allocation("keep", sites, measure, a_search(10), ResumeDir(tmp_path, "it"), progress=False)
+        best_allocation(
+            "keep", sites, measure, a_search(10), ResumeDir(tmp_path, {"of": "it"}), progress=False
+        )
     again, whole = a_search(10), a_search(10)
-    best = best_allocation("keep", sites, measure, again, ResumeDir(tmp_path, "it"), progress=False)
+    best = best_allocation("keep", sites, measure, again, ResumeDir(tmp_path, {"of": "it"}), progress=False)
     assert count == 6 + 5
     assert torch.equal(best, best_allocation("keep", sites, loss_of(sites), whole, progress=False))
     assert again.losses == whole.losses
