@@ -158,7 +158,7 @@ def test_a_search_begins_with_what_global_asked_for(subject, tmp_path, monkeypat
 
     monkeypatch.setitem(CONTENDERS, "rankadaptor", search)
     store = Store(tmp_path / "results.json", subject, "here")
-    how = Settings(budgets=(0.5,), methods=("global", "rankadaptor"))
+    how = Settings(budgets=(0.5,), methods=("global", "rankadaptor"), recovery_steps=0)
     Comparison(subject, store, "both", how, subject.evaluation, Console(quiet=True)).run()
     rows = store.section("rows")
     assert asked == [rows["both global 0.50"]["asked"]]
