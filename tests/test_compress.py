@@ -313,7 +313,7 @@ def test_every_architecture_compresses_and_generates(architecture):
     assert report.block_flops_reduction == pytest.approx(0.3, abs=0.02 if architecture == "OPT" else 0.005)
     assert 0 < report.model_flops_reduction < report.block_flops_reduction
     for adapter in report.adapters:
-        assert counts[adapter.names[0]].mean == pytest.approx(adapter.live, rel=0.25)
+        assert counts[adapter.names[0]].mean == pytest.approx(adapter.live, rel=0.3)
         assert 0 < len(adapter.spectrum) <= 64
     assert model.generate(tokens(1, 8), max_new_tokens=4, do_sample=False).shape == (1, 12)
     assert Plan.from_json(json.dumps(json.loads(report.to_json())["plan"])) == report.plan
