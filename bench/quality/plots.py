@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.quality.tables import LABELS, LAYER_BUDGET, TITLES, label
+from bench.quality.tables import LABELS, LAYER_BUDGET, TITLES, label, ordered
 
 COLOURS = dict(
     zip(LABELS, ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#222222"), strict=True)
@@ -44,17 +44,17 @@ def draw(data: dict[str, Any], path: Path) -> list[Path]:
 
 def cost(data: dict[str, Any]) -> Figure:
     """Perplexity over dense against the cost that was measured, a panel a scope."""
-    rows = [row for row in data["rows"].values() if not row["failed"]]
+    rows = [row for row in ordered(data["rows"].values()) if not row["failed"]]
     scopes = [scope for scope in TITLES if any(row["scope"] == scope for row in rows)]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1 + 4 * len(scopes), 4.6))
+        figure = Figure(figsize=(3 + 4 * len(scopes), 4.6))
         panels = figure.subplots(1, len(scopes), sharey=True, squeeze=False)[0]
         for axes, scope in zip(panels, scopes, strict=True):
             _cost_panel(axes, [row for row in rows if row["scope"] == scope])
             axes.set_title(TITLES[scope].split(" (")[0], loc="left", fontsize=9)
             axes.set_xlabel("multiply-adds measured, of the dense ones")
         panels[0].set_ylabel("perplexity above dense")
-        panels[0].legend()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
@@ -78,7 +78,7 @@ def layers(data: dict[str, Any]) -> Figure | None:
     """The share of its output's energy that each layer loses, at one budget."""
     rows = [
         row
-        for row in data["rows"].values()
+        for row in ordered(data["rows"].values())
         if row["scope"] == "both" and row["budget"] == LAYER_BUDGET and row["layers"]
     ]
     if not rows:
