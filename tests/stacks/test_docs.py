@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,11 +19,13 @@ NEEDS = {
     "peft": "peft",
     "recovery": "peft",
     "deployment": "onnx onnxscript onnxruntime",
+    "vllm": "vllm",
 }
 PROGRAMS = {
     "python": "",
     "rana": "-c 'from rana_kernels.cli import main; main()'",
     "torchrun": "-m torch.distributed.run",
+    "vllm": "-m vllm.entrypoints.cli.main",
 }
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -32,9 +35,9 @@ def script(page: str) -> str:
     blocks = BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text())
     shell = [text for kind, text in blocks if kind == "sh" and not text.startswith("pip install")]
     python = "".join(text for kind, text in blocks if kind == "python")
-    return "\n".join(
-        ["trap 'kill $(jobs -p) 2>/dev/null || true' EXIT", *shell, f"python - <<'PYTHON'\n{python}PYTHON"]
-    )
+    stop = "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"
+    # a file, because vLLM's processes import their main program
+    return "\n".join([stop, *shell, f"cat > page.py <<'PYTHON'\n{python}PYTHON\npython page.py"])
 
 
 @pytest.fixture
@@ -53,14 +56,17 @@ def folder(tmp_path) -> Path:
 def run(folder):
     def page(name: str) -> str:
         if absent := [module for module in NEEDS[name].split() if not find_spec(module)]:
-            pytest.skip(f"not installed: {', '.join(absent)}; `make test-stacks` installs them")
+            target = "test-vllm" if name == "vllm" else "test-stacks"
+            pytest.skip(f"not installed: {', '.join(absent)}; `make {target}` installs them")
         environment = {
             **os.environ,
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",  # the models are small: threads would mostly wait for one another
             "HF_DATASETS_CACHE": str(folder / "cache"),
+            "VLLM_CACHE_ROOT": str(folder / "cache"),
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         }
         done = subprocess.run(
             ["bash", "-e", "-c", script(name)],
@@ -68,12 +74,16 @@ def run(folder):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=900,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
 
     return page
+
+
+def first_json(out: str) -> Any:
+    return json.JSONDecoder().raw_decode(out[out.index('{"id"') :])[0]
 
 
 def test_transformers(run, folder):
@@ -85,7 +95,7 @@ def test_transformers(run, folder):
 
 def test_serving(run, folder):
     out = run("serving")
-    completion, _ = json.JSONDecoder().raw_decode(out[out.index('{"id"') :])
+    completion = first_json(out)
     assert completion["choices"][0]["text"].startswith("self")
     assert completion["usage"]["completion_tokens"] == 8
     (results,) = (folder / "build/task/results").rglob("results*.json")
@@ -114,3 +124,13 @@ def test_recovery(run, folder):
 def test_deployment(run, folder):
     run("deployment")
     assert len((folder / "build/c.txt").read_text().split()) == 16
+
+
+def test_vllm(run):
+    from tests.stacks.vllm_engine import can_run
+
+    if not can_run():
+        pytest.skip("no card, and this vLLM has no kernels for the CPU; `make test-vllm` has one that does")
+    out = run("vllm")
+    assert first_json(out)["choices"][0]["text"].startswith("self")
+    assert re.search(r"^def main\(self\):", out, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Compressed models in vLLM: on the CPU its own models with our layers, on a card all of it."""
+"""Compressed models in vLLM: its own models with our layers, on the CPU, without its engine."""
 
 import json
 import os
@@ -287,32 +287,3 @@ def test_damage_is_found(tmp_path):
     (place / "config.json").write_text(json.dumps(config))
     with pytest.raises(Exception, match="format is '2'"):
         engine_config(place)
-
-
-@pytest.mark.gpu
-def test_the_engine_on_a_card_writes_what_transformers_writes(tmp_path, monkeypatch):
-    # in this process, where `register` was called: the package may be built in place, without entry points
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from transformers import AutoModelForCausalLM
-    from vllm import LLM, SamplingParams
-
-    from rana_kernels.integrations.vllm import register
-
-    register()
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "examples/demo_model", dtype=torch.float32)
-    text = load_file(ROOT / "examples/demo_model/calibration.safetensors")["input_ids"].long()
-    rana.compress(model, [text[:8, :256]], flops_reduction=0.4, method="paper", progress=False)
-    rana.save(model, tmp_path / "out")
-    engine = LLM(
-        model=str(tmp_path / "out"),
-        dtype="float32",
-        max_model_len=256,
-        skip_tokenizer_init=True,
-        gpu_memory_utilization=0.2,  # other tests run beside this one
-    )
-    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
-    prompts = [{"prompt_token_ids": row.tolist()} for row in text[-4:, :16]]
-    found = [list(answer.outputs[0].token_ids) for answer in engine.generate(prompts, sampling)]
-    greedy = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    written = rana.load(tmp_path / "out", device="cuda").generate(text[-4:, :16].cuda(), **greedy)
-    assert found == written[:, 16:].tolist()
