@@ -11,9 +11,14 @@ from typing import Any
 
 import pytest
 
+from rana_kernels.checkpoint import attached_plan
+from rana_kernels.integrations.transformers import load
+from rana_kernels.times import Times
+
 ROOT = Path(__file__).parent.parent.parent
 NEEDS = {
     "transformers": "transformers",
+    "budgets": "",
     "serving": "fastapi lm_eval",
     "parallel": "accelerate",
     "peft": "peft",
@@ -91,6 +96,14 @@ def test_transformers(run, folder):
     card = (folder / "build/compressed/README.md").read_text()
     assert "def main(self):" in out
     assert re.search(r"perplexity \| [\d.]+ compressed, [\d.]+ dense", card)
+
+
+def test_budgets(run, folder):
+    run("budgets")
+    small, fast = (attached_plan(load(folder / "build" / name)) for name in ("small", "fast"))
+    assert small is not None and small.max_memory == 5_000_000
+    assert fast is not None and fast.time_reduction == 0.1
+    assert Times.load(folder / "build/times.json").machine["dtype"] == "bfloat16"
 
 
 def test_serving(run, folder):
