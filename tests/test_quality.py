@@ -163,6 +163,8 @@ def test_a_search_begins_with_what_global_asked_for(subject, tmp_path, monkeypat
     rows = store.section("rows")
     assert asked == [rows["both global 0.50"]["asked"]]
     assert rows["both rankadaptor 0.50"]["keep"] == rows["both global 0.50"]["keep"]
+    Comparison(subject, store, "mlp", how, subject.evaluation[:1], Console(quiet=True)).run()
+    assert [key for key in store.section("rows") if key.startswith("mlp")] == ["mlp global 0.50"]
 
 
 @pytest.mark.parametrize("build", [teal, wina])

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.quality import recovery
-from bench.quality.contenders import CONTENDERS, EVALUATIONS, Candidate
+from bench.quality.contenders import CONTENDERS, EVALUATIONS, WHOLE, Candidate
 from bench.quality.fit import fit
 from bench.quality.layers import kept_energy
 from bench.quality.measure import Row, fill, measure
@@ -63,12 +63,16 @@ class Comparison:
 
     def run(self) -> None:
         for budget in self.settings.budgets:
-            for method in self.settings.methods:
+            for method in self._methods:
                 row = Row(self.scope, method, False, budget)
                 candidate = None if self.store.has("rows", row.key) else self._measure(row, self._fitted)
                 trained = replace(row, recovered=True)
                 if self._recovers and not self.store.has("rows", trained.key):
                     self._measure(trained, partial(self._trained, candidate))
+
+    @property
+    def _methods(self) -> list[str]:
+        return [method for method in self.settings.methods if self.scope == "both" or method not in WHOLE]
 
     @property
     def _recovers(self) -> bool:
