@@ -84,7 +84,11 @@ inline Chunk load(const half* p) {
 
 // ---- rounding to nearest even: the inverse of load ----
 
-inline void store(float* p, Chunk c) { std::memcpy(p, &c, sizeof c); }
+inline void store(float* p, Chunk c) {
+  // one copy of both halves would go by way of the stack
+  std::memcpy(p, &c.lo, sizeof c.lo);
+  std::memcpy(p + kLanes, &c.hi, sizeof c.hi);
+}
 
 inline Bits round_to_bfloat16(Vec v) {
   const Bits bits = (Bits)v;
