@@ -18,6 +18,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from rana_kernels.dense import DenseLinear
+from rana_kernels.huge_pages import collapse
 from rana_kernels.layer import linear_of
 from rana_kernels.models import find_blocks
 from rana_kernels.modules import RanaLinear, RanaNeuronLinear
@@ -79,7 +80,9 @@ def _measure(K: int, N: int, blocks: int, like: Tensor) -> Shape:
 
 def _copies(like: Tensor, count: int, *size: int) -> list[Tensor]:
     first = torch.randn(size, dtype=like.dtype, device=like.device) / size[-1] ** 0.5
-    return [first, *(first.clone() for _ in range(count - 1))]
+    made = [first, *(first.clone() for _ in range(count - 1))]
+    collapse(made)  # as a compressed model's weights lie
+    return made
 
 
 def _threshold(stored: int, live: int, like: Tensor) -> Tensor:
