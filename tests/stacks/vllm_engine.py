@@ -7,6 +7,7 @@ threads and processes of all that follow it.
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ def prompts() -> Tensor:
 
 
 def can_run() -> bool:
-    """Whether there is a card, or a vLLM built for the CPU: the published wheel has no kernels for it."""
+    """Whether there is a vLLM, and a card or kernels for the CPU, which the published wheel does not have."""
+    if not find_spec("vllm"):
+        return False
     if torch.cuda.is_available():
         return True
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")  # before vLLM is imported: it looks for a card
