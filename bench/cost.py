@@ -25,9 +25,9 @@ from bench.estimates import (
 from bench.fits import Fit, fit
 from bench.models import LARGE, MODELS, Model
 from bench.report import RESULTS, conditions, processor, write_json
-from bench.stream import clock
 from rana_kernels import layer
 from rana_kernels.decompose import decompose
+from rana_kernels.machine import clock
 
 LINEARS = [
     Decomposition(N, K, of_inputs=N >= K)

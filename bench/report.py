@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rana_kernels import backends
+from rana_kernels.machine import cpu_field, processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -31,27 +32,14 @@ def conditions() -> str:
 
 def machine() -> str:
     """The part of `conditions` that two runs must share for their times to be compared."""
-    facts = [processor(), _field("cpu family"), _field("model"), _field("stepping")]
+    facts = [processor(), cpu_field("cpu family"), cpu_field("model"), cpu_field("stepping")]
     name = " ".join(part for part in (facts[0], "-".join(filter(None, facts[1:]))) if part)
     return f"{name}, {torch.get_num_threads()} threads, {backends.instruction_set()}"
 
 
 def processor() -> str:
     """What the processor calls itself, as a file name."""
-    return re.sub(r"\W+", "-", model_name()).strip("-").lower()
-
-
-def model_name() -> str:
-    """Of the processor, in its own words."""
-    return _field("model name") or platform.machine()
-
-
-def _field(name: str) -> str:
-    """Of the first processor, as the kernel tells it; "" where it does not."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    fields = (line.split(":", 1) for line in lines if ":" in line)
-    return next((value.strip() for key, value in fields if key.strip() == name), "")
+    return re.sub(r"\W+", "-", processor_name()).strip("-").lower()
 
 
 def versions() -> str:

@@ -4,8 +4,6 @@ import ctypes
 import os
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import torch
 
 from rana_kernels.huge_pages import collapse
+from rana_kernels.machine import clock
 
 LOOPS = ("stream_read", "stream_dot", "stream_axpy")
 BUFFER_BYTES = 256 * 2**20
@@ -42,12 +41,6 @@ def _buffer() -> torch.Tensor:
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count)
-
-
-def clock(threads: int) -> Callable[[], float]:
-    """Seconds. One thread is timed by what the processor spends on it, so that other programs' turns do
-    not count; several wait for one another, and are timed by the clock on the wall."""
-    return time.thread_time if threads == 1 else time.perf_counter
 
 
 def bandwidth(loop: str, threads: int) -> float:

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from bench.stream import LOOPS, bandwidth, clock
+from bench.stream import LOOPS, bandwidth
+from rana_kernels.machine import clock
 
 # Seconds; what takes less is called several times in a row, about as long as a pass of the streaming loops.
 SHORTEST = 5e-3

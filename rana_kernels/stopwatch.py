@@ -5,12 +5,10 @@ that caches help as much as they do in the model. Contenders take turns too; liv
 """
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from itertools import cycle, product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from rana_kernels.dense import DenseLinear
 from rana_kernels.huge_pages import collapse
 from rana_kernels.layer import linear_of
+from rana_kernels.machine import clock, processor_name
 from rana_kernels.models import find_blocks
 from rana_kernels.modules import RanaLinear, RanaNeuronLinear
 from rana_kernels.times import Shape, Times, sizes_of
@@ -43,13 +42,9 @@ def measure_times(model: nn.Module, progress: bool = True) -> Times:
 
 
 def _machine(weight: Tensor) -> dict[str, Any]:
-    facts = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
-    processor = names[0] if names else platform.machine()
-    if weight.device.type == "cuda":
-        processor = torch.cuda.get_device_name(weight.device)
+    on_card = weight.device.type == "cuda"
     return {
-        "processor": processor,
+        "processor": torch.cuda.get_device_name(weight.device) if on_card else processor_name(),
         "threads": torch.get_num_threads(),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "torch": torch.__version__,
@@ -128,11 +123,10 @@ def _medians(runs: list[Run], device: torch.device) -> list[float]:
 
 
 def _seconds(run: Run, calls: int, device: torch.device) -> float:
-    """Of a call, after one that brings back what others displaced. One thread is timed by the processor time
-    that it takes, whatever else the machine does."""
+    """Of a call, after one that brings back what others displaced."""
     on_card = device.type == "cuda"
     run()
-    now = time.thread_time if torch.get_num_threads() == 1 and not on_card else time.perf_counter
+    now = time.perf_counter if on_card else clock(torch.get_num_threads())
     if on_card:
         torch.cuda.synchronize(device)
     begin = now()

@@ -11,6 +11,7 @@ import torch
 import rana_kernels
 from bench import report
 from rana_kernels import backends
+from rana_kernels.machine import processor_name
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Provenance:
 def provenance() -> Provenance:
     return Provenance(
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        processor=report.model_name(),
+        processor=processor_name(),
         cores=len(os.sched_getaffinity(0)),
         instruction_set=backends.instruction_set(),
         served_by=backends.serving()["masked_mlp"]["cpu"],
