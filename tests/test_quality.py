@@ -27,6 +27,8 @@ from bench.quality.subject import SCOPES, Subject, open_subject, scoped
 from bench.report import RESULTS
 from rana_kernels.evaluation.density import costs_of, planned_live
 from rana_kernels.evaluation.evaluate import kept_rows
+from rana_kernels.methods.budget import plan_curves
+from rana_kernels.methods.request import Request
 from rana_kernels.models import find_blocks
 from tests.results import numbers_in
 
@@ -206,7 +208,7 @@ def test_cats_costs_the_gate_and_the_neurons_it_keeps(subject):
     assert candidate.costs.keep(found.counts) == pytest.approx(0.6, abs=0.05)
 
 
-@pytest.mark.parametrize("method", ["static", "paper", "global"])
+@pytest.mark.parametrize("method", ["static", "paper", "unmasked", "global"])
 def test_adapters_cost_what_their_plan_says(method, subject):
     candidate = CONTENDERS[method](subject, "both", 0.6)
     costs, live = costs_of(candidate.plan), planned_live(candidate.plan)
@@ -230,6 +232,15 @@ def test_one_budget_leaves_the_rest_dense(scope, subject):
     inside = subject.linears(scope)
     assert {n for a in plan.adapters if a.kind != "dense" for n in a.names} <= inside
     assert inside == {name for block in find_blocks(subject.dense) for name in scoped(block, scope)}
+
+
+def test_without_masks_every_rank_is_on_and_a_cap_on_memory_gives_the_same(subject):
+    candidate = CONTENDERS["unmasked"](subject, "both", 0.6)
+    adapted = [a for a in candidate.plan.adapters if a.kind != "dense"]
+    assert adapted and all(a.kind == "rank" and a.live == a.rank and a.threshold == 0 for a in adapted)
+    stored = sum(a.stored_bytes(4) for a in candidate.plan.adapters)
+    capped = plan_curves(subject.stats, subject.curves, Request("global", 0.4, max_memory=stored))
+    assert [(a.kind, a.rank) for a in capped.adapters] == [(a.kind, a.rank) for a in candidate.plan.adapters]
 
 
 def test_asking_is_corrected_until_the_cost_is_right(subject):

@@ -20,7 +20,7 @@ from rana_kernels.methods.adapters import dense_adapter
 from rana_kernels.methods.budget import plan_curves
 from rana_kernels.methods.request import Request
 from rana_kernels.methods.search import Search
-from rana_kernels.methods.spend import Ways
+from rana_kernels.methods.spend import Curve, Ways
 from rana_kernels.plan import Adapter, Plan
 
 EVALUATIONS = 20  # of a search of rankadaptor
@@ -57,8 +57,18 @@ def as_published(subject: Subject, scope: str, keep: float) -> Candidate:
 
 
 def one_budget(subject: Subject, scope: str, keep: float) -> Candidate:
+    return _spent(subject, scope, keep, subject.curves)
+
+
+def without_masks(subject: Subject, scope: str, keep: float) -> Candidate:
+    """What of `global` is not due to masks: its metric, its budget and its joint decompositions."""
+    curves = [[[_always_on(curve) for curve in way] for way in ways] for ways in subject.curves]
+    return _spent(subject, scope, keep, curves)
+
+
+def _spent(subject: Subject, scope: str, keep: float, every_curve: list[Ways]) -> Candidate:
     inside = subject.linears(scope)
-    curves = [_within(ways, inside) for ways in subject.curves]
+    curves = [_within(ways, inside) for ways in every_curve]
     # the curves' own budget is over all linears
     every = [curve[0].adapter for ways in curves for curve in ways[0]]
     total = sum(adapter.dense_flops for adapter in every)
@@ -83,6 +93,7 @@ CONTENDERS: dict[str, Callable[[Subject, str, float], Candidate]] = {
     "wina": wina,
     "cats": cats,
     "paper": as_published,
+    "unmasked": without_masks,
     "global": one_budget,
     "rankadaptor": by_search,
 }
@@ -123,3 +134,8 @@ def _within(ways: Ways, names: set[str]) -> Ways:
     if ways[0][0][0].adapter.names[0] in names:
         return ways
     return [[curve[:1] for curve in ways[0]]]
+
+
+def _always_on(curve: Curve) -> Curve:
+    """The choices that keep every row they store."""
+    return [c for c in curve if c.adapter.kind == "dense" or c.adapter.live == c.adapter.rank]

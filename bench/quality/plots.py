@@ -10,9 +10,13 @@ from matplotlib.figure import Figure
 from bench.quality.tables import LABELS, LAYER_BUDGET, TITLES, label, ordered
 
 COLOURS = dict(
-    zip(LABELS, ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#222222"), strict=True)
+    zip(
+        LABELS,
+        ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#8C8C8C", "#009E73", "#222222"),
+        strict=True,
+    )
 )
-MARKERS = dict(zip(LABELS, "sv^<oDP", strict=True))
+MARKERS = dict(zip(LABELS, "sv^<oXDP", strict=True))
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,

@@ -15,6 +15,7 @@ LABELS = {
     "wina": "WINA",
     "cats": "CATS",
     "paper": "RaNA, paper",
+    "unmasked": "global without masks",
     "global": "RaNA, global",
     "rankadaptor": "RaNA, rankadaptor",
 }
