@@ -27,7 +27,7 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/pip install -q -U pip "setuptools>=77" wheel
 	$(BIN)/pip install -q "torch==2.13.0"
 	$(BIN)/pip install -q ninja pybind11 rich safetensors typer transformers accelerate matplotlib \
-	    hypothesis pytest pytest-benchmark "numpy<2.4"
+	    hypothesis pytest pytest-benchmark pytest-xdist "numpy<2.4"
 	$(BIN)/pip install -q --no-deps "triton==3.6.0"
 	touch $@
 
@@ -44,11 +44,14 @@ build: $(VENV)/built
 demo: build
 	$(BIN)/python -m examples.demo --output build/demo
 
+# The files of tests shared out between processes; what the tests of a file share is made once.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+
 test: build
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not stacks"
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow and not gpu and not stacks"
 
 test-slow: build
-	$(BIN)/python -m pytest -q -m "not gpu and not stacks"
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not gpu and not stacks"
 
 # PEFT, lm-eval, ONNX, a server: an environment of their own, with the libraries that `build` left in the package.
 STACKS := .venv-stacks
