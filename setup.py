@@ -116,13 +116,20 @@ def cuda_library() -> Extension:
     )
 
 
+def cuda_targets() -> list[str]:
+    """Those that this nvcc knows: 10.0 is new in CUDA 12.8."""
+    listed = subprocess.run([nvcc(), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+    return [target for target in CUDA_TARGETS if f"compute_{target}" in listed.split()]
+
+
 def compile_cuda(target: str) -> None:
     """One call of nvcc. libtorch is linked even if not needed: what only CUDA torches have is weak."""
     from torch.utils import cpp_extension
 
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    gencode = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
-    newest = CUDA_TARGETS[-1]
+    targets = cuda_targets()
+    gencode = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
+    newest = targets[-1]
     gencode.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
     includes = [word for p in cpp_extension.include_paths() for word in ("-isystem", p)]

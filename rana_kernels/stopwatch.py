@@ -115,23 +115,39 @@ def _in_turn(modules: list[nn.Module], x: Tensor) -> Run:
 
 def _medians(runs: list[Run], device: torch.device) -> list[float]:
     """Microseconds of each; in every round all of them run."""
-    calls = [math.ceil(SHORTEST / min(_seconds(run, 1, device) for _ in range(3))) for run in runs]
+    calls = [math.ceil(SHORTEST / min(_seconds(run, run, device) for _ in range(3))) for run in runs]
+    turns = [_in_a_row(run, count, device) for run, count in zip(runs, calls, strict=True)]
     rounds = [
-        [_seconds(run, count, device) for run, count in zip(runs, calls, strict=True)] for _ in range(ROUNDS)
+        [_seconds(run, turn, device) / count for run, turn, count in zip(runs, turns, calls, strict=True)]
+        for _ in range(ROUNDS)
     ]
     return [1e6 * statistics.median(taken) for taken in zip(*rounds, strict=True)]
 
 
-def _seconds(run: Run, calls: int, device: torch.device) -> float:
-    """Of a call, after one that brings back what others displaced."""
+def _in_a_row(run: Run, calls: int, device: torch.device) -> Run:
+    """So many calls; on a card as one graph, where it would wait for Python between them otherwise."""
+
+    def turn() -> None:
+        for _ in range(calls):
+            run()
+
+    if device.type != "cuda":
+        return turn
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        turn()
+    return graph.replay
+
+
+def _seconds(run: Run, turn: Run, device: torch.device) -> float:
+    """Of a turn, after a call that brings back what others displaced."""
     on_card = device.type == "cuda"
     run()
     now = time.perf_counter if on_card else clock(torch.get_num_threads())
     if on_card:
         torch.cuda.synchronize(device)
     begin = now()
-    for _ in range(calls):
-        run()
+    turn()
     if on_card:
         torch.cuda.synchronize(device)
-    return (now() - begin) / calls
+    return now() - begin

@@ -147,9 +147,12 @@ def test_the_tests_of_a_card_are_found(monkeypatch):
     assert len(re.findall(r"\[registered-linear-M", found)) == found.count("[") > 50, "masked_linear too"
     assert "test_integers_are_exact" in found and "test_gaussians_are_close" in found
     everything = tests.everything()
-    assert {"cuda on the card", "triton on the card", "cuda, the ops", "triton, the ops"} <= set(everything)
-    found = selected(everything["triton on the card"])
-    assert "test_two_streams_at_once[triton-" in found and "[cuda-" not in found and "sanitizer" not in found
+    assert {"cuda on the card", "cuda, the ops"} < set(everything)
+    found = [selected(everything[f"triton on the card, {part}"]) for part in tests.PARTS]
+    names = [name for part in found for name in re.findall(r"^tests/.*$", part, re.MULTILINE)]
+    whole = selected(everything["cuda on the card"]).replace("[cuda", "[triton")
+    assert sorted(names) == sorted(re.findall(r"^tests/.*$", whole, re.MULTILINE)), "each in one part"
+    assert "test_two_streams_at_once[triton-" in found[0] and not any("sanitizer" in part for part in found)
     sanitizers = tests.sanitizer()
     assert "test_compute_sanitizer[cuda-racecheck]" in selected(sanitizers["cuda, racecheck"])
 

@@ -89,14 +89,15 @@ def test_a_side_stream(case, M):
     assert all(torch.equal(y, wanted) for y in results)
 
 
+@pytest.mark.parametrize("priorities", [(0, 0), (0, -1)], ids=["equals", "one before the other"])
 @pytest.mark.parametrize("M", [1, 5])
 @every_large
-def test_two_streams_at_once(case, M):
+def test_two_streams_at_once(case, M, priorities):
     """Launches in flight together must not share the state of a barrier, or scratch memory."""
     call, _ = prepared(case, M)
     wanted = call()
     torch.cuda.synchronize()
-    streams, results = [torch.cuda.Stream() for _ in range(2)], []
+    streams, results = [torch.cuda.Stream(priority=priority) for priority in priorities], []
     for _ in range(50):
         for stream in streams:
             with torch.cuda.stream(stream):

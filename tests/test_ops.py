@@ -175,7 +175,11 @@ def test_fresh_memory_is_not_read(implementation, case, dtype):
         args = make_inputs(case, dtype, integers=True, device=implementation.device)
         wanted = exact_result(case.op, args, dtype)
         sizes = {case.tokens * n for n in (case.N, case.K, case.R, case.I, case.R + 12)} | {64, 256, 1024}
-        dirt = [torch.full((n,), NAN, dtype=d) for n in sizes for d in [dtype, torch.float32] * 4]
+        dirt = [
+            torch.full((n,), NAN, dtype=d, device=implementation.device)
+            for n in sizes
+            for d in [dtype, torch.float32] * 4
+        ]
         del dirt
         assert_same_bits(implementation(case.op, args), wanted)
 

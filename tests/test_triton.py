@@ -150,6 +150,28 @@ def test_launches_that_may_meet_have_states_of_their_own(monkeypatch):
     assert all(state.data_ptr() % 16 == 0 for state in states), "compiled again, maybe during a capture"
 
 
+def test_states_do_not_run_out(monkeypatch):
+    """A call outside of a capture sees to it that the next capture has at least half a sheet."""
+    from rana_kernels.backends.triton import launch
+
+    capturing = False
+    monkeypatch.setattr(launch, "_STATES", 8)
+    monkeypatch.setattr(launch, "_filled", lambda device: torch.zeros(8, launch._STATE, dtype=torch.int32))
+    monkeypatch.setattr(launch, "_supplies", {})
+    monkeypatch.setattr(launch, "_of_stream", {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    captured = set()
+    for _ in range(20):
+        capturing = False
+        shared = launch.barrier_state(CUDA)
+        capturing = True
+        captured |= {launch.barrier_state(CUDA).data_ptr() for _ in range(4)}
+    assert len(captured) == 20 * 4 and shared.data_ptr() not in captured
+    lying = {state.data_ptr() for sheet in launch._supplies[0].sheets for state in sheet}
+    assert captured < lying, "filled during a capture, or freed"
+
+
 def test_states_are_filled_by_another_thread(monkeypatch):
     """While torch warms up for a CUDA graph, the memory that this thread allocates is the graph's."""
     from rana_kernels.backends.triton import launch
@@ -166,6 +188,35 @@ def test_states_are_filled_by_another_thread(monkeypatch):
         states = launch._filled(CUDA)
     assert not states.any() and not states.is_inference()
     assert len(threads) == 2 and get_ident() not in threads
+
+
+def test_no_two_backends_in_python_are_registered_at_once(monkeypatch):
+    """torch 2.11 refuses the second one, for the same device."""
+    from rana_kernels import backends
+
+    living: set[str] = set()
+
+    class Registration:
+        def __init__(self, name: str) -> None:
+            assert not living, f"{name} beside {living}"
+            living.add(name)
+            self.name = name
+
+        def _destroy(self) -> None:
+            living.remove(self.name)
+
+    monkeypatch.setattr(backends, "installed", lambda name: name in ("triton", "reference"))
+    monkeypatch.setattr(backends.triton, "register", lambda names, *keys: Registration("triton"))
+    monkeypatch.setitem(backends._OVERRIDES, "reference", lambda: Registration("reference"))
+    monkeypatch.setattr(backends._InPython, "_library", None)
+    backends.load_libraries()
+    assert living == {"triton"}, "nothing compiled serves CUDA tensors"
+    with backends.use_backend("reference"):
+        assert living == {"reference"}
+        with backends.use_backend("triton"):
+            assert living == {"triton"}
+        assert living == {"reference"}
+    assert living == {"triton"}
 
 
 # How problems are cut up

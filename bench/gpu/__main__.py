@@ -59,6 +59,9 @@ def main(
 
 def run(stages: Stages, only: str, dtype: str, peer_dir: Path | None, output: Path) -> None:
     module = [sys.executable, "-m"]
+    for backend in set(tests.IMPLEMENTATIONS) - set(tests.served()):
+        stages.say(f"{backend}: not installed, so neither tested nor timed")
+        stages.red.append(f"{backend} is not here")
     limits = output / f"{card()}-limits.csv"
     stages.run("limits", {"limits": [*module, "bench.gpu.limits", str(limits)]}, 60)
     red = stages.run("the ops, exact and close", tests.gates(), tests.GATES)

@@ -116,7 +116,7 @@ class Device {
   Card card_;
 };
 
-// A kernel with grid barriers: a grid of at most as many blocks as run at once.
+// A kernel in a grid of at most as many blocks as run at once. Only `together` may they wait for one another.
 template <class Op>
 class Kernel {
  public:
@@ -124,8 +124,8 @@ class Kernel {
       : device_(device), kernel_(kernel), block_(block), blocks_(find_blocks()) {}
 
   int blocks() const { return blocks_; }
-  void launch(int64_t most_blocks, const Op& op) const {
-    device_.launch(kernel_, std::clamp<int64_t>(most_blocks, 1, blocks_), block_, true, op);
+  void launch(int64_t most_blocks, const Op& op, bool together = true) const {
+    device_.launch(kernel_, std::clamp<int64_t>(most_blocks, 1, blocks_), block_, together, op);
   }
 
  private:

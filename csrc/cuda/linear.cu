@@ -23,7 +23,7 @@ void decode(const Device& device, Linear<T> op) {
     constexpr Block block{kThreads<tokens()>, sizeof(Partials<tokens()>)};
     const Kernel kernel(device, linear_kernel<T, tokens()>, block);
     op.projection.warps_a_row = warps_a_row(op.projection.B.columns * sizeof(T), kWarps<tokens()>);
-    kernel.launch(items<tokens()>(op.projection), op);
+    kernel.launch(items<tokens()>(op.projection), op, /*together=*/false);
   });
 }
 

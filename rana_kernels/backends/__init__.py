@@ -16,8 +16,6 @@ from rana_kernels.backends import reference, triton
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 _PACKAGE = Path(__file__).parent.parent
-# registrations live as long as these objects
-_registered: list[torch.library.Library] = []
 
 
 def instruction_set() -> str:
@@ -58,8 +56,7 @@ def load_libraries() -> None:
     for device in ("cpu", "cuda"):
         if installed(device):
             _load(library(device))
-        elif device == "cuda" and installed("triton"):
-            _registered.append(triton.register(ops.SCHEMAS, "CUDA"))
+    _InPython.install(None)
 
 
 def _load(path: Path) -> None:
@@ -88,14 +85,14 @@ class use_backend:
         if name not in NAMES:
             raise ValueError(f"unknown backend {name!r}, wanted one of {', '.join(NAMES)}")
         _require(name)
-        self._before = _Override.current
-        _Override.install(name if name in _OVERRIDES else None)
+        self._before = _InPython.current
+        _InPython.install(name if name in _OVERRIDES else None)
 
     def __enter__(self) -> "use_backend":
         return self
 
     def __exit__(self, *_: object) -> None:
-        _Override.install(self._before)
+        _InPython.install(self._before)
 
 
 def _require(name: str) -> None:
@@ -123,26 +120,33 @@ def _register_triton() -> torch.library.Library:
     return triton.register(ops.SCHEMAS, *keys)
 
 
-# the backends in Python; the compiled ones are what remains when no override hides them
+def _register_the_rest() -> torch.library.Library | None:
+    """Triton, where no compiled library serves CUDA tensors."""
+    absent = not installed("cuda") and installed("triton")
+    return triton.register(ops.SCHEMAS, "CUDA") if absent else None
+
+
+# The backends in Python hide the compiled ones while they are registered.
 _OVERRIDES = {"reference": _register_reference, "triton": _register_triton}
 
 
-class _Override:
-    """Registrations that hide those of the compiled libraries while they live."""
+class _InPython:
+    """The one registration from Python that lives: older versions of torch refuse a second for one device."""
 
     current: str | None = None
     _library: torch.library.Library | None = None
 
     @classmethod
     def install(cls, name: str | None) -> None:
-        if name == cls.current:
-            return
+        """That of `name`, or what the compiled libraries leave to be served."""
         if cls._library is not None:
+            if name == cls.current:
+                return
             cls._library._destroy()
         with warnings.catch_warnings():
             # torch warns of an overridden kernel; overriding it is what was asked for
             warnings.simplefilter("ignore", UserWarning)
-            cls._library = _OVERRIDES[name]() if name is not None else None
+            cls._library = (_register_the_rest if name is None else _OVERRIDES[name])()
         cls.current = name
 
 

@@ -2,9 +2,9 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
+from threading import Lock
 
 import torch
 import triton
@@ -22,20 +22,27 @@ _STATES = 1 << 16
 # Barrier states: a supply of zeroed ones for each device, and those that each (device, stream) took of it.
 _supplies: dict[int, "_Supply"] = {}
 _of_stream: dict[tuple[int, int], Tensor] = {}
+_one_at_a_time = Lock()  # no two threads may be given the same state
 
 
-@dataclass
 class _Supply:
-    """Zeroed states, each given out once."""
+    """Zeroed states, each given out once. They are never freed: a graph knows no more than where they lie."""
 
-    states: Tensor
-    used: int = 0
+    def __init__(self) -> None:
+        self.sheets: list[Tensor] = []
+        self.left = 0  # of the last sheet
 
-    def take(self) -> Tensor:
-        if self.used == len(self.states):
-            return torch.zeros_like(self.states[0])
-        self.used += 1
-        return self.states[self.used - 1]
+    def refill(self, device: torch.device) -> None:
+        """To be called outside of a capture, for the next one."""
+        if self.left < _STATES / 2:
+            self.sheets.append(_filled(device))
+            self.left = len(self.sheets[-1])
+
+    def take(self, device: torch.device) -> Tensor:
+        if self.left == 0:
+            return torch.zeros(_STATE, dtype=torch.int32, device=device)
+        self.left -= 1
+        return self.sheets[-1][self.left]
 
 
 def barrier_state(device: torch.device) -> Tensor:
@@ -48,15 +55,15 @@ def barrier_state(device: torch.device) -> Tensor:
     """
     if device.type == "cpu":
         return torch.zeros(_STATE, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():
-        supply = _supplies.get(device.index)
-        return supply.take() if supply else torch.zeros(_STATE, dtype=torch.int32, device=device)
-    if device.index not in _supplies:
-        _supplies[device.index] = _Supply(_filled(device))
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _of_stream:
-        _of_stream[key] = _supplies[device.index].take()
-    return _of_stream[key]
+    with _one_at_a_time:
+        supply = _supplies.setdefault(device.index, _Supply())
+        if torch.cuda.is_current_stream_capturing():
+            return supply.take(device)
+        supply.refill(device)
+        key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+        if key not in _of_stream:
+            _of_stream[key] = supply.take(device)
+        return _of_stream[key]
 
 
 def _filled(device: torch.device) -> Tensor:

@@ -112,7 +112,11 @@ def project(x: Tensor, B: Tensor, threshold: Tensor, config: Prefill) -> Tensor:
 
 
 def expand(z: Tensor, rows: Tensor, bias: Tensor | None, config: Prefill) -> Tensor:
-    """z [M, R] masked already · rows [R, N], in any layout -> z rows + bias."""
+    """z [M, R] masked already · rows [R, N], in any layout -> z rows + bias.
+
+    Where the table says cuBLAS, with the sums that `torch.backends.cuda.matmul` allows it, as any product of
+    torch's: TF32 if that is switched on, and parts of sums in 16 bits unless that is switched off.
+    """
     if config.cublas:
         return torch.mm(z, rows) if bias is None else torch.addmm(bias, z, rows)
     y = z.new_empty(len(z), rows.shape[1])
