@@ -15,9 +15,11 @@ constexpr int kFarStreams = 10;
 #if defined(__AVX512F__)
 constexpr int kTokensAtOnce = 8;  // 16 sums, the rows and a value in 32 registers
 constexpr int kPanelTokens = 12;  // 24 sums
+constexpr int kFarChunks = 2;     // 4 sums and the values of ten streams
 #else
 constexpr int kTokensAtOnce = 4;
 constexpr int kPanelTokens = 6;
+constexpr int kFarChunks = 1;
 #endif
 
 // How far ahead of their use the rows are asked for. The hardware follows a dozen streams only as long as the
@@ -64,30 +66,43 @@ inline void add_chunk(Rows rows, const typename Step::Value* values, int64_t tok
   if (m < tokens) add(std::integral_constant<int, 1>{});
 }
 
+// Columns [n, n + kChunks · kChunk) of one row of each stream; ask(i, n) asks for what stream i reads later.
+template <int kChunks, class T, class Ask, class Load>
+inline void add_columns(const T* const (&row)[kFarStreams], const Vec (&value)[kFarStreams], int64_t n, float* sums,
+                        Ask ask, Load load_at) {
+  Chunk tile[kChunks];
+#pragma GCC unroll 16
+  for (int c = 0; c < kChunks; c++) tile[c] = load(sums + n + c * kChunk);
+#pragma GCC unroll 16
+  for (int i = 0; i < kFarStreams; i++)
+#pragma GCC unroll 16
+    for (int c = 0; c < kChunks; c++) {
+      ask(i, n + c * kChunk);
+      const Chunk w = load_at(row[i] + n + c * kChunk);
+      tile[c].lo += value[i] * w.lo;
+      tile[c].hi += value[i] * w.hi;
+    }
+#pragma GCC unroll 16
+  for (int c = 0; c < kChunks; c++) store(sums + n + c * kChunk, tile[c]);
+}
+
 // One row of each stream of one token, whose values stay in registers while the rows pass; `next` are the rows
 // that the streams go on with.
 template <class T>
 inline void add_rows(const T* const (&row)[kFarStreams], const T* const (&next)[kFarStreams], const float* h,
                      int64_t size, float* sums) {
-  constexpr int64_t kAhead = kFarAheadBytes / sizeof(T);
+  constexpr int64_t kAhead = kFarAheadBytes / sizeof(T), kStep = kFarChunks * kChunk;
   Vec value[kFarStreams];
   for (int i = 0; i < kFarStreams; i++) value[i] = splat(h[i]);
-  const auto add = [&](int64_t n, const T* const(&asked)[kFarStreams], int64_t ahead, auto load_at) {
-    Chunk s = load(sums + n);
-#pragma GCC unroll 16
-    for (int i = 0; i < kFarStreams; i++) {
-      ask_for(asked[i] + n + ahead);
-      const Chunk w = load_at(row[i] + n);
-      s.lo += value[i] * w.lo;
-      s.hi += value[i] * w.hi;
-    }
-    store(sums + n, s);
-  };
+  const auto its_own = [&](int i, int64_t n) { ask_for(row[i] + n + kAhead); };
+  const auto the_next = [&](int i, int64_t n) { ask_for(next[i] + n + kAhead - size); };
   const auto whole = [](const T* p) { return load(p); };
   int64_t n = 0;
-  for (; n + kChunk <= size - kAhead; n += kChunk) add(n, row, kAhead, whole);
-  for (; n + kChunk <= size; n += kChunk) add(n, next, kAhead - size, whole);
-  if (n < size) add(n, next, kAhead - size, [count = size - n](const T* p) { return load_first(p, count); });
+  for (; n + kStep <= size - kAhead; n += kStep) add_columns<kFarChunks>(row, value, n, sums, its_own, whole);
+  for (; n + kStep <= size; n += kStep) add_columns<kFarChunks>(row, value, n, sums, the_next, whole);
+  for (; n + kChunk <= size; n += kChunk) add_columns<1>(row, value, n, sums, the_next, whole);
+  const auto rest = [count = size - n](const T* p) { return load_first(p, count); };
+  if (n < size) add_columns<1>(row, value, n, sums, the_next, rest);
 }
 
 // One token: in what order its rows are added is nobody else's business, so they are read as streams that lie
