@@ -13,7 +13,6 @@ import pytest
 
 from bench.gpu import __main__ as command
 from bench.gpu import limits, tests
-from bench.gpu import stages as stages_module
 from bench.gpu.stages import Stages
 from bench.report import read_csv, write_csv
 from rana_kernels import ops
@@ -77,8 +76,7 @@ def say(text: str, then: str = "") -> list[str]:
     return [sys.executable, "-c", f"print({text!r}, flush=True); {then}"]
 
 
-def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(stages_module, "LAST_WORDS", 2)
+def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys):
     stages = Stages(tmp_path / "log", time.monotonic() + 60)
     commands = {
         "good": say("fine"),

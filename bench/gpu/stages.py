@@ -17,7 +17,7 @@ from bench.report import ROOT
 
 console = Console(width=None if sys.stdout.isatty() else 160)
 SHORTEST = 5  # seconds: nothing is begun for less
-LAST_WORDS = 5  # seconds that an interrupted child has to say how far it came
+LAST_WORDS = 8  # seconds that an interrupted child has to say how far it came
 
 
 @dataclass
