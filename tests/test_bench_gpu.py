@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from bench.gpu import __main__ as command
 from bench.gpu import limits, tests
+from bench.gpu import stages as stages_module
 from bench.gpu.stages import Stages
 from bench.report import read_csv, write_csv
 from rana_kernels import ops
@@ -76,7 +78,17 @@ def say(text: str, then: str = "") -> list[str]:
     return [sys.executable, "-c", f"print({text!r}, flush=True); {then}"]
 
 
-def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys):
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["a terminal", "the background"])
+def shell(request):
+    """Where the command runs: there it is interrupted, or interrupts are ignored."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("shell")
+def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stages_module, "LAST_WORDS", 2)
     stages = Stages(tmp_path / "log", time.monotonic() + 60)
     commands = {
         "good": say("fine"),

@@ -17,7 +17,7 @@ from bench.report import ROOT
 
 console = Console(width=None if sys.stdout.isatty() else 160)
 SHORTEST = 5  # seconds: nothing is begun for less
-LAST_WORDS = 8  # seconds that an interrupted child has to say how far it came
+LAST_WORDS = 5  # seconds that an interrupted child has to say how far it came
 
 
 @dataclass
@@ -63,10 +63,14 @@ class Stages:
 
 def _start(command: list[str]) -> tuple[subprocess.Popen, IO[str]]:
     """In a group of processes of its own, and printing to a file, so that killing it loses nothing."""
+
+    def listen() -> None:  # in the background of a shell interrupts are ignored, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     printed = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
     child = subprocess.Popen(
         command, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=listen,
     )  # fmt: skip
     return child, printed
 
