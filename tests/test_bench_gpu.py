@@ -158,7 +158,7 @@ def test_the_tests_of_a_card_are_found(monkeypatch):
     assert "test_integers_are_exact" in found and "test_gaussians_are_close" in found
     everything = tests.everything()
     assert {"cuda on the card", "cuda, the ops"} < set(everything)
-    found = [selected(everything[f"triton on the card, {part}"]) for part in tests.PARTS]
+    found = [selected(everything[f"triton on the card, {third}"]) for third in tests.THIRDS]
     names = [name for part in found for name in re.findall(r"^tests/.*$", part, re.MULTILINE)]
     whole = selected(everything["cuda on the card"]).replace("[cuda", "[triton")
     assert sorted(names) == sorted(re.findall(r"^tests/.*$", whole, re.MULTILINE)), "each in one part"

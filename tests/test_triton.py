@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from threading import get_ident
 from types import SimpleNamespace
 
@@ -129,19 +130,28 @@ def test_launches(compiled, tokens, launches):
 CUDA = torch.device("cuda", 0)
 
 
-def test_launches_that_may_meet_have_states_of_their_own(monkeypatch):
+@pytest.fixture
+def card(monkeypatch):
+    """A card's current stream, whether it is captured, and how many states a sheet of the supply has."""
+    from rana_kernels.backends.triton import launch
+
+    card = SimpleNamespace(stream=1, capturing=False, states=5)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=card.stream))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
+    sheet = partial(torch.zeros, dtype=torch.int32)
+    monkeypatch.setattr(launch, "_filled", lambda device: sheet(card.states, launch._STATE))
+    monkeypatch.setattr(launch, "_supplies", {})
+    monkeypatch.setattr(launch, "_of_stream", {})
+    return card
+
+
+def test_launches_that_may_meet_have_states_of_their_own(card):
     """Two streams, and every captured launch; those that follow one another on a stream share one."""
     from rana_kernels.backends.triton import launch
 
-    stream, capturing = SimpleNamespace(cuda_stream=1), False
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(launch, "_filled", lambda device: torch.zeros(5, launch._STATE, dtype=torch.int32))
-    monkeypatch.setattr(launch, "_supplies", {})
-    monkeypatch.setattr(launch, "_of_stream", {})
     first, again = launch.barrier_state(CUDA), launch.barrier_state(CUDA)
-    stream = SimpleNamespace(cuda_stream=2)
-    other, capturing = launch.barrier_state(CUDA), True
+    card.stream = 2
+    other, card.capturing = launch.barrier_state(CUDA), True
     captured = [launch.barrier_state(CUDA) for _ in range(4)]  # more than the supply has left
     states = [first, other, *captured]
     assert first.data_ptr() == again.data_ptr()
@@ -150,22 +160,17 @@ def test_launches_that_may_meet_have_states_of_their_own(monkeypatch):
     assert all(state.data_ptr() % 16 == 0 for state in states), "compiled again, maybe during a capture"
 
 
-def test_states_do_not_run_out(monkeypatch):
+def test_states_do_not_run_out(card, monkeypatch):
     """A call outside of a capture sees to it that the next capture has at least half a sheet."""
     from rana_kernels.backends.triton import launch
 
-    capturing = False
-    monkeypatch.setattr(launch, "_STATES", 8)
-    monkeypatch.setattr(launch, "_filled", lambda device: torch.zeros(8, launch._STATE, dtype=torch.int32))
-    monkeypatch.setattr(launch, "_supplies", {})
-    monkeypatch.setattr(launch, "_of_stream", {})
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    card.states = 8
+    monkeypatch.setattr(launch, "_STATES", card.states)
     captured = set()
     for _ in range(20):
-        capturing = False
+        card.capturing = False
         shared = launch.barrier_state(CUDA)
-        capturing = True
+        card.capturing = True
         captured |= {launch.barrier_state(CUDA).data_ptr() for _ in range(4)}
     assert len(captured) == 20 * 4 and shared.data_ptr() not in captured
     lying = {state.data_ptr() for sheet in launch._supplies[0].sheets for state in sheet}

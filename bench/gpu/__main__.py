@@ -59,7 +59,7 @@ def main(
 
 def run(stages: Stages, only: str, dtype: str, peer_dir: Path | None, output: Path) -> None:
     module = [sys.executable, "-m"]
-    for backend in set(tests.IMPLEMENTATIONS) - set(tests.served()):
+    for backend in (name for name in tests.IMPLEMENTATIONS if name not in tests.served()):
         stages.say(f"{backend}: not installed, so neither tested nor timed")
         stages.red.append(f"{backend} is not here")
     limits = output / f"{card()}-limits.csv"

@@ -15,7 +15,7 @@ GATES = 120.0  # seconds, at most, for the tests that times wait for
 # the names that tests/conftest.py has for the backends
 IMPLEMENTATIONS = {"cuda": "registered_cuda", "triton": "triton_cuda"}
 # of tests with an op or a form in their names, about a third each; and those without
-PARTS = {"MLPs": "mlp", "ranks": "lowrank", "the rest": "not mlp and not lowrank"}
+THIRDS = {"MLPs": "mlp", "ranks": "lowrank", "the rest": "not mlp and not lowrank"}
 
 
 def served() -> list[str]:
@@ -53,9 +53,9 @@ def everything() -> dict[str, list[str]]:
             "-m", "gpu and not slow", "-k", IMPLEMENTATIONS["cuda"], "tests/test_ops.py"
         )
     if "triton" in served():
-        for part, chosen in PARTS.items():
-            commands[f"triton on the card, {part}"] = _on_the_card(f"[triton and {chosen}")
-            commands[f"triton, the ops, {part}"] = _pytest(
+        for third, chosen in THIRDS.items():
+            commands[f"triton on the card, {third}"] = _on_the_card(f"[triton and {chosen}")
+            commands[f"triton, the ops, {third}"] = _pytest(
                 "-m", "gpu and isa", "-k", f"{IMPLEMENTATIONS['triton']} and {chosen}", "tests/test_ops.py"
             )
     if find_spec("vllm"):
