@@ -8,6 +8,7 @@
 #include "../check.h"
 #include "../tensors.h"
 #include "expand.h"
+#include "panels.h"
 #include "project.h"
 
 namespace {
@@ -24,7 +25,7 @@ using rana::tokens_of;
 
 // Up to this many tokens the masked h stays float32; above it, it is rounded where pairs are faster.
 constexpr int64_t kExactTokens = 16;
-// Up to this many tokens the rows are streamed; above it they are gathered in panels.
+// Up to this many tokens weights are streamed; above it they meet the tokens in panels.
 constexpr int64_t kStreamTokens = 32;
 // Longer inputs are worked off in blocks, so that temporaries do not grow with them.
 constexpr int64_t kBlockTokens = 256;
@@ -64,9 +65,13 @@ void parallel(int64_t items, int64_t weights_per_item, F f) {
 // h = x Bᵀ in float32, [tokens, B.rows].
 template <class T>
 std::vector<float> project(const T* x, int64_t tokens, Matrix<T> B) {
+  using Step = typename Fastest<T>::Step;
+  const bool few = tokens <= kStreamTokens;
   std::vector<float> h(tokens * B.rows);
+  const std::vector<Chunk> panels = few ? std::vector<Chunk>() : token_panels<Step>(x, tokens, B.columns);
   parallel(B.rows, B.columns * tokens, [&](int64_t begin, int64_t end) {
-    project_rows(B.data, B.ld, x, B.columns, tokens, B.columns, begin, end, h.data(), B.rows);
+    if (few) project_rows(B.data, B.ld, x, B.columns, tokens, B.columns, begin, end, h.data(), B.rows);
+    else project_panels<Step>(B.data, B.ld, panels.data(), tokens, B.columns, begin, end, h.data(), B.rows);
   });
   return h;
 }
@@ -77,6 +82,12 @@ template <class T, class F>
 void for_step(int64_t tokens, F f) {
   if (tokens <= kExactTokens) f(Single<T>{});
   else f(typename Fastest<T>::Step{});
+}
+
+// The values of h under the mask, in the order in which sum_rows reads them.
+template <class Step>
+Masked<Step> masked(const float* h, int64_t ldh, int64_t tokens, int64_t ranks, Mask mask) {
+  return {h, ldh, tokens, ranks, mask, tokens <= kStreamTokens ? tokens : kTile};
 }
 
 // Calls done(token, column, chunk of sums in T's lane order) for the columns [begin, end).
@@ -117,9 +128,9 @@ struct Output {
 template <class T>
 void expand(const float* h, int64_t ldh, int64_t tokens, Matrix<T> rows, Mask mask, Output<T> output) {
   for_step<T>(tokens, [&](auto step) {
-    const Masked<decltype(step)> masked(h, ldh, tokens, rows.rows, mask);
+    const auto live = masked<decltype(step)>(h, ldh, tokens, rows.rows, mask);
     for_column_slices(rows.columns, rows.rows * tokens,
-                      [&](int64_t begin, int64_t end) { sum_rows(masked, rows, begin, end, output); });
+                      [&](int64_t begin, int64_t end) { sum_rows(live, rows, begin, end, output); });
   });
 }
 

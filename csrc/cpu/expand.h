@@ -1,4 +1,4 @@
-// Sums over the live rows: for every token, Σ h[r] · row_r, in the order of the rows.
+// Decode: sums over the live rows for a few tokens, Σ h[r] · row_r, in the order of the rows.
 #pragma once
 
 #include <algorithm>
@@ -15,12 +15,10 @@ constexpr int kStreams = 12;
 constexpr int kFarStreams = 10;
 #if defined(__AVX512F__)
 constexpr int kTokensAtOnce = 8;  // 16 sums, the rows and a value in 32 registers
-constexpr int kPanelTokens = 12;  // 24 sums
 constexpr int kFarChunks = 2;     // 4 sums and the values of ten streams
 constexpr int64_t kAskedColumns = 8192;
 #else
 constexpr int kTokensAtOnce = 4;
-constexpr int kPanelTokens = 6;
 constexpr int kFarChunks = 1;
 constexpr int64_t kAskedColumns = std::numeric_limits<int64_t>::max();
 #endif
@@ -31,7 +29,6 @@ constexpr int64_t kAskedColumns = std::numeric_limits<int64_t>::max();
 // kAskedColumns: in their middle, asking takes places among the instructions that the processor looks ahead at.
 constexpr int64_t kAheadBytes = 256;
 constexpr int64_t kFarAheadBytes = 1024;
-constexpr int64_t kLineBytes = 64;
 
 template <class T>
 inline void ask_for(const T* chunk) {
@@ -179,52 +176,6 @@ void stream_rows(const Masked<Step>& h, const Element<Step>* rows, int64_t ld, i
     add_groups<Step, 1>(h, s, rows + n, ld, size, sums, lds);
     for (int64_t m = 0; m < h.tokens; m++)
       for (int64_t i = 0; i < size; i += kChunk) done(m, n + i, load(sums + m * lds + i));
-  }
-}
-
-// The values of kPanelTokens tokens at a time, [tiles, steps, kPanelTokens], zeros after the last token: the
-// order in which multiply_panels reads them.
-template <class Step>
-std::vector<typename Step::Value> in_tiles(const Masked<Step>& h) {
-  const int64_t tiles = (h.tokens + kPanelTokens - 1) / kPanelTokens;
-  std::vector<typename Step::Value> values(tiles * h.steps() * kPanelTokens);
-  for (int64_t m = 0; m < h.tokens; m++) {
-    auto* tile = values.data() + m / kPanelTokens * h.steps() * kPanelTokens + m % kPanelTokens;
-    for (int64_t s = 0; s < h.steps(); s++) tile[s * kPanelTokens] = h.values[s * h.tokens + m];
-  }
-  return values;
-}
-
-template <class Step, int kTokens>
-inline void panel_tile(const Chunk* panel, int64_t steps, const typename Step::Value* values, Chunk* sums) {
-  Chunk tile[kTokens] = {};
-  for (int64_t s = 0; s < steps; s++, values += kPanelTokens)
-    for (int m = 0; m < kTokens; m++) Step::multiply_add(tile[m], values[m], panel[s]);
-  for (int m = 0; m < kTokens; m++) sums[m] = tile[m];
-}
-
-// Prefill, bound by arithmetic: a panel of kChunk columns is gathered once and then meets every token from
-// the cache, with its sums in registers all the way.
-template <class Step, class Done>
-void multiply_panels(const Masked<Step>& h, const Element<Step>* rows, int64_t ld, int64_t begin, int64_t end,
-                     Done done) {
-  const int64_t steps = h.steps();
-  const auto values = in_tiles(h);
-  std::vector<Chunk> panel(steps);
-  for (int64_t n = begin; n < end; n += kChunk) {
-    for (int64_t s = 0; s < steps; s++) {
-      const Element<Step>* row[Step::kRows];
-      for (int i = 0; i < Step::kRows; i++) row[i] = rows + h.row(s, i) * ld;
-      panel[s] = Step::rows(row, n, std::min<int64_t>(kChunk, end - n));
-    }
-    for (int64_t first = 0; first < h.tokens; first += kPanelTokens) {
-      Chunk sums[kPanelTokens];
-      const int64_t count = std::min<int64_t>(kPanelTokens, h.tokens - first);
-      const auto* tile = values.data() + first * steps;
-      if (count > kPanelTokens / 2) panel_tile<Step, kPanelTokens>(panel.data(), steps, tile, sums);
-      else panel_tile<Step, kPanelTokens / 2>(panel.data(), steps, tile, sums);
-      for (int64_t m = 0; m < count; m++) done(first + m, n, sums[m]);
-    }
   }
 }
 

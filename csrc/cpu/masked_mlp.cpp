@@ -54,10 +54,11 @@ void mlp_block(const Mlp<T>& mlp, const T* x, int64_t tokens, T* y) {
   std::vector<float> g(tokens * ldg);
   const Neurons<T> neurons{g.data(), ldg, mlp.neurons(), mlp.activation};
   for_step<T>(tokens, [&](auto step) {
-    using Ranks = Masked<decltype(step)>;
+    using Step = decltype(step);
     const int64_t offset = mlp.gate_offset(), gate_count = mlp.gate_rows ? mlp.gate_rows->rows : 0;
-    const Ranks up(h.data(), mlp.B.rows, tokens, mlp.up_rows.rows, {mlp.threshold, 1, nullptr});
-    const Ranks gate(h.data() + offset, mlp.B.rows, tokens, gate_count, {mlp.threshold + offset, 1, nullptr});
+    const auto up = masked<Step>(h.data(), mlp.B.rows, tokens, mlp.up_rows.rows, {mlp.threshold, 1, nullptr});
+    const auto gate =
+        masked<Step>(h.data() + offset, mlp.B.rows, tokens, gate_count, {mlp.threshold + offset, 1, nullptr});
     for_column_slices(mlp.neurons(), (mlp.up_rows.rows + gate_count) * tokens, [&](int64_t begin, int64_t end) {
       if (!mlp.gate_rows) return sum_rows(up, mlp.up_rows, begin, end, neurons.activate_up(mlp.up_bias));
       sum_rows(up, mlp.up_rows, begin, end, neurons.keep_up(mlp.up_bias));

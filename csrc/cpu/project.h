@@ -1,4 +1,4 @@
-// h = B x: dot products with the rows of B, in float32.
+// Decode: h = B x for a few tokens, dot products with the rows of B in float32.
 //
 // A sum runs in one fixed order, whatever the split over threads, so that results have the same bits at
 // every thread count, and a token's do not depend on the other tokens.

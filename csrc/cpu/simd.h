@@ -30,6 +30,7 @@ constexpr int kVectorBytes = 16;
 #endif
 constexpr int kLanes = kVectorBytes / 4;
 constexpr int kChunk = 2 * kLanes;
+constexpr int64_t kLineBytes = 64;  // of the caches
 
 using Vec = float __attribute__((vector_size(kVectorBytes)));
 using Bits = uint32_t __attribute__((vector_size(kVectorBytes)));
