@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "masked.h"
@@ -16,17 +15,14 @@ constexpr int kFarStreams = 10;
 #if defined(__AVX512F__)
 constexpr int kTokensAtOnce = 8;  // 16 sums, the rows and a value in 32 registers
 constexpr int kFarChunks = 2;     // 4 sums and the values of ten streams
-constexpr int64_t kAskedColumns = 8192;
 #else
 constexpr int kTokensAtOnce = 4;
 constexpr int kFarChunks = 1;
-constexpr int64_t kAskedColumns = std::numeric_limits<int64_t>::max();
 #endif
 
 // How far ahead of their use the rows are asked for. The hardware follows a dozen streams only as long as the
 // loads of one are close together in time, which the sums of several tokens between them prevent; and it does
-// not know where a stream goes on when a row ends. For one token that is all it has to be told of rows longer than
-// kAskedColumns: in their middle, asking takes places among the instructions that the processor looks ahead at.
+// not know where a stream goes on when a row ends.
 constexpr int64_t kAheadBytes = 256;
 constexpr int64_t kFarAheadBytes = 1024;
 
@@ -95,14 +91,11 @@ inline void add_rows(const T* const (&row)[kFarStreams], const T* const (&next)[
   constexpr int64_t kAhead = kFarAheadBytes / sizeof(T), kStep = kFarChunks * kChunk;
   Vec value[kFarStreams];
   for (int i = 0; i < kFarStreams; i++) value[i] = splat(h[i]);
-  const int64_t asked = size <= kAskedColumns ? size - kAhead : 0;
   const auto its_own = [&](int i, int64_t n) { ask_for(row[i] + n + kAhead); };
-  const auto nothing = [](int, int64_t) {};
   const auto the_next = [&](int i, int64_t n) { ask_for(next[i] + n + kAhead - size); };
   const auto whole = [](const T* p) { return load(p); };
   int64_t n = 0;
-  for (; n + kStep <= asked; n += kStep) add_columns<kFarChunks>(row, value, n, sums, its_own, whole);
-  for (; n + kStep <= size - kAhead; n += kStep) add_columns<kFarChunks>(row, value, n, sums, nothing, whole);
+  for (; n + kStep <= size - kAhead; n += kStep) add_columns<kFarChunks>(row, value, n, sums, its_own, whole);
   for (; n + kStep <= size; n += kStep) add_columns<kFarChunks>(row, value, n, sums, the_next, whole);
   for (; n + kChunk <= size; n += kChunk) add_columns<1>(row, value, n, sums, the_next, whole);
   const auto rest = [count = size - n](const T* p) { return load_first(p, count); };
