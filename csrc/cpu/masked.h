@@ -103,6 +103,12 @@ struct Fastest<bfloat16> {
 };
 #endif
 
+// How many steps `rows` rows are, the last one perhaps incomplete.
+template <class Step>
+int64_t steps_of(int64_t rows) {
+  return (rows + Step::kRows - 1) / Step::kRows;
+}
+
 // The steps that at least one token keeps, in order, and every token's values there: 0 where it does not
 // keep the row. A step is always the same rows, whatever the tokens, so that a token's sums have the same
 // bits in any company. The tokens come in tiles of `width`, the last one filled up with zeros.
@@ -115,7 +121,7 @@ struct Masked {
 
   Masked(const float* h, int64_t ldh, int64_t tokens, int64_t ranks, Mask mask, int64_t width)
       : tokens(tokens), ranks(ranks), width(width) {
-    const int64_t most = (ranks + kRows - 1) / kRows;
+    const int64_t most = steps_of<Step>(ranks);
     std::vector<typename Step::Value> packed(tokens * most);
     std::vector<uint32_t> live(most * kRows);
     std::vector<float> kept(most * kRows);

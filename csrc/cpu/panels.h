@@ -104,11 +104,6 @@ void multiply_panels(const Masked<Step>& h, const typename Step::Element* data, 
 
 // ---- h = B x: panels are tokens, lines are rows of B ----
 
-template <class Step>
-int64_t steps_of(int64_t size) {
-  return (size + Step::kRows - 1) / Step::kRows;
-}
-
 // x [tokens, size] as panels of kChunk tokens, [panels, steps]: a token is one lane, with zeros in those left over.
 template <class Step>
 std::vector<Chunk> token_panels(const typename Step::Element* x, int64_t tokens, int64_t size) {
