@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 
 from rana_kernels.huge_pages import collapse
-from rana_kernels.machine import clock
+from rana_kernels.machine import clock, cold_bytes
 
 LOOPS = ("stream_read", "stream_dot", "stream_axpy")
-BUFFER_BYTES = 256 * 2**20
 
 
 @cache
@@ -33,7 +32,7 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def _buffer() -> torch.Tensor:
-    buffer = torch.zeros(BUFFER_BYTES // 4, dtype=torch.int32)
+    buffer = torch.zeros(cold_bytes() // 4, dtype=torch.int32)
     collapse([buffer])  # as weights lie
     return buffer
 
@@ -51,4 +50,4 @@ def bandwidth(loop: str, threads: int) -> float:
     over = map if threads == 1 else _threads(threads).map
     begin = now()
     list(over(lambda start: function(start, share), starts))
-    return BUFFER_BYTES / (now() - begin) / 1e9
+    return _buffer().nbytes / (now() - begin) / 1e9

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rana_kernels.huge_pages import collapse
+from rana_kernels.machine import cold_bytes
 
-ROTATED_BYTES = 160 * 2**20  # several times the last-level cache
 PART = 2**22  # values of a weight that are drawn together, from a pool of twice as many
 
 
@@ -39,7 +39,7 @@ def copies(make: Callable[[], tuple[Tensor, ...]], read: float | None = None) ->
     """
     first = make()
     size = sum(t.nbytes for t in first) if read is None else int(read)
-    return [first, *(make() for _ in range(math.ceil(ROTATED_BYTES / max(size, 1))))]
+    return [first, *(make() for _ in range(math.ceil(cold_bytes() / max(size, 1))))]
 
 
 def turns(call: Callable[..., Tensor], arguments: list[tuple]) -> Callable[[], Tensor]:

@@ -1,9 +1,12 @@
-"""What a measurement has to know of the machine it is taken on: its processor, and by which clock to time."""
+"""What a measurement has to know of its machine: processor, caches, and by which clock to time."""
 
 import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+LARGE_CACHE = 100 * 2**20  # bytes, where the system tells of none larger
+CACHE_SIZES = "devices/system/cpu/cpu0/cache/index*/size"  # of one processor, under /sys
 
 
 def processor_name() -> str:
@@ -17,6 +20,12 @@ def cpu_field(name: str) -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     fields = (line.split(":", 1) for line in lines if ":" in line)
     return next((value.strip() for key, value in fields if key.strip() == name), "")
+
+
+def cold_bytes(system: Path = Path("/sys")) -> int:
+    """So many bytes of weights, used in turn, that the last-level cache forgets each before its next turn."""
+    kilobytes = [int(path.read_text().rstrip("K\n")) for path in system.glob(CACHE_SIZES)]
+    return 3 * max([LARGE_CACHE, *(1024 * size for size in kilobytes)]) // 2
 
 
 def clock(threads: int) -> Callable[[], float]:

@@ -1,6 +1,6 @@
 """Measuring `times.py`'s table here: the modules of a compressed model, one token, random weights.
 
-Of each weight there are as many copies as the model has blocks (or as fill `COLD` bytes), used in turn, so
+Of each weight there are as many copies as the model has blocks (or as no cache holds), used in turn, so
 that caches help as much as they do in the model. Contenders take turns too; live rows lie in random places.
 """
 
@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from rana_kernels.dense import DenseLinear
 from rana_kernels.huge_pages import collapse
 from rana_kernels.layer import linear_of
-from rana_kernels.machine import clock, processor_name
+from rana_kernels.machine import clock, cold_bytes, processor_name
 from rana_kernels.models import find_blocks
 from rana_kernels.modules import RanaLinear, RanaNeuronLinear
 from rana_kernels.times import Shape, Times, sizes_of
 
-COLD = 128_000_000  # bytes
 PARTS = (0.25, 0.5, 1.0)  # of all ranks that are stored, and of the stored rows that are live
 ROUNDS = 15  # the median of which counts
 SHORTEST = 1e-3  # seconds: what takes less is called several times in a row
@@ -53,7 +52,7 @@ def _machine(weight: Tensor) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _measure(K: int, N: int, blocks: int, like: Tensor) -> Shape:
-    copies = min(blocks, math.ceil(COLD / (K * N * like.element_size())))
+    copies = min(blocks, math.ceil(cold_bytes() / (K * N * like.element_size())))
     ranks = sorted({max(1, round(part * min(K, N))) for part in PARTS})
     stored = [(R, max(1, round(part * R))) for R, part in product(ranks, PARTS)]
     live = [max(1, round(part * K)) for part in PARTS]

@@ -23,6 +23,7 @@ from bench.report import RESULTS, ROOT, machine, read_csv, write_csv, write_json
 from bench.timing import interleave, repeats
 from rana_kernels import layer
 from rana_kernels.cli import bench as handover
+from rana_kernels.machine import cold_bytes
 from rana_kernels.methods.budget import block_curves
 from rana_kernels.models import find_blocks
 
@@ -38,8 +39,8 @@ every_tiny = pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Small copies, a small buffer, and nothing compiled."""
-    monkeypatch.setattr(weights, "ROTATED_BYTES", 2**16)
-    monkeypatch.setattr(stream, "BUFFER_BYTES", 2**20)
+    monkeypatch.setattr(weights, "cold_bytes", lambda: 2**16)
+    monkeypatch.setattr(stream, "cold_bytes", lambda: 2**20)
     monkeypatch.setattr(measure, "PEAK_SIZE", 64)
     for module in (linears, mlp):
         monkeypatch.setattr(module, "compiled", lambda function: function)
@@ -100,6 +101,16 @@ def test_measured_rows(tmp_path):
     write_csv(tmp_path / "a.csv", "here", rows)
     stamp, again = read_csv(tmp_path / "a.csv")
     assert stamp == "here" and again == [{k: str(v) for k, v in row.items()} for row in rows]
+
+
+def test_weights_go_round_in_more_than_the_largest_cache_holds(tmp_path):
+    unknown = cold_bytes(tmp_path)
+    assert unknown > 2**26
+    for index, size in enumerate(("48K", "2048K", "307200K")):
+        cache = tmp_path / f"devices/system/cpu/cpu0/cache/index{index}"
+        cache.mkdir(parents=True)
+        (cache / "size").write_text(f"{size}\n")
+    assert cold_bytes(tmp_path) > 307200 * 1024 > unknown
 
 
 def test_named_models_cost_what_is_asked():
