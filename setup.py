@@ -21,15 +21,17 @@ from setuptools import Extension, setup
 
 STABLE_ABI = "0x020A000000000000"  # torch 2.10
 COMPILE = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi"]
-QUIET = ["-Wno-maybe-uninitialized"]  # false alarms inside the compiler's own vector headers
+QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # false alarms inside the compiler's own vector headers
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 INSTRUCTION_SETS = {
     "x86_64": {
         "baseline": [],
         "avx2": AVX2,
         "avx512": AVX512,
-        "avx512_bf16": [*AVX512, "-mavx512bf16"],
+        "avx512_bf16": AVX512_BF16,
+        "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
     },
     "aarch64": {"baseline": []},
 }

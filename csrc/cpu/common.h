@@ -10,6 +10,7 @@
 #include "expand.h"
 #include "panels.h"
 #include "project.h"
+#include "tiles.h"
 
 namespace {
 
@@ -65,14 +66,27 @@ void parallel(int64_t items, int64_t weights_per_item, F f) {
 // h = x Bᵀ in float32, [tokens, B.rows].
 template <class T>
 std::vector<float> project(const T* x, int64_t tokens, Matrix<T> B) {
-  using Step = typename Fastest<T>::Step;
-  const bool few = tokens <= kStreamTokens;
   std::vector<float> h(tokens * B.rows);
-  const std::vector<Chunk> panels = few ? std::vector<Chunk>() : token_panels<Step>(x, tokens, B.columns);
-  parallel(B.rows, B.columns * tokens, [&](int64_t begin, int64_t end) {
-    if (few) project_rows(B.data, B.ld, x, B.columns, tokens, B.columns, begin, end, h.data(), B.rows);
-    else project_panels<Step>(B.data, B.ld, panels.data(), tokens, B.columns, begin, end, h.data(), B.rows);
-  });
+  const auto for_rows = [&](auto f) { parallel(B.rows, B.columns * tokens, f); };
+  if constexpr (kHasTiles<T>)
+    if (tokens > 1) {
+      const auto panels = token_blocks(x, tokens, B.columns);
+      for_rows([&](int64_t begin, int64_t end) {
+        project_tiles(B.data, B.ld, panels.data(), tokens, B.columns, begin, end, h.data(), B.rows);
+      });
+      return h;
+    }
+  if (tokens <= kStreamTokens) {
+    for_rows([&](int64_t begin, int64_t end) {
+      project_rows(B.data, B.ld, x, B.columns, tokens, B.columns, begin, end, h.data(), B.rows);
+    });
+  } else {
+    using Step = typename Fastest<T>::Step;
+    const auto panels = token_panels<Step>(x, tokens, B.columns, steps_of<Step>(B.columns));
+    for_rows([&](int64_t begin, int64_t end) {
+      project_panels<Step>(B.data, B.ld, panels.data(), tokens, B.columns, begin, end, h.data(), B.rows);
+    });
+  }
   return h;
 }
 
@@ -80,6 +94,8 @@ std::vector<float> project(const T* x, int64_t tokens, Matrix<T> B) {
 // a token's result must not depend on what the others keep.
 template <class T, class F>
 void for_step(int64_t tokens, F f) {
+  if constexpr (kHasTiles<T>)
+    if (tokens > 1) return f(Tiles{});
   if (tokens <= kExactTokens) f(Single<T>{});
   else f(typename Fastest<T>::Step{});
 }
@@ -87,13 +103,15 @@ void for_step(int64_t tokens, F f) {
 // The values of h under the mask, in the order in which sum_rows reads them.
 template <class Step>
 Masked<Step> masked(const float* h, int64_t ldh, int64_t tokens, int64_t ranks, Mask mask) {
-  return {h, ldh, tokens, ranks, mask, tokens <= kStreamTokens ? tokens : kTile};
+  if constexpr (std::is_same_v<Step, Tiles>) return {h, ldh, tokens, ranks, mask, tokens <= kExactTokens ? 3 : 1};
+  else return {h, ldh, tokens, ranks, mask, tokens <= kStreamTokens ? tokens : kTile};
 }
 
 // Calls done(token, column, chunk of sums in T's lane order) for the columns [begin, end).
 template <class Step, class Done>
 void sum_rows(const Masked<Step>& h, const Matrix<Element<Step>>& rows, int64_t begin, int64_t end, Done done) {
-  if (h.tokens <= kStreamTokens) stream_rows(h, rows.data, rows.ld, begin, end, done);
+  if constexpr (std::is_same_v<Step, Tiles>) multiply_tiles(h, rows.data, rows.ld, begin, end, done);
+  else if (h.tokens <= kStreamTokens) stream_rows(h, rows.data, rows.ld, begin, end, done);
   else multiply_panels(h, rows.data, rows.ld, begin, end, done);
 }
 

@@ -26,12 +26,6 @@ constexpr int kFarChunks = 1;
 constexpr int64_t kAheadBytes = 256;
 constexpr int64_t kFarAheadBytes = 1024;
 
-template <class T>
-inline void ask_for(const T* chunk) {
-  for (int64_t i = 0; i < kChunk * static_cast<int64_t>(sizeof(T)); i += kLineBytes)
-    __builtin_prefetch(reinterpret_cast<const char*>(chunk) + i);
-}
-
 // sums[m][0, kChunk) += Σ values[s][m] · rows of step s, for kSteps steps and kTokens tokens.
 template <class Step, int kSteps, int kTokens, class Rows>
 inline void add_tile(Rows rows, const typename Step::Value* values, int64_t tokens, float* sums, int64_t lds) {

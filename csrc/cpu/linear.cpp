@@ -2,9 +2,6 @@
 
 namespace {
 
-// Up to this many tokens the loops of `project` are faster than torch's product.
-constexpr int64_t kProjectTokens = 16;
-
 // y = h + bias, [tokens, columns]. `bias` may be null.
 template <class T>
 void finish(const std::vector<float>& h, int64_t tokens, int64_t columns, const T* bias, T* y) {
@@ -17,14 +14,16 @@ void finish(const std::vector<float>& h, int64_t tokens, int64_t columns, const 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   rana::check_linear(x, weight, bias);
   const int64_t tokens = tokens_of(x), columns = weight.size(0);
-  if (tokens > kProjectTokens) return rana::torch_linear(x, weight, bias);
   Tensor y = empty_output(x, columns);
   for_dtype(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const Packed<T> input(x);
     const auto b = packed<T>(bias);
     T* out = static_cast<T*>(y.mutable_data_ptr());
-    finish<T>(project<T>(input.data, tokens, weight), tokens, columns, data_of(b), out);
+    for_blocks(tokens, [&](int64_t first, int64_t count) {
+      const auto h = project<T>(input.data + first * weight.size(1), count, weight);
+      finish<T>(h, count, columns, data_of(b), out + first * columns);
+    });
   });
   return y;
 }

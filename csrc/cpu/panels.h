@@ -104,16 +104,16 @@ void multiply_panels(const Masked<Step>& h, const typename Step::Element* data, 
 
 // ---- h = B x: panels are tokens, lines are rows of B ----
 
-// x [tokens, size] as panels of kChunk tokens, [panels, steps]: a token is one lane, with zeros in those left over.
+// x [tokens, size] as panels of kChunk tokens, [panels, steps]: a token is one lane. Zeros in the lanes and steps that
+// are left over.
 template <class Step>
-std::vector<Chunk> token_panels(const typename Step::Element* x, int64_t tokens, int64_t size) {
+std::vector<Chunk> token_panels(const typename Step::Element* x, int64_t tokens, int64_t size, int64_t steps) {
   using Value = typename Step::Value;
-  const int64_t steps = steps_of<Step>(size);
   std::vector<Chunk> panels(chunks_of(tokens) * steps);
   Value values[kDepth];
-  for (int64_t first = 0; first < steps; first += kDepth)
+  for (int64_t first = 0; first < steps_of<Step>(size); first += kDepth)
     for (int64_t m = 0; m < tokens; m++) {
-      const int64_t k = first * Step::kRows, count = std::min(kDepth, steps - first);
+      const int64_t k = first * Step::kRows, count = std::min(kDepth, steps_of<Step>(size) - first);
       Step::widen(x + m * size + k, std::min(size - k, count * Step::kRows), values);
       char* lane = reinterpret_cast<char*>(&panels[m / kChunk * steps + first]) + m % kChunk * sizeof(Value);
       for (int64_t s = 0; s < count; s++) std::memcpy(lane + s * sizeof(Chunk), values + s, sizeof(Value));

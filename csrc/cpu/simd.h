@@ -62,6 +62,13 @@ inline float sum_lanes(Floats<kCount> v) {
 
 inline float sum(Vec v) { return sum_lanes<kLanes>(v); }
 
+// Asks memory for a chunk that is needed later.
+template <class T>
+inline void ask_for(const T* chunk) {
+  for (int64_t i = 0; i < kChunk * static_cast<int64_t>(sizeof(T)); i += kLineBytes)
+    __builtin_prefetch(reinterpret_cast<const char*>(chunk) + i);
+}
+
 // ---- widening: kChunk elements at p, in lane order ----
 
 inline Chunk load(const float* p) { return {load_bytes<Vec>(p), load_bytes<Vec>(p + kLanes)}; }

@@ -14,7 +14,7 @@ from rana_kernels import ops
 from rana_kernels.backends import reference, triton
 
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -30,7 +30,10 @@ def instruction_set() -> str:
         return forced
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
-        return "avx512_bf16" if "avx512_bf16" in _processor_flags() else "avx512"
+        flags = _processor_flags()
+        if "avx512_bf16" not in flags:
+            return "avx512"
+        return "amx" if {"amx_tile", "amx_bf16"} <= flags else "avx512_bf16"
     return "avx2" if capability == "AVX2" else "baseline"
 
 
