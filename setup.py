@@ -15,13 +15,17 @@ import platform
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 STABLE_ABI = "0x020A000000000000"  # torch 2.10
 COMPILE = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi"]
-QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # false alarms inside the compiler's own vector headers
+QUIET = [
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]  # false alarms inside the compiler's own vector headers
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
@@ -63,6 +67,20 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
+@cache
+def instruction_sets() -> dict[str, list[str]]:
+    """Those of this machine that its compiler knows: AMX is new in GCC 11."""
+    compiler = os.environ.get("CXX", "c++").split()
+    found = {}
+    for name, flags in INSTRUCTION_SETS[platform.machine()].items():
+        nothing = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+        if subprocess.run(nothing, capture_output=True).returncode == 0:
+            found[name] = flags
+        else:
+            say(f"no kernels for {name}: {compiler[0]} does not know {' '.join(flags)}")
+    return found
+
+
 def op_libraries() -> list[Extension]:
     from torch.utils.cpp_extension import CppExtension
 
@@ -77,7 +95,7 @@ def op_libraries() -> list[Extension]:
             extra_compile_args=[*COMPILE, *QUIET, *flags],
             py_limited_api=True,
         )
-        for name, flags in INSTRUCTION_SETS[platform.machine()].items()
+        for name, flags in instruction_sets().items()
     ]
 
 
@@ -154,7 +172,7 @@ def host_module() -> list[Extension]:
         return []
     import torch
 
-    facts = {"RANA_TORCH": torch.__version__, "RANA_SETS": ",".join(INSTRUCTION_SETS[platform.machine()])}
+    facts = {"RANA_TORCH": torch.__version__, "RANA_SETS": ",".join(instruction_sets())}
     macros = [(key, f'"{value}"') for key, value in facts.items()]
     return [Pybind11Extension("rana_kernels._C", ["csrc/bindings.cpp"], define_macros=macros, cxx_std=17)]
 

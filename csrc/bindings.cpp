@@ -21,6 +21,7 @@ py::dict cpu_features() {
   features["fma"] = bool(__builtin_cpu_supports("fma"));
   features["avx512f"] = bool(__builtin_cpu_supports("avx512f"));
   features["avx512bf16"] = bool(__builtin_cpu_supports("avx512bf16"));
+  features["amx_bf16"] = bool(__builtin_cpu_supports("amx-bf16"));
 #endif
   return features;
 }

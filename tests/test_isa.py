@@ -11,7 +11,14 @@ from tests.child import pytest_passes, python
 
 AVX2 = {"avx2", "fma", "f16c"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
-NEEDS = {"baseline": set(), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 | {"avx512_bf16"}}
+AVX512_BF16 = AVX512 | {"avx512_bf16"}
+NEEDS = {
+    "baseline": set(),
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "amx": AVX512_BF16 | {"amx_tile", "amx_bf16"},
+}
 
 
 def processor_flags() -> set[str]:
@@ -49,6 +56,17 @@ def test_the_best_instruction_set_is_chosen():
         pytest.skip("the environment chooses")
     runnable = [isa for isa, flags in NEEDS.items() if flags <= processor_flags()]
     assert backends.instruction_set() == runnable[-1]
+
+
+def test_of_what_was_not_built_the_next_best_is_chosen(monkeypatch, tmp_path):
+    """An older compiler does not know every instruction set."""
+    monkeypatch.delenv("RANA_CPU_ISA", raising=False)
+    monkeypatch.setattr(backends, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(backends, "_runnable", lambda: list(NEEDS))
+    assert backends.instruction_set() == "baseline"
+    for name in ("avx2", "avx512"):
+        (tmp_path / f"_cpu_{name}.abi3.so").touch()
+    assert backends.instruction_set() == "avx512"
 
 
 @pytest.mark.parametrize("isa", NEEDS)

@@ -1,6 +1,7 @@
 """One model decoding: a prompt, then token after token, greedily, through a static cache."""
 
 import gc
+import inspect
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,9 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, batch: int, room: int, step: Callable | None = None) -> None:
         self.model, self.batch, self.step = model, batch, step or model.forward
         self.cache = StaticCache(config=model.config, max_cache_len=room)
+        # the argument's name since transformers 5.24, and before
+        known = "cache" in inspect.signature(model.forward).parameters
+        self._cached = {"cache" if known else "past_key_values": self.cache}
         self.last: Tensor = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self.graphs = model.device.type == "cuda"
         self._computed = 0
@@ -40,7 +44,7 @@ class Decoder:
         """
         self.cache.reset()
         begin = self._clock()
-        hidden = self.model.base_model(input_ids=prompt, past_key_values=self.cache, use_cache=True)[0]
+        hidden = self.model.base_model(input_ids=prompt, use_cache=True, **self._cached)[0]
         self.last.copy_(self.model.get_output_embeddings()(hidden[:, -1]).argmax(-1, keepdim=True))
         return self._clock() - begin
 
@@ -66,7 +70,7 @@ class Decoder:
 
     def _compute(self) -> None:
         self._computed += 1
-        output = self.step(input_ids=self.last, past_key_values=self.cache, use_cache=True)
+        output = self.step(input_ids=self.last, use_cache=True, **self._cached)
         self.last.copy_(output.logits.argmax(-1))
 
     def _clock(self) -> float:

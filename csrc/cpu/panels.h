@@ -145,27 +145,34 @@ struct Lines {
 template <class Step>
 void project_panels(const typename Step::Element* B, int64_t ldb, const Chunk* x, int64_t tokens, int64_t size,
                     int64_t begin, int64_t end, float* h, int64_t ldh) {
+  constexpr int64_t kPanelBytes = 1024 * 1024;  // of the second-level cache
   const int64_t all = steps_of<Step>(size), panels = chunks_of(tokens);
+  // an x that is larger would come from further away for every tile of rows: several meet a piece of it in turn
+  const int64_t tiles = panels * all * static_cast<int64_t>(sizeof(Chunk)) > kPanelBytes ? 8 : 1;
   std::vector<typename Step::Value> wide(kTile * kDepth);
-  std::vector<Chunk> sums(panels * kTile);
-  for (int64_t r = begin; r < end; r += kTile) {
-    const int64_t count = std::min<int64_t>(kTile, end - r);
+  std::vector<Chunk> sums(tiles * panels * kTile);
+  for (int64_t r = begin; r < end; r += tiles * kTile) {
+    const int64_t last = std::min(end, r + tiles * kTile);
     std::fill(sums.begin(), sums.end(), Chunk{});
     for (int64_t first = 0; first < all; first += kDepth) {
       const int64_t k = first * Step::kRows, steps = std::min(kDepth, all - first);
-      const Lines<Step> lines(B + r * ldb + k, ldb, count, std::min(size - k, steps * Step::kRows), wide);
-      for (int64_t p = 0; p < panels; p++) {
-        Chunk piece[kTile] = {};
-        add_piece<Step>(x + p * all + first, steps, lines, count, piece);
-        for (int i = 0; i < kTile; i++) sums[p * kTile + i].lo += piece[i].lo, sums[p * kTile + i].hi += piece[i].hi;
+      Chunk* tile = sums.data();
+      for (int64_t row = r; row < last; row += kTile) {
+        const int64_t count = std::min<int64_t>(kTile, last - row);
+        const Lines<Step> lines(B + row * ldb + k, ldb, count, std::min(size - k, steps * Step::kRows), wide);
+        for (int64_t p = 0; p < panels; p++, tile += kTile) {
+          Chunk piece[kTile] = {};
+          add_piece<Step>(x + p * all + first, steps, lines, count, piece);
+          for (int i = 0; i < kTile; i++) tile[i].lo += piece[i].lo, tile[i].hi += piece[i].hi;
+        }
       }
     }
     for (int64_t p = 0; p < panels; p++)
-      for (int64_t i = 0; i < count; i++) {
+      for (int64_t row = r; row < last; row++) {
         float lanes[kChunk];
-        store(lanes, sums[p * kTile + i]);
-        const int64_t last = std::min(tokens, (p + 1) * kChunk);
-        for (int64_t m = p * kChunk; m < last; m++) h[m * ldh + r + i] = lanes[m % kChunk];
+        store(lanes, sums[((row - r) / kTile * panels + p) * kTile + (row - r) % kTile]);
+        const int64_t ends = std::min(tokens, (p + 1) * kChunk);
+        for (int64_t m = p * kChunk; m < ends; m++) h[m * ldh + row] = lanes[m % kChunk];
       }
   }
 }

@@ -23,7 +23,8 @@ def export(model: PreTrainedModel, length: int) -> ExportedProgram:
 
     def place(_: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         # OPT would find these from a mask as long as what the cache holds: a size that is data has no shape
-        positions = named["past_key_values"].get_seq_length() + torch.arange(named["input_ids"].shape[1])
+        cache = named["cache" if "cache" in named else "past_key_values"]  # its name until transformers 5.24
+        positions = cache.get_seq_length() + torch.arange(named["input_ids"].shape[1])
         return arguments, named | {"position_ids": positions[None], "attention_mask": torch.ones(1, length)}
 
     model.generation_config.cache_implementation = "static"

@@ -28,13 +28,24 @@ def instruction_set() -> str:
         if forced not in INSTRUCTION_SETS:
             raise ImportError(f"RANA_CPU_ISA is {forced!r}, wanted one of {', '.join(INSTRUCTION_SETS)}")
         return forced
+    built = [name for name in _runnable() if _cpu_library(name).exists()]
+    return built[-1] if built else "baseline"
+
+
+def _runnable() -> list[str]:
+    """What this processor can run of INSTRUCTION_SETS."""
     capability = torch.backends.cpu.get_cpu_capability()
+    found = ["baseline"]
+    if capability in ("AVX2", "AVX512"):
+        found.append("avx2")
     if capability == "AVX512":
+        found.append("avx512")
         flags = _processor_flags()
-        if "avx512_bf16" not in flags:
-            return "avx512"
-        return "amx" if {"amx_tile", "amx_bf16"} <= flags else "avx512_bf16"
-    return "avx2" if capability == "AVX2" else "baseline"
+        if "avx512_bf16" in flags:
+            found.append("avx512_bf16")
+        if {"avx512_bf16", "amx_tile", "amx_bf16"} <= flags:
+            found.append("amx")
+    return found
 
 
 def _processor_flags() -> set[str]:
@@ -45,8 +56,11 @@ def _processor_flags() -> set[str]:
 
 def library(device: str) -> Path:
     """Where the compiled ops for `device` ("cpu" or "cuda") are, if they were built."""
-    name = f"_cpu_{instruction_set()}" if device == "cpu" else "_cuda"
-    return _PACKAGE / f"{name}.abi3.so"
+    return _cpu_library(instruction_set()) if device == "cpu" else _PACKAGE / "_cuda.abi3.so"
+
+
+def _cpu_library(name: str) -> Path:
+    return _PACKAGE / f"_cpu_{name}.abi3.so"
 
 
 def installed(name: str) -> bool:
