@@ -8,9 +8,10 @@
 #include "../check.h"
 #include "../tensors.h"
 #include "expand.h"
+#include "expand_tiles.h"
 #include "panels.h"
 #include "project.h"
-#include "tiles.h"
+#include "project_tiles.h"
 
 namespace {
 
