@@ -28,6 +28,8 @@ COLUMNS = (
     ("error", "error"),
 )
 BASELINES = ("x dense", "x dense compiled", "x dense packed", "x static low rank", "x static packed")
+# of one device, by `bench.plot`
+PLOTS = {"speed": "speed-up against the cost that is kept", "roofline": "every case under the roofline"}
 INTRODUCTION = """# Performance
 
 *Written by `python -m bench.page` from the files in `bench/results`; every number is in one of them.*
@@ -68,9 +70,10 @@ def page(results: Path) -> str:
 
 def processor(path: Path, stamp: str, rows: list[Row]) -> str:
     parts = [f"## {path.stem}\n\n{stamp}.\n"]
-    image = ROOT / "docs" / f"roofline-{path.stem}.png"
-    if image.exists():
-        parts.append(f"![every case under the roofline]({image.name})\n")
+    for plot, words in PLOTS.items():
+        image = ROOT / "docs" / f"{plot}-{path.stem}.png"
+        if image.exists():
+            parts.append(f"![{words}]({image.name})\n")
     for title, chosen in (
         ("One layer of Llama-2-7B, one to eight tokens", DECODE),
         ("The same at other densities", DENSITY),

@@ -27,8 +27,8 @@ def main(
     """Draw speed-up against cost, and every measurement under the machine's roofline."""
     path = results or RESULTS / f"{processor()}.csv"
     stamp, rows = read_csv(path)
-    # a file name says which device a roofline is of; the README shows one plot of speed
-    for target, draw in ((DOCS / "speed.png", speed), (DOCS / f"roofline-{path.stem}.png", roofline)):
+    for draw in (speed, roofline):
+        target = DOCS / f"{draw.__name__}-{path.stem}.png"
         if draw is roofline and "peak GFLOP/s" not in rows[0]:
             typer.echo(f"{path} is of an earlier form, without the processor's peak: no roofline")
             continue
