@@ -27,6 +27,9 @@ using rana::tokens_of;
 
 // Up to this many tokens the masked h stays float32; above it, it is rounded where pairs are faster.
 constexpr int64_t kExactTokens = 16;
+// Up to this many tokens vectors keep up with memory, and the other thread of a core, if it is busy, slows them down
+// less than tiles.
+constexpr int64_t kVectorTokens = 4;
 // Up to this many tokens weights are streamed; above it they meet the tokens in panels.
 constexpr int64_t kStreamTokens = 32;
 // Longer inputs are worked off in blocks, so that temporaries do not grow with them.
@@ -70,7 +73,7 @@ std::vector<float> project(const T* x, int64_t tokens, Matrix<T> B) {
   std::vector<float> h(tokens * B.rows);
   const auto for_rows = [&](auto f) { parallel(B.rows, B.columns * tokens, f); };
   if constexpr (kHasTiles<T>)
-    if (tokens > 1) {
+    if (tokens > kVectorTokens) {
       const auto panels = token_blocks(x, tokens, B.columns);
       for_rows([&](int64_t begin, int64_t end) {
         project_tiles(B.data, B.ld, panels.data(), tokens, B.columns, begin, end, h.data(), B.rows);
@@ -96,7 +99,7 @@ std::vector<float> project(const T* x, int64_t tokens, Matrix<T> B) {
 template <class T, class F>
 void for_step(int64_t tokens, F f) {
   if constexpr (kHasTiles<T>)
-    if (tokens > 1) return f(Tiles{});
+    if (tokens > kVectorTokens) return f(Tiles{});
   if (tokens <= kExactTokens) f(Single<T>{});
   else f(typename Fastest<T>::Step{});
 }
