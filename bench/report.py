@@ -56,7 +56,8 @@ def revision() -> str:
     if not shutil.which("git"):
         return "unknown"
     found = _git("describe", "--always").stdout.strip()
-    changed = _git("diff", "--quiet", "HEAD", "--", ".", ":!bench/results", ":!docs").returncode != 0
+    pages = (":!bench/results", ":!docs", ":!*.md")
+    changed = _git("diff", "--quiet", "HEAD", "--", ".", *pages).returncode != 0
     return f"{found}-dirty" if found and changed else found or "unknown"
 
 
