@@ -101,7 +101,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x [..., K] · weight [N, K] · bias [N] -> y [..., N]
 
-    For lm_head, and for linears that stay dense beside adapters. For many tokens it is torch's own product.
+    For lm_head, and for linears that stay dense beside adapters. For many tokens CUDA takes torch's product.
     """
     return torch.ops.rana.linear.default(x, weight, bias)
 
