@@ -69,6 +69,12 @@ def test_of_what_was_not_built_the_next_best_is_chosen(monkeypatch, tmp_path):
     assert backends.instruction_set() == "avx512"
 
 
+def test_where_tiles_are_refused_they_are_not_chosen(monkeypatch):
+    monkeypatch.delenv("RANA_CPU_ISA", raising=False)
+    monkeypatch.setattr(backends, "_may_use_tiles", lambda: False)
+    assert backends.instruction_set() != "amx"
+
+
 @pytest.mark.parametrize("isa", NEEDS)
 def test_ops_are_exact_and_close_on(isa):
     if isa not in libraries():

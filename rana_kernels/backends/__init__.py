@@ -4,6 +4,7 @@ State is asked of torch's dispatcher, never remembered: a library is loaded or i
 that is absent leaves its device to the next in line; one that is present and does not load raises.
 """
 
+import ctypes
 import os
 import warnings
 from pathlib import Path
@@ -43,9 +44,15 @@ def _runnable() -> list[str]:
         flags = _processor_flags()
         if "avx512_bf16" in flags:
             found.append("avx512_bf16")
-        if {"avx512_bf16", "amx_tile", "amx_bf16"} <= flags:
+        if {"avx512_bf16", "amx_tile", "amx_bf16"} <= flags and _may_use_tiles():
             found.append("amx")
     return found
+
+
+def _may_use_tiles() -> bool:
+    """Whether Linux lets this process have matrix tiles: sandboxes may not. As in `csrc/cpu/amx.h`."""
+    arch_prctl, request, tile_data = map(ctypes.c_long, (158, 0x1023, 18))
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
 
 
 def _processor_flags() -> set[str]:
