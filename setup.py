@@ -22,10 +22,8 @@ from setuptools import Extension, setup
 
 STABLE_ABI = "0x020A000000000000"  # torch 2.10
 COMPILE = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi"]
-QUIET = [
-    "-Wno-maybe-uninitialized",
-    "-Wno-uninitialized",
-]  # false alarms inside the compiler's own vector headers
+# false alarms inside the compiler's own vector headers
+QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]

@@ -22,9 +22,8 @@ constexpr int64_t kRowBytes = 64;
 class Shapes {
  public:
   Shapes() { permit(); }
-  Shapes& set(int tile, int64_t rows, int64_t row_bytes) {
+  void set(int tile, int64_t rows, int64_t row_bytes) {
     config_.rows[tile] = rows, config_.row_bytes[tile] = row_bytes;
-    return *this;
   }
   class InUse {
    public:
@@ -50,11 +49,6 @@ class Shapes {
     uint8_t rows[16] = {};
   } config_;
 };
-
-template <int kTile>
-inline void zero() {
-  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
-}
 
 // Rows lie `stride` bytes apart.
 template <int kTile>
