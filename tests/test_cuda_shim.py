@@ -66,7 +66,7 @@ def test_memory_errors_and_other_tokens(sanitized):
 
 # what every mutant is held against: sizes at which each barrier and each branch matters
 WIDE = Case("masked_lowrank_linear", 300, 300, 600)  # (R, N, K): several tiles, splits and warps a row
-LONG = Case("masked_lowrank_linear", 1500, 40, 33)  # several rounds and lists, if there is one block
+LONG = Case("masked_lowrank_linear", 1500, 40, 33)  # several rounds and tables, if there is one block
 CHECKED = {
     "masked_lowrank_linear": [
         (WIDE, "4"),
@@ -77,8 +77,10 @@ CHECKED = {
         (replace(WIDE, density=0.25, lead=(16,), N=257), "2"),
     ],
     "masked_linear": [
+        (Case("masked_linear", 5000, 40), "3"),  # two lists
         (Case("masked_linear", 300, 700), "3"),
-        (Case("masked_linear", 300, 70, lead=(6,)), "2"),
+        (Case("masked_linear", 301, 70, lead=(6,)), "2"),
+        (Case("masked_linear", 300, 300, lead=(13,)), "2"),
     ],
     "masked_mlp": [
         (Case("masked_mlp", 48, 300, 40, 600, gate=20), "3"),
@@ -96,13 +98,16 @@ def verdict(op: str) -> None:
     function = getattr(torch.ops.rana, op).default
     for case, processors in CHECKED[op]:
         os.environ["RANA_SHIM_PROCESSORS"] = processors
-        args = make_inputs(case, torch.bfloat16, integers=True)
-        wanted = exact_result(op, args, torch.bfloat16)
+        exact = []
+        for dtype in (torch.bfloat16, torch.float32):
+            args = make_inputs(case, dtype, integers=True)
+            exact.append((args, exact_result(op, args, dtype)))
         gaussian = make_inputs(case, torch.float32)
         bits = None
         for schedule in SCHEDULES:
             os.environ["RANA_SHIM_SCHEDULE"] = schedule
-            assert torch.equal(function(*args.values()), wanted), f"{case.id} under {schedule}"
+            for args, wanted in exact:
+                assert torch.equal(function(*args.values()), wanted), f"{case.id} under {schedule}"
             y = function(*gaussian.values())
             assert bits is None or torch.equal(y, bits), f"other bits for {case.id} under {schedule}"
             bits = y
@@ -135,37 +140,44 @@ def survives(folder: Path, op: str, mutation: build.Mutation | None) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-LOWRANK, SYNC, GRID_SYNC = OPS[1], "__syncthreads();", "cooperative_groups::this_grid().sync();"
-TURNS = "kTokens == 1 ? i * kWarps<1> + warp()"
-WAIT = "if (!waited) grid.barrier_wait(std::move(cleared)), waited = true;"
-DOWN = "\n  for (int item = blockIdx.x; item < op.down"
+LINEAR, LOWRANK, MLP, DENSE = OPS
+SYNC, GRID_SYNC = "__syncthreads();", "cooperative_groups::this_grid().sync();"
+DOWN = "\n  for_tiles(op.down"
 # what is done wrong: in which op it shows, and the file, the text and what takes its place
 MUTANTS = {
     "project_before_sums": (LOWRANK, "project.cuh", f"    {SYNC}\n    for", "    for"),
     "project_after_sums": (LOWRANK, "project.cuh", f"    {SYNC}\n  }}\n", "  }\n"),
-    "project_last_row": (LOWRANK, "project.cuh", "ceil_div(B.rows - row, teams)", "(B.rows - row) / teams"),
+    "project_last_row": (LOWRANK, "project.cuh", "ceil_div(rows - row, teams)", "(rows - row) / teams"),
     "project_last_warp": (LOWRANK, "project.cuh", "w < warps_a_row; w++", "w + 1 < warps_a_row; w++"),
+    "project_one_batch": (LOWRANK, "project.cuh", "partials + row, rows_from", "partials, rows_from"),
+    "project_own_slice": (LOWRANK, "project.cuh", "begin = share * Batch::kColumns", "begin = 0"),
+    "project_half_the_rows": (LOWRANK, "project.cuh", "&high = weights[s][1]", "&high = weights[s][0]"),
+    "project_eight_tokens": (LOWRANK, "project.cuh", "at + 8 * eight * int64_t(x.size)", "at"),
     "project_no_barrier": (LOWRANK, f"{LOWRANK}.cu", GRID_SYNC, ""),
-    "counters_not_cleared": (LOWRANK, f"{LOWRANK}.cu", "clear(op.output.arrived", "(void)(op.output.arrived"),
-    "list_counts": (LOWRANK, "masked.cuh", f"{SYNC}  // the counts", "// the counts"),
-    "list_entries": (LOWRANK, "masked.cuh", f"{SYNC}\n  return (total", "return (total"),
-    "list_of_a_warp": (LOWRANK, "masked.cuh", "__syncwarp();\n  return count", "return count"),
-    "list_order": (LOWRANK, "device.cuh", "(1u << lane()) - 1", "(2u << lane()) - 1"),
-    "list_other_rows": (LOWRANK, "masked.cuh", "parts + part) * kRun +", "parts + part) * (kRun - 1) +"),
-    "list_last_entry": (LOWRANK, "masked.cuh", "warp() + kWarps<1> - 1)", "warp() + kWarps<1> - 2)"),
-    "nan_dropped": (LOWRANK, "masked.cuh", "!(score < threshold", "(score >= threshold"),
-    "warps_take_turns": (LOWRANK, "masked.cuh", TURNS, "kTokens != 1 ? i * kWarps<kTokens> + warp()"),
-    "sums_before": (LOWRANK, "expand.cuh", f"{SYNC}  // nobody", "// nobody"),
-    "sums_between": (LOWRANK, "expand.cuh", f"{SYNC}\n    for (int i", "for (int i"),
-    "next_tokens": (LOWRANK, "expand.cuh", f"if (first > 0) {SYNC}", ""),
-    "arrive_too_early": (LOWRANK, "expand.cuh", f"__threadfence();\n  {SYNC}", "__threadfence();"),
-    "arrive_one_less": (LOWRANK, "expand.cuh", "blocks - 1", "blocks - 2"),
-    "splits_reordered": (LOWRANK, "expand.cuh", "int64_t(s) * M", "int64_t((s + blockIdx.x) % e.splits) * M"),
-    "tokens_share_sums": (LOWRANK, "expand.cuh", "(int64_t(split) * M + first)", "(int64_t(split) * M)"),
-    "nobody_waits": (OPS[0], f"{OPS[0]}.cu", WAIT, ""),
-    "down_too_early": (OPS[2], f"{OPS[2]}.cu", f"{GRID_SYNC}{DOWN}", DOWN),
-    "other_bias": (OPS[3], f"{OPS[3]}.cu", "float(op.bias[n])", "float(op.bias[m])"),
-    "gate_for_up": (OPS[2], f"{OPS[2]}.cu", "sum_of_splits(gate, tokens", "sum_of_splits(up, tokens"),
+    "nan_dropped": (LOWRANK, "mask.cuh", "? 0.0f : h", "|| h != h ? 0.0f : h"),
+    "parts_in_one_place": (LOWRANK, "mask.cuh", "halves[4 * part]", "halves[0]"),
+    "parts_of_one_row": (LOWRANK, "mask.cuh", "* 2 + row % 2;", "* 2;"),
+    "list_counts": (LOWRANK, "expand.cuh", f"{SYNC}  // the counts", "// the counts"),
+    "list_entries": (LOWRANK, "expand.cuh", f"{SYNC}\n  return total", "return total"),
+    "list_order": (LOWRANK, "expand.cuh", "+ up_to - kept;", "+ up_to;"),
+    "list_first_rows": (LINEAR, "expand.cuh", "list_rows(list, e.z, first)", "list_rows(list, e.z, 0)"),
+    "table_too_early": (LOWRANK, "expand.cuh", f"{SYNC}  // nobody reads the rows", "// nobody reads the rows"),
+    "table_half_full": (LOWRANK, "expand.cuh", f"{SYNC}\n}}\n\n// sums += the rows of a table", "}\n"),
+    "next_tokens": (LOWRANK, "expand.cuh", "done_with(token + m, n", "done_with(m, n"),
+    "slots_too_early": (LOWRANK, "expand.cuh", f"{SYNC}  // nobody reads what lies there any more: a", "// a"),
+    "slots_too_late": (LOWRANK, "expand.cuh", f"{SYNC}\n    float sum = 0", "float sum = 0"),
+    "slots_between": (LOWRANK, "expand.cuh", f"{SYNC}\n    at[threadIdx.x] = sum", "at[threadIdx.x] = sum"),
+    "slots_at_the_end": (LOWRANK, "expand.cuh", f"{SYNC}\n    if (part > 0", "if (part > 0"),
+    "warps_too_early": (LOWRANK, "expand.cuh", f"{SYNC}  // nobody reads what lies there any more\n", "\n"),
+    "warps_too_late": (LOWRANK, "expand.cuh", f"{SYNC}\n  static_assert", "static_assert"),
+    "rows_of_some_tokens": (LOWRANK, "expand.cuh", "int offset = 4; offset", "int offset = 8; offset"),
+    "rows_of_before": (LOWRANK, "expand.cuh", "read(pass, wanted, first + kStep)", "read(pass, wanted, first)"),
+    "columns_swapped": (LOWRANK, "expand.cuh", "i % 2 ? 0x7632 : 0x5410", "i % 2 ? 0x5410 : 0x7632"),
+    "tiles_of_one_block": (LOWRANK, "expand.cuh", "tile += gridDim.x", "tile += gridDim.x + 1"),
+    "down_too_early": (MLP, f"{MLP}.cu", f"{GRID_SYNC}{DOWN}", DOWN),
+    "neurons_too_early": (MLP, f"{MLP}.cu", f"{SYNC}\n  for (int i", "for (int i"),
+    "gate_for_up": (MLP, f"{MLP}.cu", "sums.gate[m][c])", "sums.up[m][c])"),
+    "other_bias": (DENSE, "expand.cuh", "float(bias[n])", "float(bias[m])"),
 }
 
 

@@ -151,6 +151,7 @@ def test_nothing_waits_for_the_card(case, M):
 
 @every_form
 def test_compiled_with_graphs(case):
+    torch._dynamo.reset()  # every case is the same code object, which is compiled for a few only
     call, args = prepared(case, 1)
     op = getattr(torch.ops.rana, case.op).default
     step = torch.compile(lambda *a: op(*a) * 2, fullgraph=True, mode="reduce-overhead")

@@ -18,23 +18,24 @@ using bfloat16 = torch::headeronly::BFloat16;
 using half = torch::headeronly::Half;
 
 constexpr int kLanes = 32;  // of a warp
-// Warps of a block of a kernel for up to kTokens tokens. One block has a multiprocessor to itself: 128
-// registers for each of 16 warps, or 255 for each of 8, for the sums of several tokens.
-template <int kTokens>
-constexpr int kWarps = kTokens == 1 ? 16 : 8;
-template <int kTokens>
-constexpr int kThreads = kWarps<kTokens> * kLanes;
+// A block of the decode kernels. It has a multiprocessor to itself, and 128 registers a thread.
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarps * kLanes;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ inline int lane() { return threadIdx.x % kLanes; }
 __device__ inline int warp() { return threadIdx.x / kLanes; }
 
 template <class S>
-__device__ S& shared_as() {
-  return *reinterpret_cast<S*>(shared_memory);
+__device__ S& shared_as(size_t offset = 0) {
+  return *reinterpret_cast<S*>(shared_memory + offset);
 }
 
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// In the type of a + b: kernels have no time for divisions of 64 bits.
+template <class A, class B>
+__host__ __device__ constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
 
 // A matrix in memory, its rows contiguous. `wide`: all of it can be read 16 bytes at a time.
 template <class T>
@@ -84,9 +85,16 @@ __device__ Packet<T> stream(const T* p, int64_t count) {
   else return read_one_by_one(p, count);
 }
 
+// Asks for 32 bytes, for whoever reads them next.
+__device__ inline void fetch_to_l2([[maybe_unused]] const void* p) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // Inputs: read again and again.
 template <bool kWide, class T>
-__device__ Packet<T> read(const T* p, int64_t count) {
+__device__ Packet<T> load(const T* p, int64_t count) {
   if constexpr (kWide) return packet_of<T>(__ldg(reinterpret_cast<const uint4*>(p)));
   else return read_one_by_one(p, count);
 }
@@ -121,8 +129,5 @@ __device__ inline int sum_up_to_lane(int value) {
   }
   return value;
 }
-
-// How many lanes before this one a ballot counts.
-__device__ inline int lanes_before(unsigned ballot) { return __popc(ballot & ((1u << lane()) - 1)); }
 
 }  // namespace

@@ -62,7 +62,6 @@ class Device {
   const char* const op;
 
   Card card() const { return card_; }
-  Tuning tuning() const { return tuning_of(card_); }
 
   // Runs kernel(arguments...); `together`: all blocks at once, so that they can wait for one another.
   template <class... Parameters, class... Arguments>
@@ -139,7 +138,7 @@ class Kernel {
       check_cuda(device_.op,
                  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel_, block_.threads, block_.shared_bytes));
       if (!fit) fail(device_.op, "the card has no room for a block of the kernel");
-      blocks = std::min(fit, device_.tuning().blocks) * device_.card().processors;
+      blocks = device_.card().processors;
     }
     return blocks;
   }
@@ -158,6 +157,10 @@ class Workspace {
   void add(E*& piece, int64_t count) {
     assign_.push_back([&piece, start = bytes_](char* memory) { piece = reinterpret_cast<E*>(memory + start); });
     bytes_ += ceil_div(std::max<int64_t>(count, 1) * int64_t(sizeof(E)), 16) * 16;
+  }
+  template <class Z>
+  void add(Z& z) {
+    add(z.z, z.size());
   }
   // The memory lives as long as the tensor returned: torch hands it out again in the order of the stream.
   Tensor allocate(const Tensor& like) {
@@ -186,47 +189,37 @@ Matrix<T> matrix(const Tensor& t) {
 
 // A block of a decode kernel. Its phases use the same shared memory, one after the other.
 template <class T, int kTokens>
-constexpr Block kBlock{kThreads<kTokens>, std::max({sizeof(Partials<kTokens>), sizeof(WarpSums<T, kTokens>),
-                                                    kTokens == 1 ? sizeof(SharedList) : sizeof(List<kTokens>)})};
+constexpr Block kBlock{kThreads, std::max(sizeof(Partials<kTokens>), kExpandBytes<T, kTokens>)};
 
-// The parts of an op as its kernel gets them. What is scratch memory is still to be allocated.
+// The parts of an op as its kernel gets them. How they are cut up is still to be decided.
 
 template <class T>
 Projection<T> projection(const Packed<T>& x, int64_t tokens, const Tensor& B) {
   Matrix<T> weights = matrix<T>(B);
   weights.wide = weights.wide && on_16_bytes(x.data);
-  return {{x.data, weights.columns, int(tokens)}, weights, 1, nullptr};
-}
-
-template <class H, class T>
-Expansion<H, T> expansion(const Values<H>& h, const Matrix<T>& rows) {
-  return {h, rows, int(ceil_div(rows.columns, kTile<T>)), 1, nullptr};
+  return {{x.data, int(weights.columns), int(tokens)}, weights, 1};
 }
 
 template <class T>
 Output<T> output(const std::optional<Packed<T>>& bias, Tensor& y) {
-  return {data_of(bias), static_cast<T*>(y.mutable_data_ptr()), nullptr};
+  return {data_of(bias), static_cast<T*>(y.mutable_data_ptr()), last_size(y)};
 }
 
-// Splits the rows so that `blocks` blocks are busy.
-template <class H, class T>
-void cut(Expansion<H, T>& e, int64_t blocks, Tuning tuning) {
-  e.splits = splits_of(e.rows.rows, e.tiles, blocks, tuning.part_rows);
+template <int kTokens, class T>
+void cut(Projection<T>& projection) {
+  projection.warps_a_row = warps_a_row(projection.B.columns * sizeof(T), kSlice<T, kTokens>, kWarps);
 }
-
-template <class H, class T>
-void add_sums(Workspace& workspace, Expansion<H, T>& e, int64_t tokens) {
-  workspace.add(e.sums, e.splits * tokens * e.rows.columns);
+template <int kTokens, class Z, class T>
+void cut(Expansion<Z, T>& e, int64_t blocks) {
+  const int64_t packets = ceil_div(e.rows.columns, kPacket<T>);
+  e.width = packets_a_tile(packets, blocks, kMostPackets<T, kTokens>);
+  e.tiles = int(ceil_div(packets, e.width));
 }
 
 // How many blocks have something to do.
 template <int kTokens, class T>
 int64_t items(const Projection<T>& projection) {
-  return ceil_div(projection.B.rows * projection.warps_a_row, kWarps<kTokens>);
-}
-template <class H, class T>
-int64_t items(const Expansion<H, T>& e) {
-  return int64_t(e.tiles) * e.splits;
+  return ceil_div(projection.B.rows * projection.warps_a_row, kWarps);
 }
 
 // Calls f with a value of the element type of `dtype`, which the checks have found to be one of these.
@@ -242,8 +235,8 @@ template <class F>
 void for_tokens(int64_t tokens, F f) {
   switch (tokens_compiled(tokens)) {
     case 1: return f(std::integral_constant<int, 1>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    default: return f(std::integral_constant<int, 8>{});
+    case 8: return f(std::integral_constant<int, 8>{});
+    default: return f(std::integral_constant<int, 16>{});
   }
 }
 

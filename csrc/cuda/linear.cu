@@ -5,24 +5,20 @@ namespace {
 template <class T>
 struct Linear {
   Projection<T> projection;
-  const T* bias;  // may be null
-  T* y;
+  Output<T> output;
 };
 
 template <class T, int kTokens>
-__global__ void __launch_bounds__(kThreads<kTokens>, 1) linear_kernel(const __grid_constant__ Linear<T> op) {
-  const int64_t columns = op.projection.B.rows;
-  project<kTokens>(op.projection, [&](int m, int64_t n, float sum) {
-    op.y[m * columns + n] = T(op.bias ? sum + float(op.bias[n]) : sum);
-  });
+__global__ void __launch_bounds__(kThreads, 1) linear_kernel(const __grid_constant__ Linear<T> op) {
+  project<kTokens>(op.projection, [&](int m, int64_t n, float sum) { op.output.store(m, n, sum); });
 }
 
 template <class T>
 void decode(const Device& device, Linear<T> op) {
   for_tokens(op.projection.x.count, [&](auto tokens) {
-    constexpr Block block{kThreads<tokens()>, sizeof(Partials<tokens()>)};
+    constexpr Block block{kThreads, sizeof(Partials<tokens()>)};
     const Kernel kernel(device, linear_kernel<T, tokens()>, block);
-    op.projection.warps_a_row = warps_a_row(op.projection.B.columns * sizeof(T), kWarps<tokens()>);
+    cut<tokens()>(op.projection);
     kernel.launch(items<tokens()>(op.projection), op, /*together=*/false);
   });
 }
@@ -38,7 +34,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
     using T = decltype(element);
     const Packed<T> input(x);
     const auto b = packed<T>(bias);
-    decode<T>(device, {projection(input, tokens, weight), data_of(b), static_cast<T*>(y.mutable_data_ptr())});
+    decode<T>(device, {projection(input, tokens, weight), output(b, y)});
   });
   return y;
 }

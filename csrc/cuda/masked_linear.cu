@@ -5,37 +5,23 @@ namespace {
 
 template <class T>
 struct Linear {
-  Expansion<T, T> expansion;
+  Expansion<MaskedInput<T>, T> expansion;
   Output<T> output;
-  int tokens;
 };
 
-// The counters are cleared behind a grid barrier that no block waits at before its first tile is summed.
 template <class T, int kTokens>
-__global__ void __launch_bounds__(kThreads<kTokens>, 1) masked_linear_kernel(const __grid_constant__ Linear<T> op) {
-  const int tokens = kTokens == 1 ? 1 : op.tokens;
-  const auto grid = cooperative_groups::this_grid();
-  clear(op.output.arrived, op.expansion.tiles);
-  auto cleared = grid.barrier_arrive();
-  bool waited = false;
-  for (int item = blockIdx.x; item < op.expansion.items(); item += gridDim.x) {
-    expand<kTokens>(op.expansion, tokens, item);
-    if (!waited) grid.barrier_wait(std::move(cleared)), waited = true;
-    finish(op.expansion, op.output, tokens, item % op.expansion.tiles);
-  }
-  if (!waited) grid.barrier_wait(std::move(cleared));
+__global__ void __launch_bounds__(kThreads, 1) masked_linear_kernel(const __grid_constant__ Linear<T> op) {
+  for_tiles(op.expansion, [&](int tile) {
+    expand<kTokens>(op.expansion, tile, [&](int m, int64_t n, float sum) { op.output.store(m, n, sum); });
+  });
 }
 
 template <class T>
-void decode(const Device& device, const Tensor& input, Linear<T> op) {
-  for_tokens(op.tokens, [&](auto tokens) {
+void decode(const Device& device, Linear<T> op) {
+  for_tokens(op.expansion.z.tokens, [&](auto tokens) {
     const Kernel kernel(device, masked_linear_kernel<T, tokens()>, kBlock<T, tokens()>);
-    cut(op.expansion, kernel.blocks(), device.tuning());
-    Workspace workspace;
-    add_sums(workspace, op.expansion, op.tokens);
-    workspace.add(op.output.arrived, op.expansion.tiles);
-    const Tensor memory = workspace.allocate(input);
-    kernel.launch(items(op.expansion), op);
+    cut<tokens()>(op.expansion, kernel.blocks());
+    kernel.launch(op.expansion.tiles, op, /*together=*/false);
   });
 }
 
@@ -57,8 +43,8 @@ Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshol
     } else {
       const Packed<T> input(h);
       const auto b = packed<T>(bias);
-      const Values<T> values{input.data, rows.size(0), rows.size(0), mask};
-      decode<T>(device, h, {expansion(values, matrix<T>(rows)), output(b, y), int(tokens)});
+      const MaskedInput<T> z{input.data, int(tokens), rows.size(0), mask};
+      decode<T>(device, {{z, matrix<T>(rows)}, output(b, y)});
     }
   });
   return y;

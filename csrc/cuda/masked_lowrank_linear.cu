@@ -3,40 +3,38 @@
 
 namespace {
 
-template <class T>
+template <class T, int kTokens>
 struct Lowrank {
   Projection<T> ranks;
-  Expansion<float, T> expansion;
+  Mask mask;
+  Expansion<Computed<T, kTokens>, T> expansion;
   Output<T> output;
 };
 
 template <class T, int kTokens>
-__global__ void __launch_bounds__(kThreads<kTokens>, 1)
-    masked_lowrank_linear_kernel(const __grid_constant__ Lowrank<T> op) {
-  const int tokens = kTokens == 1 ? 1 : op.ranks.x.count;
-  clear(op.output.arrived, op.expansion.tiles);
-  project<kTokens>(op.ranks);
+__global__ void __launch_bounds__(kThreads, 1)
+    masked_lowrank_linear_kernel(const __grid_constant__ Lowrank<T, kTokens> op) {
+  project<kTokens>(op.ranks,
+                   [&](int m, int64_t r, float h) { op.expansion.z.store(m, r, op.mask.apply(h, r)); });
+  fetch_ahead<kTokens>(op.expansion);
   cooperative_groups::this_grid().sync();
-  for (int item = blockIdx.x; item < op.expansion.items(); item += gridDim.x) {
-    expand<kTokens>(op.expansion, tokens, item);
-    finish(op.expansion, op.output, tokens, item % op.expansion.tiles);
-  }
+  for_tiles(op.expansion, [&](int tile) {
+    expand<kTokens>(op.expansion, tile, [&](int m, int64_t n, float sum) { op.output.store(m, n, sum); });
+  });
 }
 
 template <class T>
-void decode(const Device& device, const Tensor& input, Lowrank<T> op) {
-  const int M = op.ranks.x.count;
-  for_tokens(M, [&](auto tokens) {
+void decode(const Device& device, const Tensor& input, Projection<T> ranks, const Mask& mask, const Matrix<T>& rows,
+            const Output<T>& output) {
+  for_tokens(ranks.x.count, [&](auto tokens) {
     const Kernel kernel(device, masked_lowrank_linear_kernel<T, tokens()>, kBlock<T, tokens()>);
-    op.ranks.warps_a_row = warps_a_row(op.ranks.B.columns * sizeof(T), kWarps<tokens()>);
-    cut(op.expansion, kernel.blocks(), device.tuning());
+    Lowrank<T, tokens()> op{ranks, mask, {{nullptr, ranks.x.count, rows.rows}, rows}, output};
+    cut<tokens()>(op.ranks);
+    cut<tokens()>(op.expansion, kernel.blocks());
     Workspace workspace;
-    workspace.add(op.ranks.h, M * op.ranks.B.rows);
-    add_sums(workspace, op.expansion, M);
-    workspace.add(op.output.arrived, op.expansion.tiles);
+    workspace.add(op.expansion.z);
     const Tensor memory = workspace.allocate(input);
-    op.expansion.h.h = op.ranks.h;
-    kernel.launch(std::max(items<tokens()>(op.ranks), items(op.expansion)), op);
+    kernel.launch(std::max<int64_t>(items<tokens()>(op.ranks), op.expansion.tiles), op);
   });
 }
 
@@ -57,8 +55,7 @@ Tensor masked_lowrank_linear(const Tensor& x, const Tensor& B, const Tensor& row
     } else {
       const Packed<T> input(x);
       const auto b = packed<T>(bias);
-      const Values<float> h{nullptr, B.size(0), B.size(0), mask};
-      decode<T>(device, x, {projection(input, tokens, B), expansion(h, matrix<T>(rows)), output(b, y)});
+      decode<T>(device, x, projection(input, tokens, B), mask, matrix<T>(rows), output(b, y));
     }
   });
   return y;

@@ -45,12 +45,8 @@ inline int blocks_for_each(const Device& device, int64_t count) {
 
 // z = m ⊙ h, [tokens, rows]
 template <class H, class T>
-__global__ void __launch_bounds__(kPlainBlock.threads) mask_kernel(const Values<H> h, int64_t tokens, T* z) {
-  for_each(tokens * h.rows, [&](int64_t i) {
-    const int64_t row = i % h.rows;
-    const float value = h.value(i / h.rows, row);
-    z[i] = T(h.mask.keeps(value, row) ? value : 0.0f);
-  });
+__global__ void __launch_bounds__(kPlainBlock.threads) mask_kernel(const MaskedInput<H> h, T* z) {
+  for_each(h.tokens * h.rows, [&](int64_t i) { z[i] = T(h.value(int(i / h.rows), i % h.rows)); });
 }
 
 template <class H, class T>
@@ -60,7 +56,7 @@ Tensor masked(const Device& device, const Tensor& h, const Mask& mask, ScalarTyp
   Tensor z = torch::stable::new_empty(h, {tokens, rows}, dtype);
   if (rows > 0)
     device.launch(mask_kernel<H, T>, blocks_for_each(device, tokens * rows), kPlainBlock, false,
-                  Values<H>{input.data, rows, rows, mask}, tokens, static_cast<T*>(z.mutable_data_ptr()));
+                  MaskedInput<H>{input.data, int(tokens), rows, mask}, static_cast<T*>(z.mutable_data_ptr()));
   return z;
 }
 

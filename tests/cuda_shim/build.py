@@ -22,8 +22,8 @@ FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020A000000000000",
     "-w",  # pragmas and attributes of nvcc
 )
-# kernels for the CPU's dispatch key; and the card that the shim plays cuts small problems into many parts
-CHANGES = {"(rana, CUDA, m)": "(rana, CPU, m)", "{80, 1, 64}": "{80, 1, 8}"}
+# kernels for the CPU's dispatch key
+CHANGES = {"(rana, CUDA, m)": "(rana, CPU, m)"}
 Mutation = tuple[str, str, str]
 
 

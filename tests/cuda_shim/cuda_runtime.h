@@ -25,8 +25,14 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
@@ -40,8 +46,6 @@ enum class Scope { warp, block, grid };
 void wait(Scope scope, const char* what, uint64_t value = 0);
 uint64_t left_by(Scope scope, int thread);
 int threads_in(Scope scope);
-unsigned arrive_at_grid();
-void wait_for_grid(unsigned arrival);
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 void require(bool condition, const char* message);
 
@@ -55,6 +59,30 @@ V exchange(V value, int source_lane, const char* what) {
   return value;
 }
 
+// Operands of 16 bits, two in a word: lane 4 g + t has of rows g and g + 8 of a, and of column g of b, number
+// 2 t of the products and the next, then these plus 8. Of c it has rows g and g + 8 at columns 2 t and the next.
+template <class T>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct {
+    uint32_t a[4], b[2];
+  } mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  const auto operands = [](int lane) { return reinterpret_cast<decltype(mine)*>(left_by(Scope::warp, lane)); };
+  const auto half = [](uint32_t word, int i) {
+    T value;
+    const uint16_t bits = uint16_t(word >> 16 * i);
+    std::memcpy(&value, &bits, sizeof bits);
+    return float(value);
+  };
+  wait(Scope::warp, "mma", reinterpret_cast<uint64_t>(&mine));
+  const int group = int(threadIdx.x % 32) / 4, member = int(threadIdx.x % 4);
+  for (int i = 0; i < 4; i++)
+    for (int k = 0; k < 16; k++) {
+      const auto *of_row = operands(4 * group + k % 8 / 2), *of_column = operands(4 * (2 * member + i % 2) + k % 8 / 2);
+      c[i] += half(of_row->a[i / 2 + k / 8 * 2], k % 2) * half(of_column->b[k / 8], k % 2);
+    }
+  wait(Scope::warp, "the end of mma");
+}
+
 template <class V>
 V load(const V* p) {
   require(reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0, "a load is not aligned");
@@ -65,14 +93,8 @@ V load(const V* p) {
 
 // ---- device ----
 
+using std::max, std::min;
 inline void __syncthreads() { shim::wait(shim::Scope::block, "__syncthreads"); }
-inline int __syncthreads_or(int predicate) {
-  shim::wait(shim::Scope::block, "__syncthreads_or", predicate != 0);
-  bool any = false;
-  for (int i = 0; i < shim::threads_in(shim::Scope::block); i++) any |= shim::left_by(shim::Scope::block, i) != 0;
-  return any;
-}
-inline void __syncwarp() { shim::wait(shim::Scope::warp, "__syncwarp"); }
 
 template <class V>
 V __shfl_sync(unsigned, V value, int source) {
@@ -87,16 +109,17 @@ V __shfl_up_sync(unsigned, V value, int delta) {
   const int lane = int(threadIdx.x % 32);
   return shim::exchange(value, lane < delta ? lane : lane - delta, "__shfl_up_sync");
 }
-inline unsigned __ballot_sync(unsigned, int predicate) {
-  shim::wait(shim::Scope::warp, "__ballot_sync", predicate != 0);
-  unsigned ballot = 0;
-  for (int i = 0; i < 32; i++) ballot |= unsigned(shim::left_by(shim::Scope::warp, i)) << i;
-  return ballot;
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t which) {
+  const uint64_t both = uint64_t(b) << 32 | a;
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; i++) bytes |= uint32_t(both >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
+  return bytes;
 }
-
-inline void __threadfence() {}
-inline unsigned atomicAdd(unsigned* p, unsigned value) { return (*p += value) - value; }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

@@ -218,12 +218,6 @@ uint64_t left_by(Scope scope, int thread) {
   return m.left[(m.round - 1) % 2][thread];
 }
 
-unsigned arrive_at_grid() {
-  const unsigned round = launch->grid.arrive(number_in(Scope::grid), "grid.barrier_arrive", 0);
-  end_if_complete(launch->grid);
-  return round;
-}
-void wait_for_grid(unsigned arrival) { wait_until_past(launch->grid, arrival); }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   static unsigned launches = 0;  // chance is another one in every launch, and the same in every process

@@ -1,0 +1,124 @@
+// The mask, and z = m ⊙ h: what it leaves of the values, as the sums over rows read it.
+#pragma once
+
+#include "mma.cuh"
+
+namespace {
+
+// Keep unless |h|·scale < threshold, decided in float32; a NaN is kept. `scale` may be null, and the
+// threshold is one value (step 0) or one a row (step 1).
+struct Mask {
+  const float* threshold;
+  int step;
+  const float* scale;
+
+  // m ⊙ h, for the h of a row
+  __device__ float apply(float h, int64_t row) const {
+    const float score = scale ? fabsf(h) * scale[row] : fabsf(h);
+    return score < threshold[row * step] ? 0.0f : h;
+  }
+};
+
+// Where a sum over rows finds z [tokens, rows], one of these. For threads they give
+//   value(m, row)       z of a token at a row
+//   run(row, values)    the first token's z at eight rows from a multiple of eight on, 0 beyond the last
+// and for tensor cores
+//   factors(row)        this lane's part of z at sixteen rows from a multiple of sixteen on
+
+constexpr int kRun = 8;
+
+// An input h of an op, with the mask that is still to be applied.
+template <class T>
+struct MaskedInput {
+  static constexpr int kParts = 1;
+  const T* h;
+  int tokens;
+  int64_t rows;
+  Mask mask;
+
+  __device__ float value(int m, int64_t row) const { return mask.apply(float(h[m * rows + row]), row); }
+  __device__ void run(int64_t row, float (&values)[kRun]) const {
+#pragma unroll
+    for (int i = 0; i < kRun; i++) values[i] = row + i < rows ? value(0, row + i) : 0.0f;
+  }
+  template <int kTokens>
+  __device__ Factors<kParts, kTokens> factors(int row) const {
+    Factors<kParts, kTokens> factors = {};
+#pragma unroll
+    for (int eight = 0; eight < kTokens / 8; eight++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int m = 8 * eight + group(), first = row + 8 * i + 2 * member();
+        if (m < tokens && first < rows)
+          factors.b[eight][0][i] = pack(value(m, first), first + 1 < rows ? value(m, first + 1) : 0.0f);
+      }
+    return factors;
+  }
+};
+
+// What this launch has written itself, in float32. It is read past the first-level cache, which other
+// multiprocessors' writes do not reach.
+struct Floats {
+  float* z;
+  int tokens;
+  int64_t rows;
+
+  int64_t size() const { return tokens * rows; }
+  __device__ void store(int m, int64_t row, float value) const { z[m * rows + row] = value; }
+  __device__ float value(int m, int64_t row) const { return __ldcg(z + m * rows + row); }
+  __device__ void run(int64_t row, float (&values)[kRun]) const {
+    if (row + kRun <= rows) {
+#pragma unroll
+      for (int i = 0; i < kRun; i += 4) {
+        const float4 four = __ldcg(reinterpret_cast<const float4*>(z + row + i));
+        values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; i++) values[i] = row + i < rows ? value(0, row + i) : 0.0f;
+    }
+  }
+};
+
+// The same as sums of three bfloat16, in the order in which the lanes of a warp take them.
+template <int kMostTokens>
+struct Parts {
+  static constexpr int kParts = 3;
+  struct OfLane {
+    uint32_t words[8];  // b[0] and b[1] of each part; the last two are not used
+  };
+  OfLane* z;  // [sixteens of rows, eights of tokens, members, groups]
+  int tokens;
+  int64_t rows;
+
+  int64_t size() const { return ceil_div(rows, 16) * (kMostTokens / 8) * kLanes; }
+  __device__ OfLane* of(int64_t row, int m) const {
+    return z + ((row / 16 * (kMostTokens / 8) + m / 8) * 4 + row % 8 / 2) * 8 + m % 8;
+  }
+  __device__ void store(int m, int64_t row, float value) const {
+    auto* const halves = reinterpret_cast<uint16_t*>(of(row, m)->words) + row % 16 / 8 * 2 + row % 2;
+#pragma unroll
+    for (int part = 0; part < kParts; part++) halves[4 * part] = split_off(value);
+  }
+  template <int kTokens>
+  __device__ Factors<kParts, kTokens> factors(int row) const {
+    Factors<kParts, kTokens> factors = {};
+    if (row >= rows) return factors;
+#pragma unroll
+    for (int eight = 0; eight < kTokens / 8; eight++) {
+      if (8 * eight + group() >= tokens) continue;
+      auto& b = factors.b[eight];
+      const auto* const words = reinterpret_cast<const uint4*>(of(row + 2 * member(), 8 * eight + group()));
+      const uint4 first = __ldcg(words);
+      const uint2 last = __ldcg(reinterpret_cast<const uint2*>(words + 1));
+      b[0][0] = first.x, b[0][1] = first.y, b[1][0] = first.z, b[1][1] = first.w, b[2][0] = last.x, b[2][1] = last.y;
+    }
+    return factors;
+  }
+};
+
+// z that is computed within a launch, for sums over rows of type T.
+template <class T, int kTokens>
+using Computed = std::conditional_t<kExpandedByMma<T, kTokens>, Parts<kTokens>, Floats>;
+
+}  // namespace

@@ -1,0 +1,64 @@
+// Tensor cores: products of 16 × 16 weights with 8 tokens, and float32 values as sums of bfloat16 ones.
+#pragma once
+
+#include "device.cuh"
+
+namespace {
+
+// Several tokens meet B on tensor cores: products of 16-bit values are exact in float32.
+template <class T, int kTokens>
+constexpr bool kProjectedByMma = kTokens > 1 && sizeof(T) == 2;
+// The kept values are float32, 24 bits. Three bfloat16 hold them; float16 has not the exponents.
+template <class T, int kTokens>
+constexpr bool kExpandedByMma = kTokens > 1 && std::is_same_v<T, bfloat16>;
+
+// A warp's place in such a product: lane 4 group() + member().
+__device__ inline int group() { return lane() / 4; }
+__device__ inline int member() { return lane() % 4; }
+
+// c += a b, 16 weights (rows or columns of theirs) with 8 tokens, over 16 products. A lane gives and gets
+//   a[0], a[1]  of weights group() and group() + 8: products 2 member() and the next, as one word
+//   a[2], a[3]  of the same: products 2 member() + 8 and the next
+//   b[0], b[1]  of token group(): the same products
+//   c[0], c[1]  weight group(), tokens 2 member() and the next; c[2], c[3]: weight group() + 8
+// Which of the real products is called which does not matter, as long as a and b agree.
+template <class T>
+__device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, bfloat16>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else  // the tests run kernels on the host
+  shim::multiply_add<T>(c, a, b);
+#endif
+}
+
+// What a lane gives as b for sixteen rows and all tokens, where the tokens' values are sums of kParts bfloat16.
+template <int kParts, int kTokens>
+struct Factors {
+  uint32_t b[kTokens / 8][kParts][2];
+};
+
+// Two values that bfloat16 holds exactly, in one word.
+__device__ inline uint32_t pack(float low, float high) {
+  return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+}
+
+// Takes from `value` what its upper half, a bfloat16, holds of it, and returns that. Three times of a float32
+// take all of it. What is not finite stays in the first part alone.
+__device__ inline uint16_t split_off(float& value) {
+  const uint32_t bits = __float_as_uint(value);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  const uint32_t upper = value != value ? 0x7fc00000u : bits & 0xffff0000u;
+  value = finite ? value - __uint_as_float(upper) : 0.0f;
+  return uint16_t(upper >> 16);
+}
+
+}  // namespace
