@@ -77,7 +77,8 @@ CHECKED = {
         (replace(WIDE, density=0.25, lead=(16,), N=257), "2"),
     ],
     "masked_linear": [
-        (Case("masked_linear", 5000, 40), "3"),  # two lists
+        (Case("masked_linear", 5000, 40), "3"),  # two looks at z
+        (Case("masked_linear", 13000, 24, density=1.0), "1"),  # two lists
         (Case("masked_linear", 300, 700), "3"),
         (Case("masked_linear", 301, 70, lead=(6,)), "2"),
         (Case("masked_linear", 300, 300, lead=(13,)), "2"),
@@ -158,9 +159,9 @@ MUTANTS = {
     "parts_in_one_place": (LOWRANK, "mask.cuh", "halves[4 * part]", "halves[0]"),
     "parts_of_one_row": (LOWRANK, "mask.cuh", "* 2 + row % 2;", "* 2;"),
     "list_counts": (LOWRANK, "expand.cuh", f"{SYNC}  // the counts", "// the counts"),
-    "list_entries": (LOWRANK, "expand.cuh", f"{SYNC}\n  return total", "return total"),
+    "list_entries": (LOWRANK, "expand.cuh", f"{SYNC}\n  return listed", "return listed"),
     "list_order": (LOWRANK, "expand.cuh", "+ up_to - kept;", "+ up_to;"),
-    "list_first_rows": (LINEAR, "expand.cuh", "list_rows(list, e.z, first)", "list_rows(list, e.z, 0)"),
+    "list_first_rows": (LINEAR, "expand.cuh", "list_rows(list, e.z, first, ", "list_rows(list, e.z, 0, "),
     "table_too_early": (LOWRANK, "expand.cuh", f"{SYNC}  // nobody reads the rows", "// nobody reads the rows"),
     "table_half_full": (LOWRANK, "expand.cuh", f"{SYNC}\n}}\n\n// sums += the rows of a table", "}\n"),
     "next_tokens": (LOWRANK, "expand.cuh", "done_with(token + m, n", "done_with(m, n"),

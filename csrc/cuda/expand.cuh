@@ -38,17 +38,18 @@ struct Place {
   __device__ bool reads(const Matrix<T>& rows) const { return slot < slots && column < rows.columns; }
 };
 
-// Kept rows of one token and their z, in order: as many as one look of the block's threads can find.
+// Kept rows of one token and their z, in order.
 struct List {
-  static constexpr int kRows = kRun * kThreads;
+  static constexpr int kLook = kRun * kThreads;  // rows that the threads of a block look at together
+  static constexpr int kRows = 11 * 1024;
   int row[kRows];
   float z[kRows];
   int kept[kWarps];  // by each warp
 };
 
-// Lists the kept ones of List::kRows rows from `first` on, and returns how many they are.
+// Adds the kept ones of List::kLook rows from `first` on to the `listed` ones, and returns how many it then has.
 template <class Z>
-__device__ int list_rows(List& list, const Z& z, int64_t first) {
+__device__ int list_rows(List& list, const Z& z, int64_t first, int listed) {
   const int64_t row = first + threadIdx.x * kRun;
   float values[kRun];
   z.run(row, values);
@@ -57,15 +58,15 @@ __device__ int list_rows(List& list, const Z& z, int64_t first) {
   for (int i = 0; i < kRun; i++) kept += values[i] != 0.0f;
   const int up_to = sum_up_to_lane(kept);
   if (lane() == kLanes - 1) list.kept[warp()] = up_to;
-  __syncthreads();  // the counts are there, and nobody reads the list of the rows before any more
+  __syncthreads();  // the counts are there, and nobody reads what was listed before
   const int of_warp = lane() < kWarps ? list.kept[lane()] : 0, up_to_warp = sum_up_to_lane(of_warp);
-  int entry = __shfl_sync(kAllLanes, up_to_warp - of_warp, warp()) + up_to - kept;
+  int entry = listed + __shfl_sync(kAllLanes, up_to_warp - of_warp, warp()) + up_to - kept;
 #pragma unroll
   for (int i = 0; i < kRun; i++)
     if (values[i] != 0.0f) list.row[entry] = int(row + i), list.z[entry++] = values[i];
-  const int total = __shfl_sync(kAllLanes, up_to_warp, kLanes - 1);
+  const int added = __shfl_sync(kAllLanes, up_to_warp, kLanes - 1);
   __syncthreads();
-  return total;
+  return listed + added;
 }
 
 // sums += the rows of a list that fall to this thread
@@ -175,9 +176,12 @@ __device__ void expand_one(const Expansion<Z, T>& e, int tile, Done done_with) {
   const Place<T> place(e.width, tile);
   float sums[1][kPacket<T>] = {};
   auto& list = shared_as<List>();
-  for (int64_t first = 0; first < e.rows.rows; first += list.kRows) {
-    const int count = list_rows(list, e.z, first);
-    if (place.reads(e.rows)) add_listed<kWide>(list, count, e.rows, place, sums[0]);
+  int listed = 0;
+  for (int64_t first = 0; first < e.rows.rows; first += list.kLook) {
+    listed = list_rows(list, e.z, first, listed);
+    if (first + list.kLook < e.rows.rows && listed + list.kLook <= list.kRows) continue;
+    if (place.reads(e.rows)) add_listed<kWide>(list, listed, e.rows, place, sums[0]);
+    listed = 0;
   }
   add_slots<1, T>(sums, place, 1, e.width, tile, e.rows.columns, done_with);
 }

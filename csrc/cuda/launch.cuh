@@ -134,6 +134,8 @@ class Kernel {
     const std::lock_guard<std::mutex> hold(lock);
     int& blocks = known[{kernel_, device_.current()}];
     if (!blocks) {
+      check_cuda(device_.op, cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                  int(block_.shared_bytes)));
       int fit = 0;
       check_cuda(device_.op,
                  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel_, block_.threads, block_.shared_bytes));

@@ -45,7 +45,7 @@ enum class Scope { warp, block, grid };
 // of the others until it waits again. `what` names the call: all must make the same one.
 void wait(Scope scope, const char* what, uint64_t value = 0);
 uint64_t left_by(Scope scope, int thread);
-int threads_in(Scope scope);
+extern size_t most_shared;  // bytes that a launch may ask for
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 void require(bool condition, const char* message);
 
@@ -166,9 +166,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device);
 cudaError_t cudaGetDevice(int* device);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the shim"; }
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+// For all kernels at once, where CUDA has it for each; and no more than the card with the least can give.
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  shim::most_shared = std::max(shim::most_shared, size_t(bytes));
+  return bytes <= 99 * 1024 ? cudaSuccess : cudaErrorUnknown;
+}
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t shared_bytes) {
-  *blocks = threads <= 1024 && shared_bytes <= 48 * 1024;
+  *blocks = threads <= 1024 && shared_bytes <= shim::most_shared;
   return cudaSuccess;
 }
 template <class... Parameters, class... Arguments>

@@ -206,7 +206,7 @@ void require(bool condition, const char* message) {
   std::abort();
 }
 
-int threads_in(Scope scope) { return meeting(scope).size; }
+size_t most_shared = 48 * 1024;
 
 void wait(Scope scope, const char* what, uint64_t value) {
   Meeting& m = meeting(scope);
@@ -225,7 +225,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
   Launch here{kernel, order, std::mt19937(seed + 1000 * launches++)};
   launch = &here;
   gridDim = grid, blockDim = block;
-  require(shared_bytes <= 48 * 1024 && grid.x > 0 && block.x % 32 == 0, "a launch that CUDA would refuse");
+  require(shared_bytes <= most_shared && grid.x > 0 && block.x % 32 == 0, "a launch that CUDA would refuse");
   here.grid.open(int(grid.x * block.x));
   here.blocks.resize(grid.x);
   here.threads.resize(size_t(grid.x) * block.x);
