@@ -124,7 +124,7 @@ def _cell(row: Row, name: str) -> str:
 def card(path: Path, stamp: str, rows: list[Row]) -> str:
     """A graphics card: one line a problem, ours by backend."""
     backends = [name.removesuffix(" x dense") for name in rows[0] if name.endswith(" x dense")]
-    fields = ["op", "model", "density", "M", "dtype", "dense us"]
+    fields = ["op", "model", "density", "M", "dtype", "dense us", "static us", "masked in torch us"]
     fields += [f"{b} {what}" for b in backends for what in ("us", "% of copy", "x dense")]
     return plain(path.stem, f"{stamp}. Inside CUDA graphs", rows, fields)
 

@@ -18,7 +18,9 @@ struct Expansion {
 
 // The widest tile that a kernel takes: as many columns as it has registers, or shared memory, to add up.
 template <class T, int kTokens>
-constexpr int kMostColumns = kTokens == 1 ? kThreads : kTokens == 16 && kExpandedByMma<T, kTokens> ? 64 : 128;
+constexpr int kMostColumns = kTokens == 1                                  ? kThreads
+                             : kTokens == 16 && kExpandedByMma<T, kTokens> ? 64
+                                                                           : 128;
 template <class T, int kTokens>
 constexpr int kMostPackets = kMostColumns<T, kTokens> / kPacket<T>;
 
@@ -211,8 +213,8 @@ template <int kTokens>
 constexpr int kPasses = kMostPackets<bfloat16, kTokens> / kEight;
 
 // Zeros in place of what is beyond the last of `rows` rows, which nobody wrote.
-template <int kParts, int kTokens>
-__device__ void cut_off(Factors<kParts, kTokens>& factors, int row, int64_t rows) {
+template <int kTokens>
+__device__ void cut_off(Factors<kTokens>& factors, int row, int64_t rows) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int64_t left = rows - row - 8 * i - 2 * member();
@@ -225,8 +227,8 @@ __device__ void cut_off(Factors<kParts, kTokens>& factors, int row, int64_t rows
 }
 
 // Which of this lane's four rows some token wants, as bits: 2 member() and the next, and these plus 8.
-template <int kParts, int kTokens>
-__device__ unsigned wanted_rows(const Factors<kParts, kTokens>& factors) {
+template <int kTokens>
+__device__ unsigned wanted_rows(const Factors<kTokens>& factors) {
   unsigned wanted = 0;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -265,8 +267,7 @@ __device__ void add_warps(const float (&sums)[4][4], int first_packet, int width
 #pragma unroll
   for (int j = 0; j < kColumns / 2; j++)
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      shared.packets[warp()][group()].at[2 * j + i / 2][2 * member() + i % 2] = sums[j][i];
+    for (int i = 0; i < 4; i++) shared.packets[warp()][group()].at[2 * j + i / 2][2 * member() + i % 2] = sums[j][i];
   __syncthreads();
   static_assert(kThreads == kEight * kColumns * 8);
   const int m = first_token + threadIdx.x % 8, column = threadIdx.x / 8 % kColumns, packet = warp() / 2;
@@ -278,8 +279,8 @@ __device__ void add_warps(const float (&sums)[4][4], int first_packet, int width
 }
 
 // sums += z rows, for eight packets of columns of sixteen rows
-template <int kParts, int kTokens>
-__device__ void add_rows(const Packet<bfloat16> (&weights)[4], const Factors<kParts, kTokens>& z,
+template <int kTokens>
+__device__ void add_rows(const Packet<bfloat16> (&weights)[4], const Factors<kTokens>& z,
                          float (&sums)[kTokens / 8][kPacket<bfloat16> / 2][4]) {
   constexpr int kPairs = kPacket<bfloat16> / 2;
   uint32_t a[kPairs][4];
@@ -319,12 +320,11 @@ __device__ void expand_by_mma(const Expansion<Z, bfloat16>& e, int tile, Done do
 #pragma unroll
     for (int r = 0; r < 4; r++) {
       weights[pass][r] = {};
-      if (wanted >> r & 1)
-        weights[pass][r] = stream<kWide>(at + (r % 2 + r / 2 * 8) * rows.ld, left - pass * kColumns);
+      if (wanted >> r & 1) weights[pass][r] = stream<kWide>(at + (r % 2 + r / 2 * 8) * rows.ld, left - pass * kColumns);
     }
   };
   const int begin = 16 * warp();
-  auto z = e.z.template factors<kTokens>(begin), next = e.z.template factors<kTokens>(begin + kStep);
+  auto z = e.z.factors(begin), next = e.z.factors(begin + kStep);
   const unsigned wanted_first = wanted_of(z, begin);
 #pragma unroll
   for (int pass = 0; pass < kPasses<kTokens>; pass++) read(pass, wanted_first, begin);
@@ -337,7 +337,7 @@ __device__ void expand_by_mma(const Expansion<Z, bfloat16>& e, int tile, Done do
       read(pass, wanted, first + kStep);
     }
     z = next;
-    next = e.z.template factors<kTokens>(first + 2 * kStep);
+    next = e.z.factors(first + 2 * kStep);
   }
 #pragma unroll
   for (int pass = 0; pass < kPasses<kTokens>; pass++)

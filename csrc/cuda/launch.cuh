@@ -56,12 +56,12 @@ class Device {
     void* stream = nullptr;
     if (aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream)) fail(op, "torch has no CUDA stream");
     stream_ = static_cast<cudaStream_t>(stream);
-    card_ = find_card();
+    processors_ = find_processors();
   }
 
   const char* const op;
 
-  Card card() const { return card_; }
+  int processors() const { return processors_; }
 
   // Runs kernel(arguments...); `together`: all blocks at once, so that they can wait for one another.
   template <class... Parameters, class... Arguments>
@@ -93,26 +93,26 @@ class Device {
     return value;
   }
 
-  Card find_card() const {
+  int find_processors() const {
     static std::mutex lock;
-    static std::map<int, Card> known;
+    static std::map<int, int> known;
     const std::lock_guard<std::mutex> hold(lock);
     const int device = current();
-    Card& card = known[device];
-    if (!card.processors) {
-      const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                             attribute(cudaDevAttrComputeCapabilityMinor, device);
-      if (capability < 80)
-        fail(op, "the card has compute capability " + std::to_string(capability / 10) + "." +
-                     std::to_string(capability % 10) + ", wanted 8.0 or later");
-      card = {capability, attribute(cudaDevAttrMultiProcessorCount, device)};
+    int& processors = known[device];
+    if (!processors) {
+      const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+      const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+      if (major < 8)
+        fail(op, "the card has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+                     ", wanted 8.0 or later");
+      processors = attribute(cudaDevAttrMultiProcessorCount, device);
     }
-    return card;
+    return processors;
   }
 
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
-  Card card_;
+  int processors_;
 };
 
 // A kernel in a grid of at most as many blocks as run at once. Only `together` may they wait for one another.
@@ -134,13 +134,13 @@ class Kernel {
     const std::lock_guard<std::mutex> hold(lock);
     int& blocks = known[{kernel_, device_.current()}];
     if (!blocks) {
-      check_cuda(device_.op, cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  int(block_.shared_bytes)));
+      check_cuda(device_.op,
+                 cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, int(block_.shared_bytes)));
       int fit = 0;
       check_cuda(device_.op,
                  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel_, block_.threads, block_.shared_bytes));
       if (!fit) fail(device_.op, "the card has no room for a block of the kernel");
-      blocks = device_.card().processors;
+      blocks = device_.processors();
     }
     return blocks;
   }

@@ -30,7 +30,6 @@ constexpr int kRun = 8;
 // An input h of an op, with the mask that is still to be applied.
 template <class T>
 struct MaskedInput {
-  static constexpr int kParts = 1;
   const T* h;
   int tokens;
   int64_t rows;
@@ -40,19 +39,6 @@ struct MaskedInput {
   __device__ void run(int64_t row, float (&values)[kRun]) const {
 #pragma unroll
     for (int i = 0; i < kRun; i++) values[i] = row + i < rows ? value(0, row + i) : 0.0f;
-  }
-  template <int kTokens>
-  __device__ Factors<kParts, kTokens> factors(int row) const {
-    Factors<kParts, kTokens> factors = {};
-#pragma unroll
-    for (int eight = 0; eight < kTokens / 8; eight++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int m = 8 * eight + group(), first = row + 8 * i + 2 * member();
-        if (m < tokens && first < rows)
-          factors.b[eight][0][i] = pack(value(m, first), first + 1 < rows ? value(m, first + 1) : 0.0f);
-      }
-    return factors;
   }
 };
 
@@ -83,7 +69,6 @@ struct Floats {
 // The same as sums of three bfloat16, in the order in which the lanes of a warp take them.
 template <int kMostTokens>
 struct Parts {
-  static constexpr int kParts = 3;
   struct OfLane {
     uint32_t words[8];  // b[0] and b[1] of each part; the last two are not used
   };
@@ -100,12 +85,11 @@ struct Parts {
 #pragma unroll
     for (int part = 0; part < kParts; part++) halves[4 * part] = split_off(value);
   }
-  template <int kTokens>
-  __device__ Factors<kParts, kTokens> factors(int row) const {
-    Factors<kParts, kTokens> factors = {};
+  __device__ Factors<kMostTokens> factors(int row) const {
+    Factors<kMostTokens> factors = {};
     if (row >= rows) return factors;
 #pragma unroll
-    for (int eight = 0; eight < kTokens / 8; eight++) {
+    for (int eight = 0; eight < kMostTokens / 8; eight++) {
       if (8 * eight + group() >= tokens) continue;
       auto& b = factors.b[eight];
       const auto* const words = reinterpret_cast<const uint4*>(of(row + 2 * member(), 8 * eight + group()));

@@ -16,13 +16,20 @@ __global__ void __launch_bounds__(kThreads, 1) masked_linear_kernel(const __grid
   });
 }
 
+// Up to this many tokens rows are skipped. In 16 bits z is as exact for a dense product as it is here, and two tokens
+// already take longer without the rows that they drop than 64 take with all of them (bench/NOTES.md).
+template <class T>
+constexpr int64_t kStreamedTokens = sizeof(T) == 2 ? 1 : kDecodeTokens;
+
 template <class T>
 void decode(const Device& device, Linear<T> op) {
-  for_tokens(op.expansion.z.tokens, [&](auto tokens) {
+  const auto run = [&](auto tokens) {
     const Kernel kernel(device, masked_linear_kernel<T, tokens()>, kBlock<T, tokens()>);
     cut<tokens()>(op.expansion, kernel.blocks());
     kernel.launch(op.expansion.tiles, op, /*together=*/false);
-  });
+  };
+  if constexpr (kStreamedTokens<T> == 1) run(std::integral_constant<int, 1>{});
+  else for_tokens(op.expansion.z.tokens, run);
 }
 
 Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshold, const OptionalTensor& scale,
@@ -37,7 +44,7 @@ Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshol
   const Mask mask{t.data, int(threshold.dim()), data_of(s)};
   for_dtype(h.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    if (tokens > kDecodeTokens) {
+    if (tokens > kStreamedTokens<T>) {
       const Tensor z = masked<T, T>(device, tokens_in_rows(h), mask, h.scalar_type());
       y = last_product(z, rows, bias, h);
     } else {

@@ -14,8 +14,7 @@ struct Lowrank {
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kThreads, 1)
     masked_lowrank_linear_kernel(const __grid_constant__ Lowrank<T, kTokens> op) {
-  project<kTokens>(op.ranks,
-                   [&](int m, int64_t r, float h) { op.expansion.z.store(m, r, op.mask.apply(h, r)); });
+  project<kTokens>(op.ranks, [&](int m, int64_t r, float h) { op.expansion.z.store(m, r, op.mask.apply(h, r)); });
   fetch_ahead<kTokens>(op.expansion);
   cooperative_groups::this_grid().sync();
   for_tiles(op.expansion, [&](int tile) {

@@ -149,7 +149,10 @@ Tensor masked_mlp(const Tensor& x, const Tensor& B, const Tensor& up_rows, const
     const Packed<T> input(x);
     const auto up_b = packed<T>(up_bias), gate_b = packed<T>(gate_bias), down_b = packed<T>(down_bias);
     const Mask rank_mask{t.data, 1, nullptr};
-    const Neurons<T> neurons{data_of(up_b), data_of(gate_b), gate_rows.has_value(), function,
+    const Neurons<T> neurons{data_of(up_b),
+                             data_of(gate_b),
+                             gate_rows.has_value(),
+                             function,
                              {down_t.data, int(down_threshold.dim()), down_s.data}};
     if (tokens > kDecodeTokens) {
       y = prefill<T>(device, x, B, rank_mask, up_rows, gate_rows, neurons, down_rows, down_bias);

@@ -40,19 +40,17 @@ __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32
 #endif
 }
 
-// What a lane gives as b for sixteen rows and all tokens, where the tokens' values are sums of kParts bfloat16.
-template <int kParts, int kTokens>
+// A float32 is the sum of so many bfloat16.
+constexpr int kParts = 3;
+
+// What a lane gives as b for sixteen rows and all tokens, part by part of their values.
+template <int kTokens>
 struct Factors {
   uint32_t b[kTokens / 8][kParts][2];
 };
 
-// Two values that bfloat16 holds exactly, in one word.
-__device__ inline uint32_t pack(float low, float high) {
-  return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
-}
-
-// Takes from `value` what its upper half, a bfloat16, holds of it, and returns that. Three times of a float32
-// take all of it. What is not finite stays in the first part alone.
+// Takes from `value` what its upper half, a bfloat16, holds of it, and returns that: kParts times take all of it.
+// What is not finite stays in the first part alone.
 __device__ inline uint16_t split_off(float& value) {
   const uint32_t bits = __float_as_uint(value);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;

@@ -9,11 +9,6 @@ namespace {
 // Up to this many tokens h stays in float32 and the weights are streamed; above it, dense products.
 constexpr int64_t kDecodeTokens = 16;
 
-struct Card {
-  int capability;  // 90 for 9.0
-  int processors;
-};
-
 // The token counts that kernels are compiled for.
 inline int tokens_compiled(int64_t tokens) { return tokens == 1 ? 1 : tokens <= 8 ? 8 : 16; }
 

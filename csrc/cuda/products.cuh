@@ -40,7 +40,7 @@ __device__ void for_each(int64_t count, F f) {
 constexpr Block kPlainBlock{512, 0};
 
 inline int blocks_for_each(const Device& device, int64_t count) {
-  return int(std::clamp<int64_t>(ceil_div(count, kPlainBlock.threads), 1, 4 * device.card().processors));
+  return int(std::clamp<int64_t>(ceil_div(count, kPlainBlock.threads), 1, 4 * device.processors()));
 }
 
 // z = m ⊙ h, [tokens, rows]

@@ -193,8 +193,8 @@ __device__ void project_rows(const Projection<T>& projection, Done done_with) {
   for (int done = 0; int64_t(done) * teams < rows; done += Round::kRows) {
     const int row = first_team + warp() / warps_a_row + done * teams;
     if (row < rows)
-      multiply_rows<kWide, kTokens>(B.data + row * B.ld, teams * B.ld, min(ceil_div(rows - row, teams), Round::kRows), x,
-                                    warp() % warps_a_row, warps_a_row, partials.at[warp()]);
+      multiply_rows<kWide, kTokens>(B.data + row * B.ld, teams * B.ld, min(ceil_div(rows - row, teams), Round::kRows),
+                                    x, warp() % warps_a_row, warps_a_row, partials.at[warp()]);
     __syncthreads();
     for (int i = threadIdx.x; i < teams_here * Round::kRows * x.count; i += kThreads) {
       const int m = i % x.count, slot = i / x.count % Round::kRows, here = i / x.count / Round::kRows;

@@ -218,7 +218,6 @@ uint64_t left_by(Scope scope, int thread) {
   return m.left[(m.round - 1) % 2][thread];
 }
 
-
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   static unsigned launches = 0;  // chance is another one in every launch, and the same in every process
   const auto [order, seed] = schedule();
