@@ -143,6 +143,7 @@ def survives(folder: Path, op: str, mutation: build.Mutation | None) -> bool:
 
 LINEAR, LOWRANK, MLP, DENSE = OPS
 PROJECT, EXPAND = "project.cuh", "expand.cuh"
+THREADS, MMA = "expand_by_threads.cuh", "expand_by_mma.cuh"
 SYNC, GRID_SYNC = "__syncthreads();", "cooperative_groups::this_grid().sync();"
 DOWN, TABLE = "\n  for_tiles(op.down", "\n}\n\n// sums += the rows of a t"
 # what is done wrong: in which op it shows, and the file, the text and what takes its place
@@ -159,22 +160,22 @@ MUTANTS = {
     "nan_dropped": (LOWRANK, "mask.cuh", "? 0.0f : h", "|| h != h ? 0.0f : h"),
     "parts_in_one_place": (LOWRANK, "mask.cuh", "halves[4 * part]", "halves[0]"),
     "parts_of_one_row": (LOWRANK, "mask.cuh", "* 2 + row % 2;", "* 2;"),
-    "list_counts": (LOWRANK, EXPAND, f"{SYNC}  // the counts", "// the counts"),
-    "list_entries": (LOWRANK, EXPAND, f"{SYNC}\n  return listed", "return listed"),
-    "list_order": (LOWRANK, EXPAND, "+ up_to - kept;", "+ up_to;"),
-    "list_first_rows": (LINEAR, EXPAND, "list_rows(list, e.z, first, ", "list_rows(list, e.z, 0, "),
-    "table_too_early": (LOWRANK, EXPAND, f"{SYNC}  // nobody reads the rows", "// nobody reads the rows"),
-    "table_half_full": (LOWRANK, EXPAND, f"{SYNC}{TABLE}", TABLE),
-    "next_tokens": (LOWRANK, EXPAND, "done_with(token + m, n", "done_with(m, n"),
-    "slots_too_early": (LOWRANK, EXPAND, f"{SYNC}  // nobody reads what lies there any more: a", "// a"),
-    "slots_too_late": (LOWRANK, EXPAND, f"{SYNC}\n    float sum = 0", "float sum = 0"),
-    "slots_between": (LOWRANK, EXPAND, f"{SYNC}\n    at[threadIdx.x] = sum", "at[threadIdx.x] = sum"),
-    "slots_at_the_end": (LOWRANK, EXPAND, f"{SYNC}\n    if (part > 0", "if (part > 0"),
-    "warps_too_early": (LOWRANK, EXPAND, f"{SYNC}  // nobody reads what lies there any more\n", "\n"),
-    "warps_too_late": (LOWRANK, EXPAND, f"{SYNC}\n  static_assert", "static_assert"),
-    "rows_of_some_tokens": (LOWRANK, EXPAND, "int offset = 4; offset", "int offset = 8; offset"),
-    "rows_of_before": (LOWRANK, EXPAND, "read(pass, wanted, first + kStep)", "read(pass, wanted, first)"),
-    "columns_swapped": (LOWRANK, EXPAND, "i % 2 ? 0x7632 : 0x5410", "i % 2 ? 0x5410 : 0x7632"),
+    "list_counts": (LOWRANK, THREADS, f"{SYNC}  // the counts", "// the counts"),
+    "list_entries": (LOWRANK, THREADS, f"{SYNC}\n  return listed", "return listed"),
+    "list_order": (LOWRANK, THREADS, "+ up_to - kept;", "+ up_to;"),
+    "list_first_rows": (LINEAR, THREADS, "list_rows(list, e.z, first, ", "list_rows(list, e.z, 0, "),
+    "table_too_early": (LOWRANK, THREADS, f"{SYNC}  // nobody reads the rows", "// nobody reads the rows"),
+    "table_half_full": (LOWRANK, THREADS, f"{SYNC}{TABLE}", TABLE),
+    "next_tokens": (LOWRANK, THREADS, "done_with(token + m, n", "done_with(m, n"),
+    "slots_too_early": (LOWRANK, THREADS, f"{SYNC}  // nobody reads what lies there any more: a", "// a"),
+    "slots_too_late": (LOWRANK, THREADS, f"{SYNC}\n    float sum = 0", "float sum = 0"),
+    "slots_between": (LOWRANK, THREADS, f"{SYNC}\n    at[threadIdx.x] = sum", "at[threadIdx.x] = sum"),
+    "slots_at_the_end": (LOWRANK, THREADS, f"{SYNC}\n    if (part > 0", "if (part > 0"),
+    "warps_too_early": (LOWRANK, MMA, f"{SYNC}  // nobody reads what lies there any more\n", "\n"),
+    "warps_too_late": (LOWRANK, MMA, f"{SYNC}\n  static_assert", "static_assert"),
+    "rows_of_some_tokens": (LOWRANK, MMA, "int offset = 4; offset", "int offset = 8; offset"),
+    "rows_of_before": (LOWRANK, MMA, "read(pass, wanted, first + kStep)", "read(pass, wanted, first)"),
+    "columns_swapped": (LOWRANK, MMA, "i % 2 ? 0x7632 : 0x5410", "i % 2 ? 0x5410 : 0x7632"),
     "tiles_of_one_block": (LOWRANK, EXPAND, "tile += gridDim.x", "tile += gridDim.x + 1"),
     "down_too_early": (MLP, f"{MLP}.cu", f"{GRID_SYNC}{DOWN}", DOWN),
     "neurons_too_early": (MLP, f"{MLP}.cu", f"{SYNC}\n  for (int i", "for (int i"),

@@ -15,7 +15,7 @@ template <class T, int kTokens>
 __global__ void __launch_bounds__(kThreads, 1)
     masked_lowrank_linear_kernel(const __grid_constant__ Lowrank<T, kTokens> op) {
   project<kTokens>(op.ranks, [&](int m, int64_t r, float h) { op.expansion.z.store(m, r, op.mask.apply(h, r)); });
-  fetch_ahead<kTokens>(op.expansion);
+  fetch_ahead(op.expansion);
   cooperative_groups::this_grid().sync();
   for_tiles(op.expansion, [&](int tile) {
     expand<kTokens>(op.expansion, tile, [&](int m, int64_t n, float sum) { op.output.store(m, n, sum); });

@@ -65,8 +65,8 @@ __device__ void compute_neurons(const Mlp<T, kTokens>& op, int tile) {
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kThreads, 1) masked_mlp_kernel(const __grid_constant__ Mlp<T, kTokens> op) {
   project<kTokens>(op.ranks, [&](int m, int64_t r, float h) { op.store_rank(m, r, h); });
-  fetch_ahead<kTokens>(op.up, kAheadBytes / (op.neurons.gated ? 2 : 1));
-  if (op.neurons.gated) fetch_ahead<kTokens>(op.gate, kAheadBytes / 2);
+  fetch_ahead(op.up, kAheadBytes / (op.neurons.gated ? 2 : 1));
+  if (op.neurons.gated) fetch_ahead(op.gate, kAheadBytes / 2);
   cooperative_groups::this_grid().sync();
   for_tiles(op.up, [&](int tile) { compute_neurons(op, tile); });
   cooperative_groups::this_grid().sync();

@@ -1,0 +1,188 @@
+// A tile of an expansion by threads: each has one packet of columns, of every so many rows.
+#pragma once
+
+#include "expansion.cuh"
+
+namespace {
+
+// Where a thread stands in a tile: at a packet of the rows from number `slot` on, every `slots`-th.
+template <class T>
+struct Place {
+  int slot, slots;
+  int64_t column;
+
+  __device__ Place(int width, int tile)
+      : slot(threadIdx.x / width),
+        slots(kThreads / width),
+        column((int64_t(tile) * width + threadIdx.x % width) * kPacket<T>) {}
+
+  __device__ bool reads(const Matrix<T>& rows) const { return slot < slots && column < rows.columns; }
+};
+
+// Kept rows of one token and their z, in order.
+struct List {
+  static constexpr int kLook = kRun * kThreads;  // rows that the threads of a block look at together
+  static constexpr int kRows = 11 * 1024;
+  int row[kRows];
+  float z[kRows];
+  int kept[kWarps];  // by each warp
+};
+
+// Adds the kept ones of List::kLook rows from `first` on to the `listed` ones, and returns how many it then has.
+template <class Z>
+__device__ int list_rows(List& list, const Z& z, int64_t first, int listed) {
+  const int64_t row = first + threadIdx.x * kRun;
+  float values[kRun];
+  z.run(row, values);
+  int kept = 0;
+#pragma unroll
+  for (int i = 0; i < kRun; i++) kept += values[i] != 0.0f;
+  const int up_to = sum_up_to_lane(kept);
+  if (lane() == kLanes - 1) list.kept[warp()] = up_to;
+  __syncthreads();  // the counts are there, and nobody reads what was listed before
+  const int of_warp = lane() < kWarps ? list.kept[lane()] : 0, up_to_warp = sum_up_to_lane(of_warp);
+  int entry = listed + __shfl_sync(kAllLanes, up_to_warp - of_warp, warp()) + up_to - kept;
+#pragma unroll
+  for (int i = 0; i < kRun; i++)
+    if (values[i] != 0.0f) list.row[entry] = int(row + i), list.z[entry++] = values[i];
+  const int added = __shfl_sync(kAllLanes, up_to_warp, kLanes - 1);
+  __syncthreads();
+  return listed + added;
+}
+
+// sums += the rows of a list that fall to this thread
+template <bool kWide, class T>
+__device__ void add_listed(const List& list, int count, const Matrix<T>& rows, const Place<T>& place,
+                           float (&sums)[kPacket<T>]) {
+  constexpr int kLoads = kWide ? 8 : 1;  // in flight
+  const T* const data = rows.data + place.column;
+  for (int first = place.slot; first < count; first += kLoads * place.slots) {
+    const auto entry = [&](int i) { return first + i * place.slots; };
+    Packet<T> weights[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; i++)
+      if (entry(i) < count)
+        weights[i] = stream<kWide>(data + list.row[entry(i)] * rows.ld, rows.columns - place.column);
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) {
+      if (entry(i) >= count) break;
+      const float z = list.z[entry(i)];
+#pragma unroll
+      for (int c = 0; c < kPacket<T>; c++) sums[c] += z * weights[i][c];
+    }
+  }
+}
+
+// z of some rows for some tokens; more take turns. Which thread adds up a row depends on the row alone, so that a
+// token's sums have the same bits in any company.
+struct Table {
+  static constexpr int kTokens = 8, kRows = 1024;
+  float z[kRows][kTokens];
+
+  __device__ bool wanted(int row) const {
+    bool any = false;
+#pragma unroll
+    for (int m = 0; m < kTokens; m++) any |= z[row][m] != 0.0f;
+    return any;
+  }
+};
+
+// Fills a table with `count` rows from `row` on, for the tokens from `token` on.
+template <class Z>
+__device__ void fill(Table& table, const Z& z, int token, int64_t row, int count) {
+  __syncthreads();  // nobody reads the rows before any more
+#pragma unroll
+  for (int m = 0; m < Table::kTokens; m++)
+    for (int r = threadIdx.x; r < count; r += kThreads)
+      table.z[r][m] = token + m < z.tokens ? z.value(token + m, row + r) : 0.0f;
+  __syncthreads();
+}
+
+// sums += the rows of a table that fall to this thread; those that no token wants are not read
+template <bool kWide, class T>
+__device__ void add_wanted(const Table& table, int count, const T* data, const Matrix<T>& rows, const Place<T>& place,
+                           float (&sums)[Table::kTokens][kPacket<T>]) {
+  constexpr int kLoads = kWide ? 4 : 1;  // in flight, if all are wanted
+  for (int row = place.slot; row < count; row += kLoads * place.slots) {
+    const auto at = [&](int i) { return row + i * place.slots; };
+    Packet<T> weights[kLoads] = {};
+#pragma unroll
+    for (int i = 0; i < kLoads; i++)
+      if (at(i) < count && table.wanted(at(i)))
+        weights[i] = stream<kWide>(data + at(i) * rows.ld, rows.columns - place.column);
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) {
+      if (at(i) >= count) break;
+#pragma unroll
+      for (int m = 0; m < Table::kTokens; m++)
+#pragma unroll
+        for (int c = 0; c < kPacket<T>; c++) sums[m][c] += table.z[at(i)][m] * weights[i][c];
+    }
+  }
+}
+
+template <class T>
+using ThreadSums = float[kThreads * kPacket<T>];
+
+// Adds up the sums of all slots, token by token, and calls done_with(m, n, sum).
+template <int kTokens, class T, class Done>
+__device__ void add_slots(const float (&sums)[kTokens][kPacket<T>], const Place<T>& place, int tokens, int width,
+                          int tile, int64_t N, Done done_with) {
+  auto& at = shared_as<ThreadSums<T>>();
+  const int columns = width * kPacket<T>, parts = kThreads / columns;
+  const int column = threadIdx.x % columns, part = threadIdx.x / columns;
+  const int64_t n = int64_t(tile) * columns + column;
+#pragma unroll
+  for (int m = 0; m < kTokens; m++) {
+    if (m >= tokens) break;
+    __syncthreads();  // nobody reads what lies there any more: a list, or sums
+    if (place.slot < place.slots)
+#pragma unroll
+      for (int c = 0; c < kPacket<T>; c++) at[threadIdx.x * kPacket<T> + c] = sums[m][c];
+    __syncthreads();
+    float sum = 0;
+    if (part < parts)
+      for (int s = part; s < place.slots; s += parts) sum += at[s * columns + column];
+    __syncthreads();
+    at[threadIdx.x] = sum;
+    __syncthreads();
+    if (part > 0 || n >= N) continue;
+    for (int p = 1; p < parts; p++) sum += at[p * columns + column];
+    done_with(m, n, sum);
+  }
+}
+
+template <bool kWide, class Z, class T, class Done>
+__device__ void expand_one(const Expansion<Z, T>& e, int tile, Done done_with) {
+  const Place<T> place(e.width, tile);
+  float sums[1][kPacket<T>] = {};
+  auto& list = shared_as<List>();
+  int listed = 0;
+  for (int64_t first = 0; first < e.rows.rows; first += list.kLook) {
+    listed = list_rows(list, e.z, first, listed);
+    if (first + list.kLook < e.rows.rows && listed + list.kLook <= list.kRows) continue;
+    if (place.reads(e.rows)) add_listed<kWide>(list, listed, e.rows, place, sums[0]);
+    listed = 0;
+  }
+  add_slots<1, T>(sums, place, 1, e.width, tile, e.rows.columns, done_with);
+}
+
+template <bool kWide, class Z, class T, class Done>
+__device__ void expand_several(const Expansion<Z, T>& e, int tile, Done done_with) {
+  const Place<T> place(e.width, tile);
+  auto& table = shared_as<Table>();
+  for (int token = 0; token < e.z.tokens; token += table.kTokens) {
+    float sums[Table::kTokens][kPacket<T>] = {};
+    for (int64_t first = 0; first < e.rows.rows; first += table.kRows) {
+      const int64_t left = e.rows.rows - first;
+      const int count = left < table.kRows ? int(left) : table.kRows;
+      fill(table, e.z, token, first, count);
+      const T* const data = e.rows.data + first * e.rows.ld + place.column;
+      if (place.reads(e.rows)) add_wanted<kWide>(table, count, data, e.rows, place, sums);
+    }
+    add_slots<Table::kTokens, T>(sums, place, e.z.tokens - token, e.width, tile, e.rows.columns,
+                                 [&](int m, int64_t n, float sum) { done_with(token + m, n, sum); });
+  }
+}
+
+}  // namespace
