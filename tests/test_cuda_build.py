@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def tokens_of(op: str, dtype: str) -> tuple[int, ...]:
     return (1,) if op == "masked_linear" and dtype != "float32" else TOKENS
 
 
+@cache
 def cuobjdump(*options: str) -> str:
     """What the toolkit's cuobjdump, or the one in the triton package, says about the library."""
     bundled = Path(sys.prefix).glob("lib/python3*/site-packages/triton/backends/nvidia/bin/cuobjdump")
