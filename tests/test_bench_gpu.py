@@ -108,6 +108,12 @@ def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys, monkeypatc
     assert "third: left out" in log and "never" not in log and log in capsys.readouterr().out
 
 
+def test_a_log_names_files_from_the_project_on(tmp_path):
+    stages = Stages(tmp_path / "log", time.monotonic() + 60)
+    stages.say(f'File "{ROOT}/tests/test_gpu.py", line 1')
+    assert (tmp_path / "log").read_text() == 'File "tests/test_gpu.py", line 1\n'
+
+
 class Rehearsal(Stages):
     """Runs nothing; one op fails, and what would be timed is made up."""
 

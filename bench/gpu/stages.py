@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from contextlib import suppress
@@ -18,6 +19,8 @@ from bench.report import ROOT
 console = Console(width=None if sys.stdout.isatty() else 160)
 SHORTEST = 5  # seconds: nothing is begun for less
 LAST_WORDS = 5  # seconds that an interrupted child has to say how far it came
+# of this machine alone: what is written names files from there on
+PLACES = (str(ROOT), sysconfig.get_path("purelib"))
 
 
 @dataclass
@@ -33,6 +36,8 @@ class Stages:
 
     def say(self, text: str) -> None:
         text = text.rstrip("\n")
+        for place in PLACES:
+            text = text.replace(f"{place}/", "")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
