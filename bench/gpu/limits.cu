@@ -14,7 +14,7 @@
 
 namespace cg = cooperative_groups;
 
-constexpr int kThreads = 512;  // of a block, as in csrc/cuda for one token
+constexpr int kThreads = 512;  // of a block, as in csrc/cuda
 constexpr int kNodes = 200;    // kernels of a graph
 constexpr int kTimes = 200;    // barriers of a kernel
 constexpr int kReplays = 21;

@@ -9,6 +9,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -115,40 +116,40 @@ class Device {
   int processors_;
 };
 
-// A kernel in a grid of at most as many blocks as run at once. Only `together` may they wait for one another.
+// A kernel in a grid of at most a block a multiprocessor, so that all run at once. Only `together` may they wait for
+// one another.
 template <class Op>
 class Kernel {
  public:
-  Kernel(const Device& device, void (*kernel)(Op), Block block)
-      : device_(device), kernel_(kernel), block_(block), blocks_(find_blocks()) {}
+  Kernel(const Device& device, void (*kernel)(Op), Block block) : device_(device), kernel_(kernel), block_(block) {
+    prepare();
+  }
 
-  int blocks() const { return blocks_; }
+  int blocks() const { return device_.processors(); }
   void launch(int64_t most_blocks, const Op& op, bool together = true) const {
-    device_.launch(kernel_, std::clamp<int64_t>(most_blocks, 1, blocks_), block_, together, op);
+    device_.launch(kernel_, std::clamp<int64_t>(most_blocks, 1, blocks()), block_, together, op);
   }
 
  private:
-  int find_blocks() const {
+  // Once for each device: allows the shared memory, and sees that a block has room.
+  void prepare() const {
     static std::mutex lock;
-    static std::map<std::pair<void (*)(Op), int>, int> known;
+    static std::set<std::pair<void (*)(Op), int>> prepared;
     const std::lock_guard<std::mutex> hold(lock);
-    int& blocks = known[{kernel_, device_.current()}];
-    if (!blocks) {
-      check_cuda(device_.op,
-                 cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, int(block_.shared_bytes)));
-      int fit = 0;
-      check_cuda(device_.op,
-                 cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel_, block_.threads, block_.shared_bytes));
-      if (!fit) fail(device_.op, "the card has no room for a block of the kernel");
-      blocks = device_.processors();
-    }
-    return blocks;
+    const std::pair here{kernel_, device_.current()};
+    if (prepared.count(here)) return;
+    check_cuda(device_.op,
+               cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, int(block_.shared_bytes)));
+    int fit = 0;
+    check_cuda(device_.op,
+               cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel_, block_.threads, block_.shared_bytes));
+    if (!fit) fail(device_.op, "the card has no room for a block of the kernel");
+    prepared.insert(here);
   }
 
   const Device& device_;
   void (*kernel_)(Op);
   Block block_;
-  int blocks_;
 };
 
 // Scratch memory: one allocation by torch, in pieces that each start on 16 bytes.

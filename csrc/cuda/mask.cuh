@@ -27,6 +27,12 @@ struct Mask {
 
 constexpr int kRun = 8;
 
+template <class Z>
+__device__ void run_one_by_one(const Z& z, int64_t row, float (&values)[kRun]) {
+#pragma unroll
+  for (int i = 0; i < kRun; i++) values[i] = row + i < z.rows ? z.value(0, row + i) : 0.0f;
+}
+
 // An input h of an op, with the mask that is still to be applied.
 template <class T>
 struct MaskedInput {
@@ -36,10 +42,7 @@ struct MaskedInput {
   Mask mask;
 
   __device__ float value(int m, int64_t row) const { return mask.apply(float(h[m * rows + row]), row); }
-  __device__ void run(int64_t row, float (&values)[kRun]) const {
-#pragma unroll
-    for (int i = 0; i < kRun; i++) values[i] = row + i < rows ? value(0, row + i) : 0.0f;
-  }
+  __device__ void run(int64_t row, float (&values)[kRun]) const { run_one_by_one(*this, row, values); }
 };
 
 // What this launch has written itself, in float32. It is read past the first-level cache, which other
@@ -60,8 +63,7 @@ struct Floats {
         values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
       }
     } else {
-#pragma unroll
-      for (int i = 0; i < kRun; i++) values[i] = row + i < rows ? value(0, row + i) : 0.0f;
+      run_one_by_one(*this, row, values);
     }
   }
 };

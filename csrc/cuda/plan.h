@@ -2,7 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
+
+#include "device.cuh"
 
 namespace {
 
@@ -24,7 +25,6 @@ inline int warps_a_row(int64_t row_bytes, int64_t slice, int most) {
 // tiles are narrow costs little, for blocks that have neighbouring columns of a row read them at about the same time;
 // dealing out the rows of wider ones would need sums in global memory, and a second meeting of the blocks.
 inline int packets_a_tile(int64_t packets, int64_t blocks, int64_t most) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t rounds = std::max<int64_t>(1, ceil_div(packets, blocks * most));
   const auto rounded_up = [&](int64_t to) {
     return std::clamp<int64_t>(to * ceil_div(packets, to * blocks * rounds), 1, most);

@@ -5,8 +5,6 @@
 // in flight while sums are added up. How a sum is grouped depends on the length of the row alone.
 #pragma once
 
-#include <algorithm>
-
 #include "mma.cuh"
 
 namespace {

@@ -93,7 +93,7 @@ V load(const V* p) {
 
 // ---- device ----
 
-using std::max, std::min;
+using std::min;
 inline void __syncthreads() { shim::wait(shim::Scope::block, "__syncthreads"); }
 
 template <class V>

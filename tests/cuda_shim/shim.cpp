@@ -43,12 +43,11 @@ struct Meeting {
     size = threads;
     left[0].resize(threads), left[1].resize(threads);
   }
-  unsigned arrive(int thread, const char* call, uint64_t value) {
+  void arrive(int thread, const char* call, uint64_t value) {
     require(!arrived || std::string(what) == call, "threads wait for one another at different calls");
     what = call;
     left[round % 2][thread] = value;
     arrived++;
-    return round;
   }
 };
 
@@ -136,14 +135,6 @@ void switch_to_scheduler(bool for_good) {
   __sanitizer_finish_switch_fiber(thread.fake_stack, &launch->scheduler_stack, &launch->scheduler_stack_size);
 }
 
-// Ends a round once all are there; whoever ends it gets no head start.
-void wait_until_past(Meeting& meeting, unsigned round) {
-  if (meeting.round != round) return;
-  meeting.waiting.push_back(running_thread());
-  end_if_complete(meeting);
-  switch_to_scheduler(false);
-}
-
 void start() {
   __sanitizer_finish_switch_fiber(nullptr, &launch->scheduler_stack, &launch->scheduler_stack_size);
   launch->kernel();
@@ -210,7 +201,10 @@ size_t most_shared = 48 * 1024;
 
 void wait(Scope scope, const char* what, uint64_t value) {
   Meeting& m = meeting(scope);
-  wait_until_past(m, m.arrive(number_in(scope), what, value));
+  m.arrive(number_in(scope), what, value);
+  m.waiting.push_back(running_thread());
+  end_if_complete(m);  // whoever ends a round gets no head start
+  switch_to_scheduler(false);
 }
 
 uint64_t left_by(Scope scope, int thread) {
