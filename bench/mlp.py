@@ -23,7 +23,7 @@ from bench.baselines import (
 )
 from bench.weights import copies, far, threshold_keeping, turns, wanted, weight
 from rana_kernels import ops
-from rana_kernels.backends import reference
+from rana_kernels.ops import reference
 
 
 class Weights(NamedTuple):
@@ -152,7 +152,7 @@ def expand(x: Tensor, w: Weights) -> Tensor:
 
 
 def parts(x: Tensor, w: Weights) -> Tensor:
-    return ops.masked_linear(expand(x, w), w.down, w.down_threshold, w.scale)
+    return ops.masked_linear(expand(x, w), w.down, w.down_threshold, w.norms)
 
 
 def fused(x: Tensor, w: Weights) -> Tensor:

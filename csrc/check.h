@@ -1,4 +1,4 @@
-// What each op accepts, in the words of rana_kernels/checks.py, shared by every compiled backend.
+// What each op accepts, in the words of rana_kernels/ops/checks.py, shared by every compiled backend.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

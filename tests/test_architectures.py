@@ -9,11 +9,11 @@ from torch import nn
 from transformers import Conv1D
 
 import rana_kernels as rana
-from rana_kernels.allocate import NEEDS
-from rana_kernels.install import install
-from rana_kernels.methods.search import Search
-from rana_kernels.models import ARCHITECTURES, describe, find_blocks
-from rana_kernels.modules import RanaLinear, RanaMLP, RanaReceiver
+from rana_kernels.allocation.methods import NEEDS
+from rana_kernels.allocation.search import Search
+from rana_kernels.model.architectures import ARCHITECTURES, describe, find_blocks
+from rana_kernels.model.install import install
+from rana_kernels.nn.adapters import RanaLinear, RanaMLP, RanaReceiver
 from tests.architectures import MODELS, table
 from tests.child import python
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens

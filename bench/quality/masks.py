@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from bench.quality.subject import Subject, scoped
 from rana_kernels.evaluation.density import Costs
-from rana_kernels.layer import Layer
-from rana_kernels.methods.split import threshold_for
+from rana_kernels.statistics.block import CalibratedBlock
+from rana_kernels.statistics.thresholds import threshold_for
 
 
 class Masked(nn.Module):
@@ -71,10 +71,10 @@ def mask_inputs(subject: Subject, scope: str, keep: float, *, weighted: bool) ->
     model, _ = subject.copy()
     rows, dense = {}, 0
     for block in subject.blocks:
-        layer = Layer(subject.dense, block, subject.stats)
+        layer = CalibratedBlock(subject.dense, block, subject.stats)
         for name in scoped(block, scope):
             x, weight = layer.sample(layer.input_of((name,))), layer.linear(name).weight
-            scale = layer.scale(name) if weighted else torch.ones(x.shape[1], device=x.device)
+            scale = layer.neuron_norms(name) if weighted else torch.ones(x.shape[1], device=x.device)
             masked = MaskedLinear(model.get_submodule(name), scale)
             masked.fit(x, keep * x.shape[1])
             model.set_submodule(name, masked)
@@ -99,7 +99,7 @@ def mask_gates(subject: Subject, scope: str, keep: float) -> tuple[nn.Module, Co
     for block in subject.blocks:
         if not block.act or block.gate in ("", block.up):
             raise ValueError("CATS needs an MLP with a gate of its own")
-        layer = Layer(subject.dense, block, subject.stats)
+        layer = CalibratedBlock(subject.dense, block, subject.stats)
         gates = layer.dense(block.gate, layer.sample("mlp"))
         masked = MaskedActivation(model.get_submodule(block.act))
         masked.fit(gates, share * gates.shape[1])

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from rana_kernels.checkpoint import attached_plan
+from rana_kernels.allocation.latency import LatencyTable
+from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.integrations.transformers import load
-from rana_kernels.times import Times
 
 ROOT = Path(__file__).parent.parent.parent
 NEEDS = {
@@ -103,7 +103,7 @@ def test_budgets(run, folder):
     small, fast = (attached_plan(load(folder / "build" / name)) for name in ("small", "fast"))
     assert small is not None and small.max_memory == 5_000_000
     assert fast is not None and fast.time_reduction == 0.1
-    assert Times.load(folder / "build/times.json").machine["dtype"] == "bfloat16"
+    assert LatencyTable.load(folder / "build/times.json").machine["dtype"] == "bfloat16"
 
 
 def test_serving(run, folder):
