@@ -1,4 +1,4 @@
-"""Every architecture of the README's table, and models of somebody's own."""
+"""Every architecture of docs/models.md, and models of somebody's own."""
 
 import copy
 from pathlib import Path
@@ -25,8 +25,8 @@ def written(model: nn.Module) -> list[int]:
     return model.generate(tokens(1, 8).clamp_min(3), max_new_tokens=8, do_sample=False)[0].tolist()
 
 
-def test_the_readme_has_the_table():
-    assert table() in (Path(__file__).parent.parent / "README.md").read_text()
+def test_the_page_of_models_has_the_table():
+    assert table() in (Path(__file__).parent.parent / "docs" / "models.md").read_text()
     assert {make_model(name).config.model_type for name in MODELS} == set(ARCHITECTURES)
 
 

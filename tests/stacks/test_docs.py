@@ -1,4 +1,4 @@
-"""The pages under docs/: all of their commands, run in the order of the page in an empty folder."""
+"""The README and the pages under docs/: all of their commands, run in the order of the page."""
 
 import json
 import os
@@ -17,6 +17,8 @@ from rana_kernels.integrations.transformers import load
 
 ROOT = Path(__file__).parent.parent.parent
 NEEDS = {
+    "README": "transformers",
+    "models": "",
     "transformers": "transformers",
     "budgets": "",
     "serving": "fastapi lm_eval",
@@ -37,7 +39,8 @@ BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def script(page: str) -> str:
     """Everything in the page as one shell program; what Python it holds is one program, run last."""
-    blocks = BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text())
+    folder = ROOT if page == "README" else ROOT / "docs"
+    blocks = BLOCK.findall((folder / f"{page}.md").read_text())
     shell = [text for kind, text in blocks if kind == "sh" and not text.startswith("pip install")]
     python = "".join(text for kind, text in blocks if kind == "python")
     stop = "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"
@@ -89,6 +92,16 @@ def run(folder):
 
 def first_json(out: str) -> Any:
     return json.JSONDecoder().raw_decode(out[out.index('{"id"') :])[0]
+
+
+def test_readme(run, folder):
+    out = run("README")
+    assert "perplexity" in out and "def main():" in out
+    assert (folder / "build/compressed/rana.json").is_file()
+
+
+def test_models(run):
+    assert 0.15 < float(run("models").splitlines()[-1]) < 0.25
 
 
 def test_transformers(run, folder):
