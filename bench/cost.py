@@ -25,7 +25,7 @@ from bench.estimates import (
 from bench.fits import Fit, fit
 from bench.models import LARGE, MODELS, Model
 from bench.report import RESULTS, conditions, processor, write_json
-from rana_kernels.statistics import block
+from rana_kernels.statistics import block as calibrated_block
 from rana_kernels.statistics.decomposition import decompose
 from rana_kernels.system.cpu import clock
 
@@ -160,7 +160,7 @@ def timed_decompositions(now: Any) -> Iterator[list[float]]:
         seconds.append(now() - begin)
         return factors
 
-    with patch.object(block, "decompose", timed):
+    with patch.object(calibrated_block, "decompose", timed):
         yield seconds
 
 

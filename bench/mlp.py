@@ -34,7 +34,7 @@ class Weights(NamedTuple):
     gate: Tensor
     threshold: Tensor
     down: Tensor
-    scale: Tensor
+    norms: Tensor
     down_threshold: Tensor
 
 
@@ -116,8 +116,8 @@ class Mlp:
         B = weight(2 * self.ranks, self.K, x.dtype)
         threshold = threshold_keeping(2 * self.live, (x.float() @ B.float().T).abs())
         up, gate = weight(self.ranks, self.I, x.dtype), weight(self.ranks, self.I, x.dtype)
-        down, scale = weight(self.I, self.K, x.dtype), torch.ones(self.I)
-        made = Weights(B, up, gate, threshold.expand(len(B)).contiguous(), down, scale, threshold)
+        down, norms = weight(self.I, self.K, x.dtype), torch.ones(self.I)
+        made = Weights(B, up, gate, threshold.expand(len(B)).contiguous(), down, norms, threshold)
         kept = threshold_keeping(self.neurons, expand(x, made).float().abs())
         return made._replace(down_threshold=kept)
 

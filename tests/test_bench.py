@@ -24,7 +24,7 @@ from bench.timing import interleave, repeats
 from rana_kernels.allocation.whole_model import block_curves
 from rana_kernels.cli import bench as handover
 from rana_kernels.model.architectures import find_blocks
-from rana_kernels.statistics import block
+from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.system.cpu import cold_bytes
 
 TINY = [
@@ -322,7 +322,7 @@ def test_the_decompositions_counted_are_those_that_are_done():
     model = cost.random_block(64)
     stats = rana_kernels.calibrate(model, [torch.randint(256, (2, 64))], progress=False)
     for block in find_blocks(model):
-        worked = block.Layer(model, block, stats)
+        worked = CalibratedBlock(model, block, stats)
         block_curves(worked)
         done += worked._factors
     by_input = find_blocks(model)[0].inputs

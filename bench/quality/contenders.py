@@ -12,7 +12,7 @@ from torch import nn
 import rana_kernels as rana
 from bench.quality.masks import mask_gates, mask_inputs
 from bench.quality.subject import Subject, scoped
-from rana_kernels.allocation import paper
+from rana_kernels.allocation.methods import METHODS
 from rana_kernels.allocation.request import Request
 from rana_kernels.allocation.search import Search
 from rana_kernels.allocation.specs import dense_spec
@@ -122,10 +122,11 @@ def _same_for_every_layer(subject: Subject, scope: str, keep: float, method: str
         )
     adapters: list[AdapterSpec] = []
     for block in subject.blocks:
-        layer, inside = CalibratedBlock(subject.dense, block, subject.stats), set(scoped(block, scope))
-        for adapter in paper.plan_layer(layer, share, method):
+        calibrated = CalibratedBlock(subject.dense, block, subject.stats)
+        inside = set(scoped(block, scope))
+        for adapter in METHODS[method].plan_block(calibrated, share):
             own = adapter.names[0] in inside
-            adapters += [adapter] if own else [dense_spec(layer, name) for name in adapter.names]
+            adapters += [adapter] if own else [dense_spec(calibrated, name) for name in adapter.names]
     return Plan(tuple(adapters), method)
 
 
