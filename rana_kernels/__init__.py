@@ -1,7 +1,7 @@
 """RaNA kernels: transformer inference that skips the work an input does not need (arXiv 2503.18216).
 
-`import rana_kernels` defines `torch.ops.rana` and registers the checkpoint format with transformers. The public
-names below are imported when they are first used, so that loading a checkpoint imports no calibration.
+`import rana_kernels` defines `torch.ops.rana` and registers the checkpoint format with transformers. The
+public names below are imported when they are first used, so that loading a checkpoint imports no calibration.
 """
 
 import os
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rana_kernels.compression.run import compress
     from rana_kernels.integrations.transformers import load, save
     from rana_kernels.model.plan import Plan
-    from rana_kernels.nn.adapters import RanaLinear, RanaMLP
+    from rana_kernels.nn.adapters import RanaLinear
+    from rana_kernels.nn.mlp import RanaMLP
     from rana_kernels.statistics.calibration import calibrate
 
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
 _HOMES = {
     "Plan": "model.plan",
     "RanaLinear": "nn.adapters",
-    "RanaMLP": "nn.adapters",
+    "RanaMLP": "nn.mlp",
     "calibrate": "statistics.calibration",
     "compress": "compression.run",
     "load": "integrations.transformers",

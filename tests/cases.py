@@ -48,7 +48,7 @@ class Case:
     density: float = 0.5
     bias: bool = True
     per_row: bool = True
-    scale: bool = True
+    norms: bool = True
     activation: str = "silu"
 
     @property
@@ -67,7 +67,7 @@ class Case:
             f"N{self.N}",
             f"keep{self.density:g}" * masked,
             "bias" * self.bias,
-            "scale" * (self.scale and self.op == "masked_linear"),
+            "norms" * (self.norms and self.op == "masked_linear"),
             ("per_row" if self.per_row else "one_threshold") * masked,
         ]
         return "-".join(filter(None, parts))
@@ -103,8 +103,8 @@ def _zip(shapes, leads, *choices) -> Iterator[tuple]:
 
 def _cases(linear, lowrank, mlp, dense, leads) -> list[Case]:
     flag, cases = (True, False), []
-    for ((R, N), lead), (density, bias, per_row, scale) in _zip(linear, leads, DENSITIES, flag, flag, flag):
-        cases.append(Case("masked_linear", R, N, 0, 0, None, lead, density, bias, per_row, scale))
+    for ((R, N), lead), (density, bias, per_row, norms) in _zip(linear, leads, DENSITIES, flag, flag, flag):
+        cases.append(Case("masked_linear", R, N, 0, 0, None, lead, density, bias, per_row, norms))
     for ((K, R, N), lead), (density, bias, per_row) in _zip(lowrank, leads, DENSITIES, flag, flag):
         cases.append(Case("masked_lowrank_linear", R, N, K, 0, None, lead, density, bias, per_row))
     gates = ("separate", "shared", None)
@@ -133,7 +133,7 @@ SMALL = {
 }
 FORMS = {
     "linear": SMALL["masked_linear"],
-    "linear_bare": replace(SMALL["masked_linear"], bias=False, scale=False, per_row=False),
+    "linear_bare": replace(SMALL["masked_linear"], bias=False, norms=False, per_row=False),
     "lowrank": SMALL["masked_lowrank_linear"],
     "lowrank_bare": replace(SMALL["masked_lowrank_linear"], bias=False, per_row=False),
     "mlp_separate": SMALL["masked_mlp"],
@@ -169,10 +169,10 @@ def make_inputs(case: Case, dtype: torch.dtype, *, integers: bool = False, devic
 
 def _linear(case: Case, draw) -> dict:
     h, rows = draw.ranks(case.R), draw.matrix(case.R, case.N, fan=64, along=0)
-    scale = draw.scale(case.R) if case.scale else None
-    scores = h.double().abs() * (1 if scale is None else scale.double())
+    norms = draw.norms(case.R) if case.norms else None
+    scores = h.double().abs() * (1 if norms is None else norms.double())
     threshold = draw.threshold(scores, case.per_row)
-    return {"h": h, "rows": rows, "threshold": threshold, "scale": scale, "bias": draw.bias(case.N)}
+    return {"h": h, "rows": rows, "threshold": threshold, "norms": norms, "bias": draw.bias(case.N)}
 
 
 def _lowrank(case: Case, draw) -> dict:
@@ -197,7 +197,7 @@ def _mlp(case: Case, draw) -> dict:
         "up_bias": draw.bias(case.I, top=1),
         "gate_bias": None if gate is None else draw.bias(case.I, top=1),
         "down_rows": draw.matrix(case.I, case.N, fan=16, along=0),
-        "down_norms": draw.scale(case.I),
+        "down_norms": draw.norms(case.I),
         "down_threshold": None,
         "down_bias": draw.bias(case.N),
         "activation": draw.activation(case.activation),
@@ -234,7 +234,7 @@ class _Gaussian:
     def bias(self, size: int, top: int = 2) -> Tensor | None:
         return self._normal(size, by=0.5) if self.case.bias else None
 
-    def scale(self, size: int) -> Tensor:
+    def norms(self, size: int) -> Tensor:
         return torch.rand(size, generator=self.generator) + 0.5
 
     def activation(self, name: str) -> str:
@@ -292,7 +292,7 @@ class _Integers(_Gaussian):
     def bias(self, size: int, top: int = 2) -> Tensor | None:
         return self._integers(top, size) if self.case.bias else None
 
-    def scale(self, size: int) -> Tensor:
+    def norms(self, size: int) -> Tensor:
         return torch.randint(1, 4, (size,), generator=self.generator).float()
 
     def activation(self, name: str) -> str:
@@ -316,22 +316,22 @@ def dense(op: str, args: dict, dtype: torch.dtype, masks: list[Tensor] | None = 
     """(y, masks) of an op, computed and returned in `dtype`; `masks` given are used as they are."""
     a, used = _cast(args, dtype), []
 
-    def masked(h: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Tensor:
-        used.append(_kept(h, threshold, scale) if masks is None else masks[len(used)])
+    def masked(h: Tensor, threshold: Tensor, norms: Tensor | None = None) -> Tensor:
+        used.append(_kept(h, threshold, norms) if masks is None else masks[len(used)])
         return h.where(used[-1], 0)
 
     if op == "linear":
         return _affine(a["x"], a["weight"].T, a["bias"]), used
     if op == "masked_linear":
-        return _affine(masked(a["h"], a["threshold"], a["scale"]), a["rows"], a["bias"]), used
+        return _affine(masked(a["h"], a["threshold"], a["norms"]), a["rows"], a["bias"]), used
     if op == "masked_lowrank_linear":
         return _affine(masked(a["x"] @ a["B"].T, a["threshold"]), a["rows"], a["bias"]), used
     g = masked(_neurons(a, masked), a["down_threshold"], a["down_norms"])
     return _affine(g, a["down_rows"], a["down_bias"]), used
 
 
-def _kept(h: Tensor, threshold: Tensor, scale: Tensor | None = None) -> Tensor:
-    score = h.abs() if scale is None else h.abs() * scale
+def _kept(h: Tensor, threshold: Tensor, norms: Tensor | None = None) -> Tensor:
+    score = h.abs() if norms is None else h.abs() * norms
     return score.isnan() | (score >= threshold)
 
 

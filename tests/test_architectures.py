@@ -9,11 +9,12 @@ from torch import nn
 from transformers import Conv1D
 
 import rana_kernels as rana
-from rana_kernels.allocation.methods import NEEDS
+from rana_kernels.allocation.methods import METHODS
 from rana_kernels.allocation.search import Search
 from rana_kernels.model.architectures import ARCHITECTURES, describe, find_blocks
 from rana_kernels.model.install import install
-from rana_kernels.nn.adapters import RanaLinear, RanaMLP, RanaReceiver
+from rana_kernels.nn.adapters import RanaLinear, RanaReceiver
+from rana_kernels.nn.mlp import RanaMLP
 from tests.architectures import MODELS, table
 from tests.child import python
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
@@ -41,7 +42,7 @@ def test_full_ranks_are_the_dense_model(name):
 
 
 @every_model
-@pytest.mark.parametrize("method", NEEDS)
+@pytest.mark.parametrize("method", METHODS)
 def test_compressed_saved_loaded_and_generating(name, method, tmp_path):
     model = make_model(name)
     search = Search(tokens(2), evaluations=2) if method == "rankadaptor" else None

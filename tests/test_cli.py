@@ -22,7 +22,9 @@ from rana_kernels.evaluation.metrics import count_live_rows, decode_speed, perpl
 from rana_kernels.integrations import programs
 
 VOCABULARY = 300
-TEXT = Path(rana.modules.__file__).read_text() * 2  # text of about the right length, and at hand
+TEXT = (
+    Path(rana.__file__).parent / "nn" / "adapters.py"
+).read_text() * 3  # text of about the right length, and at hand
 
 
 @pytest.fixture(scope="module")
@@ -159,18 +161,18 @@ def test_eval_against_the_dense_model(folder, compressed, run):
     assert found["model"]["perplexity"] == pytest.approx(found["dense"]["perplexity"], rel=0.1)
     assert {a["kind"] for a in found["adapters"]} == {"rank", "neuron"}
     for adapter in found["adapters"]:
-        assert adapter["kept"] == pytest.approx(adapter["planned"], rel=0.3)
+        assert adapter["live"] == pytest.approx(adapter["planned"], rel=0.3)
         assert adapter["p5"] <= adapter["median"] <= adapter["p95"] <= adapter["max"] <= adapter["rank"]
         assert adapter["p5"] < adapter["max"]
     density = found["density"]
     assert density["planned"] == pytest.approx(0.56, abs=0.01)
     assert density["measured"] == pytest.approx(density["planned"], abs=0.02)
     assert density["tokens"]["p5"] < density["measured"] < density["tokens"]["max"]
-    losses = [spot["loss"] - spot["dense_loss"] for spot in found["lose_most"]]
+    losses = [example["loss"] - example["dense_loss"] for example in found["lose_most"]]
     assert losses == sorted(losses, reverse=True) and losses[0] > 0
-    costs = [spot["keep"] for spot in found["keep_most"]]
+    costs = [example["cost_ratio"] for example in found["cost_most"]]
     assert len(costs) == 5 and costs[0] == pytest.approx(density["tokens"]["max"], abs=0.05)
-    words = [spot["text"] + spot["next"] for spot in found["lose_most"]]
+    words = [example["text"] + example["next"] for example in found["lose_most"]]
     assert all(text.strip("\ufffd") in TEXT for text in words), words
     code, out, _ = run(*command)
     assert code == 0 and "perplexity" in out and "down" in out

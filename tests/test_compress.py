@@ -1,8 +1,8 @@
 """From a model and text to an adapted model: calibration, decomposition, allocation, compression."""
 
 import copy
-import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -10,13 +10,17 @@ from torch import nn
 
 from rana_kernels.allocation.cost import MULTIPLY_ADDS
 from rana_kernels.allocation.methods import plan
+from rana_kernels.allocation.search import Search
 from rana_kernels.allocation.split import Splits
+from rana_kernels.compression import run
 from rana_kernels.compression.run import compress
 from rana_kernels.evaluation.live import count_live
+from rana_kernels.model import architectures
 from rana_kernels.model.architectures import find_blocks
 from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
-from rana_kernels.nn.adapters import RanaMLP, RanaReceiver
+from rana_kernels.nn.adapters import RanaReceiver
+from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.statistics.calibration import INPUTS, calibrate
 from rana_kernels.statistics.decomposition import decompose
 from rana_kernels.statistics.thresholds import threshold_for
@@ -376,7 +380,7 @@ def test_bfloat16_models_stay_so_and_thresholds_do_not():
     compress(model, [tokens()], flops_reduction=0.3, progress=False)
     kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     for name, dtype in kinds.items():
-        assert dtype == (torch.float32 if name.endswith(("threshold", "scale")) else torch.bfloat16), name
+        assert dtype == (torch.float32 if name.endswith(("threshold", "norms")) else torch.bfloat16), name
     assert logits(model).isfinite().all()
 
 
@@ -384,20 +388,18 @@ def test_bfloat16_models_stay_so_and_thresholds_do_not():
 def test_resuming_gives_the_same_bits_and_redoes_nothing(tmp_path, monkeypatch, method):
     whole, broken = make_model("Qwen2"), make_model("Qwen2")
     first = compress(whole, [tokens()], flops_reduction=0.4, method=method, progress=False)
-    # by path: `rana_kernels.compress` may also be the function of that name
-    module = importlib.import_module("rana_kernels.compress")
-    measured, done = module.measure, []
+    measured, done = run.measure, []
 
     def interrupted(layer, adapter):
         if layer.block.index == 1:
             raise KeyboardInterrupt
         return measured(layer, adapter)
 
-    monkeypatch.setattr(module, "measure", interrupted)
+    monkeypatch.setattr(run, "measure", interrupted)
     arguments = {"flops_reduction": 0.4, "method": method, "resume_dir": tmp_path, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         compress(broken, [tokens()], **arguments)
-    monkeypatch.setattr(module, "measure", lambda *a: done.append(a[0].block.index) or measured(*a))
+    monkeypatch.setattr(run, "measure", lambda *a: done.append(a[0].block.index) or measured(*a))
     resumed = make_model("Qwen2")
     report = compress(resumed, [tokens()], **arguments)
     assert set(done) == {1} and report.adapters == first.adapters
@@ -436,3 +438,20 @@ def test_an_adapted_model_is_not_compressed_again():
     compress(model, [tokens()], flops_reduction=0.4, progress=False)
     with pytest.raises(ValueError, match="cannot be compressed again"):
         compress(copy.deepcopy(model), [tokens()], flops_reduction=0.4, progress=False)
+
+
+@pytest.mark.parametrize("method", ["global", "paper", "rankadaptor"])
+def test_blocks_are_found_once(monkeypatch, method):
+    found = []
+    original = architectures.find_blocks
+
+    def counted(model):
+        found.append(model)
+        return original(model)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("rana_kernels.") and getattr(module, "find_blocks", None) is original:
+            monkeypatch.setattr(module, "find_blocks", counted)
+    search = {"search": Search(tokens(2), 2)} if method == "rankadaptor" else {}
+    compress(make_model(), [tokens()], flops_reduction=0.3, method=method, progress=False, **search)
+    assert len(found) == 1

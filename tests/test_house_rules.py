@@ -1,16 +1,19 @@
-"""Rules of the house: one list of ops, arrows between rooms, sizes of files, no unsafe loading."""
+"""Rules of the house: one list of ops, rooms whose arrows run down, sizes of files, no unsafe loading."""
 
 import ast
 import inspect
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import rana_kernels
 from rana_kernels import ops
-from rana_kernels.ops import checks, gradients, reference
+from rana_kernels.ops import checks, gradients, mlp, reference
 from tests.cases import SMALL
+from tests.child import python
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rana_kernels"
@@ -18,34 +21,51 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 KERNELS = [
     p for d in ("cpu", "cuda") for p in sorted((ROOT / "csrc" / d).glob(f"*.{'cpp' if d == 'cpu' else 'cu'}"))
 ]
+UNCOUNTED = {"__init__.py", "version.py", "py.typed", "__pycache__"}
 
-# whom the rooms under the modules may import, of the package; nothing else
-KERNEL_ROOMS = {
-    "checks": set(),
-    "backends.reference": {"checks"},
-    "gradients": {"backends.reference", "checks"},
-    "ops": {"checks", "gradients", "backends.reference"},
-    "backends": {"ops", "backends.reference", "backends.triton"},
-    "modules": {"ops", "backends.reference", "checks"},
-    "dense": {"ops"},
-}
-# the rooms above them see kernels through modules; the reference also gives them masks to count
-HIDDEN = {"ops", "gradients", "backends"}
-# these may: the package itself forwards names, and a command line reports what serves the ops
-DOORS = {"", "info"}
+# Which other rooms each room may import. Every arrow runs to a room above, so there is no circle.
+ARROWS = {
+    "system": set(),
+    "ops": set(),
+    "backends": {"ops", "system"},
+    "nn": {"ops"},
+    "model": {"nn"},
+    "checkpoint": {"model", "system"},
+    "evaluation": {"model"},
+    "statistics": {"ops", "model"},
+    "allocation": {"nn", "model", "checkpoint", "evaluation", "statistics", "system"},
+    "compression": {"ops", "nn", "model", "checkpoint", "statistics", "allocation", "system"},
+    "recovery": {
+        "ops", "nn", "model", "checkpoint", "evaluation", "statistics", "allocation", "system",
+    },
+    "integrations": {"ops", "nn", "model", "checkpoint", "system"},
+    "cli": {
+        "backends", "checkpoint", "evaluation", "statistics", "allocation", "compression", "recovery", "model",
+        "integrations",
+    },
+}  # fmt: skip
+# Only these rooms call the ops. The others see kernels through modules.
+CALLERS = {"ops", "nn", "integrations"}
+# Rooms that a process that loads a checkpoint never imports.
+UNUSED_BY_LOADING = ("statistics", "allocation", "compression", "recovery", "evaluation", "cli")
 
 
-def room(path: Path) -> str:
+def file_name(path: Path) -> str:
+    """Return the dotted name of a file of the package, "" for the package itself."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(p for p in parts if p != "__init__")
 
 
-ROOMS = {room(p): p for p in SOURCES}
-every_room = pytest.mark.parametrize("name", [n for n in ROOMS if n], ids=str)
+FILES = {file_name(p): p for p in SOURCES}
+every_file = pytest.mark.parametrize("name", [n for n in FILES if n not in ("", "version")], ids=str)
+
+
+def room(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    """Full names of the modules that a file imports."""
+    """Return the full names of the modules that a file imports."""
     tree = ast.parse(path.read_text())
     found = set()
     for node in tree.body if top_level_only else ast.walk(tree):
@@ -54,16 +74,17 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             full = {f"{node.module}.{a.name}" for a in node.names}
-            found |= {n if n.removeprefix("rana_kernels.") in ROOMS else node.module for n in full}
+            found |= {n if n.removeprefix("rana_kernels.") in FILES else node.module for n in full}
     return found
 
 
 def own_imports(name: str) -> set[str]:
-    return {
-        n.removeprefix("rana_kernels").removeprefix(".")
-        for n in imports(ROOMS[name])
-        if n.startswith("rana_kernels")
-    }
+    """Return the files of the package that one of them imports."""
+    found = {n for n in imports(FILES[name]) if n.startswith("rana_kernels.")}
+    return {n.removeprefix("rana_kernels.") for n in found} - {"version", "_C"}
+
+
+# ops
 
 
 @pytest.mark.parametrize("op", ops.SCHEMAS)
@@ -72,14 +93,14 @@ def test_an_op_has_its_name_in_every_room(op):
         assert callable(getattr(place, op)), place.__name__
     assert op in SMALL, "tests/cases.py has no case"
     assert ops.__dict__[op].__doc__
-    has = rana_kernels.ops.torch._C._dispatch_has_kernel_for_dispatch_key
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
     for key in ("CompositeExplicitAutograd", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA"):
         assert has(f"rana::{op}", key) or has(f"rana::{op}", key + "CPU"), key
 
 
 @pytest.mark.parametrize("op", ops.SCHEMAS)
 def test_arguments_have_one_order_and_one_name(op):
-    schema = [a.name for a in getattr(ops.torch.ops.rana, op).default._schema.arguments]
+    schema = [a.name for a in getattr(torch.ops.rana, op).default._schema.arguments]
     for function in (getattr(ops, op), getattr(reference, op), getattr(checks, op)):
         assert list(inspect.signature(function).parameters) == schema, function
 
@@ -100,46 +121,107 @@ def test_compiled_backends_answer_the_same_list(device):
 def test_triton_and_onnx_answer_the_same_list(place, op):
     tree = ast.parse((PACKAGE / place.format(op=op)).read_text())
     functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
-    schema = [a.name for a in getattr(ops.torch.ops.rana, op).default._schema.arguments]
+    schema = [a.name for a in getattr(torch.ops.rana, op).default._schema.arguments]
     assert [a.arg for a in functions[op].args.args] == schema
 
 
 def test_the_reference_has_no_other_ops():
-    public = {n for n, f in vars(reference).items() if inspect.isfunction(f) and not n.startswith("_")}
-    assert public == {*ops.SCHEMAS, "keep", "activate"}
+    own = {
+        n for n, f in vars(reference).items() if inspect.isfunction(f) and f.__module__ == reference.__name__
+    }
+    assert {n for n in own if not n.startswith("_")} == {*ops.SCHEMAS, "keep", "activate"}
+    assert inspect.getmodule(mlp.combine) is mlp, "what an MLP does between its linears is written once"
 
 
 def test_schemas_are_written_once():
     for path in [*SOURCES, *KERNELS]:
-        if path != ROOMS["ops"]:
+        if path != FILES["ops.registration"]:
             assert not re.search(r"\.define\(|custom_op\(|m\.def\(", path.read_text()), path
 
 
-@every_room
-def test_arrows_point_down(name):
-    seen = own_imports(name) - {"version"}
-    if name in KERNEL_ROOMS or name.startswith("backends."):
-        allowed = KERNEL_ROOMS.get(name, {"checks"})
-        own = ".".join(name.split(".")[:2])  # a backend may be a package
-        extra = {n for n in seen if n not in allowed and n != own and not n.startswith(own + ".")}
-        assert not extra, f"{name} imports {extra}, allowed are {allowed}"
-    elif name not in DOORS and not name.startswith(("integrations", "cli")):
-        assert not seen & HIDDEN, f"{name} imports {seen & HIDDEN}, but sees kernels through modules"
-        assert not {n for n in seen if n.startswith(("integrations", "cli"))}, name
-        assert "torch.ops.rana" not in ROOMS[name].read_text(), name
-    if not name.startswith("cli"):
-        assert not {n for n in seen if n.startswith("cli")}, name
+# rooms
 
 
-@every_room
+def test_the_root_holds_rooms_and_little_else():
+    entries = {p.name for p in PACKAGE.iterdir() if p.name not in UNCOUNTED and p.suffix != ".so"}
+    assert entries == set(ARROWS) and len(entries) <= 15
+
+
+def test_no_public_name_is_also_a_module():
+    clashes = [name for name in rana_kernels.__all__ if find_spec(f"rana_kernels.{name.strip('_')}")]
+    assert clashes in ([], ["__version__"]), clashes
+
+
+def test_the_arrows_of_the_table_run_down():
+    above: set[str] = set()
+    for name, allowed in ARROWS.items():
+        if name != "cli":
+            assert allowed <= above, f"{name} may import {allowed - above}, which comes after it"
+        above.add(name)
+
+
+@every_file
+def test_arrows_run_down(name):
+    seen = {room(n) for n in own_imports(name)} - {room(name)}
+    extra = seen - ARROWS[room(name)]
+    assert not extra, f"{name} imports {sorted(extra)}, wanted only {sorted(ARROWS[room(name)])}"
+    if room(name) == "backends" and "." in name:
+        backend = ".".join(name.split(".")[:2])
+        others = {n for n in own_imports(name) if room(n) == "backends" and not n.startswith(backend)}
+        assert others <= {"backends"} or name == "backends.info", f"{name} imports {others}"
+    if room(name) not in CALLERS:
+        assert "torch.ops.rana." not in FILES[name].read_text(), f"{name} calls an op, wanted a module of nn"
+
+
+def test_no_file_imports_itself_in_a_circle():
+    left = {name: own_imports(name) & set(FILES) - {name} for name in FILES if name}
+    while done := [name for name, needs in left.items() if not needs & set(left)]:
+        for name in done:
+            del left[name]
+    assert not left, f"a circle of imports in {sorted(left)}"
+
+
+@every_file
+def test_no_private_name_crosses_a_file(name):
+    """`from other import _name`, or `other._name` of an imported module or of a class of the package."""
+    tree = ast.parse(FILES[name].read_text())
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rana_kernels"):
+            names = {a.name for a in node.names} - {"_C"}
+            private = {n for n in names if n.startswith("_") and n != "__version__"}
+            assert not private, f"{name} imports {private} from {node.module}"
+            modules |= {a.asname or a.name for a in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            dunder = node.attr.startswith("__")
+            assert dunder or not node.attr.startswith("_"), f"{name}: {node.value.id}.{node.attr}"
+
+
+def test_loading_imports_neither_calibration_nor_allocation(tmp_path):
+    code = (
+        "import sys, torch, rana_kernels as rana\n"
+        "from tests.test_compress import make_model, tokens\n"
+        f"model = make_model(); rana.compress(model, [tokens()], flops_reduction=0.3, progress=False)\n"
+        f"rana.save(model, {str(tmp_path / 'model')!r})\n"
+    )
+    assert (made := python("-c", code)).returncode == 0, made.stderr
+    code = (
+        f"import sys, rana_kernels as rana; rana.load({str(tmp_path / 'model')!r})\n"
+        f"rooms = {{name.split('.')[1] for name in sys.modules if name.startswith('rana_kernels.')}}\n"
+        f"print(*sorted(rooms & set({UNUSED_BY_LOADING!r})))"
+    )
+    loaded = python("-c", code)
+    assert loaded.returncode == 0, loaded.stderr
+    assert not loaded.stdout.strip(), f"rana.load imports {loaded.stdout.strip()}"
+
+
+@every_file
 def test_transformers_stays_in_its_rooms(name):
-    if name.startswith(("integrations", "cli")):
+    if room(name) in ("integrations", "cli"):
         return
-    heavy = {n.split(".")[0] for n in imports(ROOMS[name], top_level_only=True)} & {
-        "transformers",
-        "vllm",
-        "triton",
-    }
+    heavy = {n.split(".")[0] for n in imports(FILES[name], top_level_only=True)}
+    heavy &= {"transformers", "vllm", "triton"}
     assert not heavy or name.startswith("backends.triton"), f"{name} imports {heavy}"
 
 
@@ -148,6 +230,9 @@ def test_the_package_imports_without_transformers():
     assert not {n.split(".")[0] for n in imports(PACKAGE / "__init__.py", top_level_only=True)} & {
         "transformers"
     }
+
+
+# files
 
 
 def test_files_stay_small():
@@ -163,10 +248,10 @@ def test_public_names_are_documented():
         assert isinstance(value, str) or inspect.getdoc(value), f"{name} has no docstring"
 
 
-@every_room
+@every_file
 def test_modules_say_what_they_are_for(name):
-    tree = ast.parse(ROOMS[name].read_text())
-    assert len(tree.body) < 2 or ast.get_docstring(tree), name
+    tree = ast.parse(FILES[name].read_text())
+    assert len(tree.body) == 0 or ast.get_docstring(tree), name
 
 
 UNSAFE = re.compile(

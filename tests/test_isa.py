@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rana_kernels import backends
+from rana_kernels.system import cpu
 from tests.child import pytest_passes, python
 
 AVX2 = {"avx2", "fma", "f16c"}
@@ -35,7 +36,7 @@ def libraries() -> dict[str, Path]:
 
 
 def test_every_instruction_set_is_known():
-    assert tuple(NEEDS) == backends.INSTRUCTION_SETS
+    assert list(NEEDS) == list(cpu.INSTRUCTION_SETS)
     assert set(libraries()) <= set(NEEDS)
 
 
@@ -62,7 +63,7 @@ def test_of_what_was_not_built_the_next_best_is_chosen(monkeypatch, tmp_path):
     """An older compiler does not know every instruction set."""
     monkeypatch.delenv("RANA_CPU_ISA", raising=False)
     monkeypatch.setattr(backends, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(backends, "_runnable", lambda: list(NEEDS))
+    monkeypatch.setattr(backends, "runnable_instruction_sets", lambda: list(NEEDS))
     assert backends.instruction_set() == "baseline"
     for name in ("avx2", "avx512"):
         (tmp_path / f"_cpu_{name}.abi3.so").touch()
@@ -71,7 +72,7 @@ def test_of_what_was_not_built_the_next_best_is_chosen(monkeypatch, tmp_path):
 
 def test_where_tiles_are_refused_they_are_not_chosen(monkeypatch):
     monkeypatch.delenv("RANA_CPU_ISA", raising=False)
-    monkeypatch.setattr(backends, "_may_use_tiles", lambda: False)
+    monkeypatch.setattr(cpu, "_may_use_tiles", lambda: False)
     assert backends.instruction_set() != "amx"
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from rana_kernels.evaluation.live import count_live
-from rana_kernels.nn.adapters import RanaLinear, RanaMLP, RanaNeuronLinear, check_thresholds, joint_linears
+from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, check_thresholds, joint_linears
+from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.ops import reference
 
 K, N, I = 24, 40, 56  # noqa: E741
@@ -18,7 +19,7 @@ def filled(module: nn.Module, threshold: float = 0.0) -> nn.Module:
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     for part in module.modules():
-        if hasattr(part, "scale"):
+        if hasattr(part, "norms"):
             part.norms.uniform_(0.5, 2)
         if hasattr(part, "threshold"):
             part.threshold.fill_(threshold)
@@ -130,9 +131,9 @@ def test_copies_stand_alone(make, x):
 
 @every_module
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_casts_leave_thresholds_and_scales_float32(make, dtype, x):
+def test_casts_leave_thresholds_and_norms_float32(make, dtype, x):
     module = make()
-    exact = {n: b.clone() for n, b in module.named_buffers() if n.endswith(("threshold", "scale"))}
+    exact = {n: b.clone() for n, b in module.named_buffers() if n.endswith(("threshold", "norms"))}
     module.to(dtype)
     assert module(x.to(dtype)).dtype == dtype
     for name, before in exact.items():

@@ -27,7 +27,7 @@ from tests.cases import (
 )
 
 NAN, INF = float("nan"), float("inf")
-MASKED = ("threshold", "scale", "down_norms", "down_threshold")
+MASKED = ("threshold", "norms", "down_norms", "down_threshold")
 
 
 def grid(cases):
@@ -157,7 +157,7 @@ def test_any_strides(implementation, case, dtype, lead):
 
 @every_form
 def test_expanded_arguments(implementation, case):
-    """Stride 0: one token, one threshold, one scale, one bias and one row for all."""
+    """Stride 0: one token, one threshold, one norms, one bias and one row for all."""
     args = make_inputs(case, torch.float32, integers=True, device=implementation.device)
     for name, t in args.items():
         if isinstance(t, torch.Tensor) and t.dim() > 0:
@@ -202,7 +202,7 @@ def call_registered(case: Case, args: dict) -> torch.Tensor:
 
 
 def requiring_grad(args: dict, dtype: torch.dtype | None = None) -> dict:
-    """Leaves that require gradients, thresholds and scales excepted; all of it in `dtype` if given."""
+    """Leaves that require gradients, thresholds and norms excepted; all of it in `dtype` if given."""
     tensors = {n: t.to(dtype, copy=True) for n, t in args.items() if isinstance(t, torch.Tensor)}
     return {**args, **{n: t.requires_grad_(n not in MASKED) for n, t in tensors.items()}}
 
@@ -371,8 +371,8 @@ def test_ranks_of_an_mlp_dropped_leave_its_biases(implementation):
 @every_dtype
 def test_a_score_equal_to_its_threshold_is_kept(implementation, dtype, M):
     h = torch.tensor([[-2.0, 2.0, 1.0, 3.0]], dtype=dtype).expand(M, -1)
-    scale, threshold = torch.tensor([1.0, 1.0, 2.0, 0.5]), torch.tensor(2.0)
-    args = {"h": h, "rows": torch.eye(4, dtype=dtype), "threshold": threshold, "scale": scale}
+    norms, threshold = torch.tensor([1.0, 1.0, 2.0, 0.5]), torch.tensor(2.0)
+    args = {"h": h, "rows": torch.eye(4, dtype=dtype), "threshold": threshold, "norms": norms}
     args = {n: t.to(implementation.device) for n, t in args.items()}
     wanted = torch.tensor([-2.0, 2.0, 1.0, 0.0], dtype=dtype).expand(M, -1)
     assert_same_bits(implementation("masked_linear", args).cpu(), wanted)
@@ -395,7 +395,7 @@ def test_masks_are_decided_in_float32(implementation, dtype, h, threshold, kept,
         "B": one.expand(1, 2).contiguous(),
         "rows": one,
     }
-    linear = {"h": tokens, "rows": one, "threshold": unit * threshold, "scale": unit * h}
+    linear = {"h": tokens, "rows": one, "threshold": unit * threshold, "norms": unit * h}
     mlp = {"x": tokens, "B": one, "up_rows": one, "gate_rows": None, "threshold": unit * 0, "up_bias": rest}
     mlp |= {"gate_bias": None, "down_rows": one, "down_norms": unit, "down_threshold": unit * threshold}
     calls = {
@@ -563,9 +563,9 @@ BAD = {
     "threshold_short": ("masked_linear", "threshold", lambda t: t[1:]),
     "threshold_matrix": ("masked_linear", "threshold", lambda t: t[None]),
     "threshold_elsewhere": ("masked_linear", "threshold", lambda t: t.to("meta")),
-    "scale_dtype": ("masked_linear", "scale", lambda s: s.half()),
-    "scale_long": ("masked_linear", "scale", lambda s: s.repeat(2)),
-    "scale_0d": ("masked_linear", "scale", lambda s: s[0]),
+    "norms_dtype": ("masked_linear", "norms", lambda s: s.half()),
+    "norms_long": ("masked_linear", "norms", lambda s: s.repeat(2)),
+    "norms_0d": ("masked_linear", "norms", lambda s: s[0]),
     "bias_dtype": ("masked_linear", "bias", lambda b: b.double()),
     "bias_short": ("masked_linear", "bias", lambda b: b[1:]),
     "lowrank_x_scalar": ("masked_lowrank_linear", "x", lambda x: x.sum()),

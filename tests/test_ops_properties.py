@@ -15,7 +15,7 @@ common = {
     "bias": st.booleans(),
     "per_row": st.booleans(),
 }
-linears = st.builds(Case, op=st.just("masked_linear"), scale=st.booleans(), **common)
+linears = st.builds(Case, op=st.just("masked_linear"), norms=st.booleans(), **common)
 lowranks = st.builds(Case, op=st.just("masked_lowrank_linear"), K=size, **common)
 gates = st.one_of(st.none(), st.just("shared"), size)
 mlps = st.builds(

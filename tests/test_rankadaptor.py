@@ -19,13 +19,13 @@ from tests.test_compress import logits, make_model, tokens
 WANTED = {"qkv": 0.8, "o": -0.5, "mlp": -0.3, "down": 0.4}
 
 
-def some_sites(layers: int) -> list[InputShare]:
+def some_inputs(layers: int) -> list[InputShare]:
     return [InputShare(r, i / (layers - 1), 1 / (4 * layers)) for i in range(layers) for r in INPUTS]
 
 
-def loss_of(sites: list[InputShare]):
-    """Least where each role has its own weight and later blocks have more; 3.0 of a dense 2.0 at zero."""
-    best = torch.tensor([WANTED[s.role] + 0.6 * (s.depth - 0.5) for s in sites], dtype=torch.float64)
+def loss_of(inputs: list[InputShare]):
+    """Least where each input has its own weight and later blocks have more; 3.0 of a dense 2.0 at zero."""
+    best = torch.tensor([WANTED[s.input] + 0.6 * (s.depth - 0.5) for s in inputs], dtype=torch.float64)
 
     def loss(allocation: torch.Tensor) -> float:
         away = allocation - allocation.mean() - (best - best.mean())
@@ -43,12 +43,12 @@ def a_search(evaluations: int, **options) -> Search:
 
 def test_a_number_added_to_all_sites_changes_nothing():
     a = torch.randn(3, 12, dtype=torch.float64)
-    torch.testing.assert_close(features(some_sites(3), a + 5), features(some_sites(3), a))
-    assert not features(some_sites(3), torch.full((1, 12), 2.0)).abs().gt(1e-12).any()
+    torch.testing.assert_close(features(some_inputs(3), a + 5), features(some_inputs(3), a))
+    assert not features(some_inputs(3), torch.full((1, 12), 2.0)).abs().gt(1e-12).any()
 
 
 def test_what_was_learnt_on_four_layers_holds_for_nine():
-    model, (short, long) = LossModel(), (some_sites(4), some_sites(9))
+    model, (short, long) = LossModel(), (some_inputs(4), some_inputs(9))
     seen, asked = torch.randn(60, 16, dtype=torch.float64), 0.5 * torch.randn(20, 36, dtype=torch.float64)
     wanted = torch.tensor([loss_of(long)(a) - 3 for a in asked])
     unsure = model.predict(features(long, asked))[1]
@@ -62,58 +62,58 @@ def test_what_was_learnt_on_four_layers_holds_for_nine():
 
 
 def test_the_reference_is_first_and_the_best_is_far_better():
-    sites = some_sites(6)
+    inputs = some_inputs(6)
     search = a_search(30)
-    best = best_allocation("keep", sites, loss_of(sites), search, progress=False)
+    best = best_allocation("cost", inputs, loss_of(inputs), search, progress=False)
     assert search.losses[0] == pytest.approx(3) and len(search.losses) == 30
-    least = loss_of(sites)(torch.tensor([WANTED[s.role] + 0.6 * (s.depth - 0.5) for s in sites]).double())
-    assert loss_of(sites)(best) == min(search.losses) < 3 + 0.6 * (least - 3)
+    least = loss_of(inputs)(torch.tensor([WANTED[s.input] + 0.6 * (s.depth - 0.5) for s in inputs]).double())
+    assert loss_of(inputs)(best) == min(search.losses) < 3 + 0.6 * (least - 3)
 
 
 def test_earlier_runs_on_other_models_make_it_faster(tmp_path):
     best_allocation(
-        "keep", some_sites(6), loss_of(some_sites(6)), a_search(30, history=tmp_path), progress=False
+        "cost", some_inputs(6), loss_of(some_inputs(6)), a_search(30, history=tmp_path), progress=False
     )
     assert len(list(tmp_path.iterdir())) == 1
-    sites = some_sites(10)
+    inputs = some_inputs(10)
     alone, taught, other = a_search(5), a_search(5, history=tmp_path), a_search(5, history=tmp_path)
-    best_allocation("keep", sites, loss_of(sites), alone, progress=False)
-    best_allocation("keep", sites, loss_of(sites), taught, progress=False)
+    best_allocation("cost", inputs, loss_of(inputs), alone, progress=False)
+    best_allocation("cost", inputs, loss_of(inputs), taught, progress=False)
     assert min(taught.losses) - 3 < 2 * (min(alone.losses) - 3) < 0
     best_allocation(
-        "lora", sites, loss_of(sites), other, progress=False
+        "lora", inputs, loss_of(inputs), other, progress=False
     )  # another kind learns nothing from it
     assert other.losses == alone.losses
 
 
 def test_an_interrupted_search_measures_nothing_twice(tmp_path):
-    sites, count = some_sites(4), 0
+    inputs, count = some_inputs(4), 0
 
     def measure(allocation: torch.Tensor) -> float:
         nonlocal count
         count += 1
         if count == 6:
             raise KeyboardInterrupt
-        return loss_of(sites)(allocation)
+        return loss_of(inputs)(allocation)
 
     with pytest.raises(KeyboardInterrupt):
         best_allocation(
-            "keep", sites, measure, a_search(10), ResumeDir(tmp_path, {"of": "it"}), progress=False
+            "cost", inputs, measure, a_search(10), ResumeDir(tmp_path, {"of": "it"}), progress=False
         )
     again, whole = a_search(10), a_search(10)
-    best = best_allocation("keep", sites, measure, again, ResumeDir(tmp_path, {"of": "it"}), progress=False)
+    best = best_allocation("cost", inputs, measure, again, ResumeDir(tmp_path, {"of": "it"}), progress=False)
     assert count == 6 + 5
-    assert torch.equal(best, best_allocation("keep", sites, loss_of(sites), whole, progress=False))
+    assert torch.equal(best, best_allocation("cost", inputs, loss_of(inputs), whole, progress=False))
     assert again.losses == whole.losses
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "{}", '{"format": 2}', '{"format": 1, "kind": "keep", "sites": [], "measured": []}']
+    "text", ["{", "{}", '{"format": 1}', '{"format": 2, "kind": "cost", "inputs": [], "measured": []}']
 )
 def test_a_bad_record_is_an_error(text, tmp_path):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json is no record of a search .* delete it"):
-        best_allocation("keep", some_sites(2), lambda a: 3.0, a_search(2, history=tmp_path), progress=False)
+        best_allocation("cost", some_inputs(2), lambda a: 3.0, a_search(2, history=tmp_path), progress=False)
 
 
 # plans
@@ -138,15 +138,17 @@ def test_a_plan_measured_is_the_plan_that_is_made(stats):
         assert perplexity(model, tokens(3), progress=False).nll == pytest.approx(found, rel=1e-6)
 
 
-def test_shares_of_the_sites_are_those_of_the_errors(stats):
+def test_shares_of_the_inputs_are_those_of_the_errors(stats):
     seen = []
     original = rankadaptor.best_allocation
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rankadaptor, "best_allocation", lambda *a: seen.append(a[1]) or original(*a))
         plan(stats, flops_reduction=0.5, method="rankadaptor", search=Search(tokens(), 1), progress=False)
-    (sites,) = seen
-    assert [s.role for s in sites] == [*INPUTS, *INPUTS] and [s.depth for s in sites] == [0.0] * 4 + [1.0] * 4
-    assert sum(s.share for s in sites) == pytest.approx(1) and all(s.share > 0 for s in sites)
+    (inputs,) = seen
+    assert [s.input for s in inputs] == [*INPUTS, *INPUTS] and [s.depth for s in inputs] == [0.0] * 4 + [
+        1.0
+    ] * 4
+    assert sum(s.share for s in inputs) == pytest.approx(1) and all(s.share > 0 for s in inputs)
 
 
 def test_requests_that_do_not_fit(stats):

@@ -10,7 +10,7 @@ from torch import nn
 
 import rana_kernels as rana
 from rana_kernels.checkpoint.attachment import attached_plan
-from rana_kernels.cli import training as command
+from rana_kernels.cli import recover as command
 from rana_kernels.evaluation.live import count_live
 from rana_kernels.nn.factored import FactoredLinear, factored, from_linears, to_linears
 from rana_kernels.recovery import lora_ranks, training
@@ -184,19 +184,19 @@ def test_ranks_that_are_always_on_stay_so():
 def test_shared_out_ranks_take_no_more_weights_than_equal_ones(name):
     model = adapted(name)
     to_linears(model)
-    sites, owner = lora_ranks.inputs_of(model)
-    assert sum(site.share for site in sites) == pytest.approx(1) and set(owner.values()) == set(
-        range(len(sites))
+    inputs, owner = lora_ranks.inputs_of(model)
+    assert sum(own.share for own in inputs) == pytest.approx(1) and set(owner.values()) == set(
+        range(len(inputs))
     )
 
     def weights(ranks: dict[str, int]) -> int:
         return sum(rank * sum(model.get_submodule(name).weight.shape) for name, rank in ranks.items())
 
-    equal = lora_ranks.ranks(model, owner, torch.zeros(len(sites)), 8)
+    equal = lora_ranks.ranks(model, owner, torch.zeros(len(inputs)), 8)
     assert set(equal.values()) == {8} and equal.keys() == owner.keys()
-    shared = lora_ranks.ranks(model, owner, torch.randn(len(sites)), 8)
+    shared = lora_ranks.ranks(model, owner, torch.randn(len(inputs)), 8)
     assert len(set(shared.values())) > 1 and 0.6 * weights(equal) < weights(shared) <= weights(equal)
-    assert {shared[name] for name, site in owner.items() if site == 0} == {shared[next(iter(owner))]}
+    assert {shared[name] for name, place in owner.items() if place == 0} == {shared[next(iter(owner))]}
 
 
 # the command

@@ -39,14 +39,14 @@ def demo() -> SimpleNamespace:
 
 def stored_in_blocks(model: torch.nn.Module) -> int:
     """Bytes in the state dict of all that is in the blocks but norms."""
-    found = {n: t for n, t in model.state_dict().items() if ".layers." in n and "norm" not in n}
+    found = {n: t for n, t in model.state_dict().items() if ".layers." in n and "layernorm" not in n}
     return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
 
 def made_of(model: torch.nn.Module, dtype: str = "float32", neuron: float = 1.0) -> LatencyTable:
     """Times as if the machine did a multiply-add in a nanosecond, of neuron adapters in `neuron` of them."""
     shapes = []
-    for K, N in sizes_of(model):
+    for K, N in sizes_of(model, find_blocks(model)):
         ranks = tuple(
             (R, live, 1e-3 * (R * K + live * N)) for R, live in ((8.0, 8.0), (8.0, 2.0), (16.0, 4.0))
         )
@@ -153,11 +153,11 @@ def test_measured_times_are_of_every_shape_and_survive_the_disk(tmp_path):
     model = make_model("Qwen2").bfloat16()
     times = measure_latency(model, progress=False)
     assert times.machine["dtype"] == "bfloat16" and times.machine["threads"] == torch.get_num_threads()
-    assert [(s.in_features, s.width) for s in times.shapes] == sizes_of(model)
+    assert [(s.in_features, s.width) for s in times.shapes] == sizes_of(model, find_blocks(model))
     block = find_blocks(model)[0]
     widths = [model.get_submodule(name).out_features for name in block.qkv]
-    assert {(64, sum(widths)), *((64, N) for N in widths)} <= set(sizes_of(model))
-    times.require(model)
+    assert {(64, sum(widths)), *((64, N) for N in widths)} <= set(sizes_of(model, find_blocks(model)))
+    times.require(model, find_blocks(model))
     for shape in times.shapes:
         full = min(shape.in_features, shape.width)
         assert shape.ranks[-1][:2] == (full, full) and shape.neurons[-1][:2] == (shape.in_features,) * 2
@@ -207,7 +207,7 @@ def test_requests_that_do_not_fit():
     other = made_of(make_model(intermediate_size=192))
     for asked, message in [
         ({"flops_reduction": 0.4, "time_reduction": 0.4, "times": times}, "wanted exactly one of them"),
-        ({"time_reduction": 0.4}, r"wanted both or neither: .*measure_times\(model\)"),
+        ({"time_reduction": 0.4}, r"wanted both or neither: .*measure_latency\(model\)"),
         ({"flops_reduction": 0.4, "times": times}, "wanted both or neither"),
         (
             {"time_reduction": 1.5, "times": times},
@@ -262,7 +262,7 @@ def test_time_and_memory_on_the_command_line(folder, tmp_path, run, monkeypatch)
         measured.append(model)
         return made_of(model)
 
-    monkeypatch.setattr(command, "measure_times", measure)
+    monkeypatch.setattr(command, "measure_latency", measure)
     asked = ["--time-reduction", 0.3, "--times", table, "--max-memory", 0.25, "--json"]
     outs = [tmp_path / "once", tmp_path / "twice"]
     for out in outs:

@@ -131,7 +131,7 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def card(monkeypatch):
+def gpu_name(monkeypatch):
     """A card's current stream, whether it is captured, and how many states a sheet of the supply has."""
     from rana_kernels.backends.triton import launch
 
@@ -236,9 +236,9 @@ def configurations(monkeypatch, tmp_path):
 
     monkeypatch.setattr(configurations, "_properties", lambda device: Card)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    configurations._tables.cache_clear()
+    configurations.tables.cache_clear()
     yield configurations
-    configurations._tables.cache_clear()
+    configurations.tables.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -95,13 +95,13 @@ def calls(shape: str, tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, li
     def t(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=dtype)
 
-    threshold, scale = torch.empty(R), torch.empty(neurons)
-    yield "masked_linear", [t(tokens, neurons), t(neurons, N), torch.empty(()), scale, None]
+    threshold, norms = torch.empty(R), torch.empty(neurons)
+    yield "masked_linear", [t(tokens, neurons), t(neurons, N), torch.empty(()), norms, None]
     yield "masked_lowrank_linear", [t(tokens, K), t(R, K), t(R, N), threshold, t(N)]
     yield (
         "masked_mlp",
         [t(tokens, K), t(2 * R, K), t(R, neurons), t(R, neurons), torch.empty(2 * R), None, None]
-        + [t(neurons, N), scale, torch.empty(()), None, "silu"],
+        + [t(neurons, N), norms, torch.empty(()), None, "silu"],
     )
     yield "linear", [t(tokens, K), t(neurons, K), t(neurons)]
 

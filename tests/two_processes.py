@@ -20,7 +20,8 @@ import rana_kernels as rana
 from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.integrations.tensor_parallel import modules, shares
 from rana_kernels.model.plan import AdapterSpec
-from rana_kernels.nn.adapters import Handoff, RanaLinear, RanaMLP, RanaNeuronLinear
+from rana_kernels.nn.adapters import Handoff, RanaLinear, RanaNeuronLinear
+from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.statistics import fisher
 from tests.test_compress import make_model, tokens
 
@@ -134,7 +135,7 @@ def filled(module: nn.Module) -> nn.Module:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if name.endswith("threshold"):
             tensor.data.fill_(0.7)
-        elif name.endswith("scale"):
+        elif name.endswith("norms"):
             tensor.data.uniform_(0.5, 1)
         else:
             tensor.data.normal_()

@@ -1,10 +1,10 @@
 """A model of how the loss depends on where a budget goes, learnt from a few measurements.
 
-An allocation gives every input (of the linears that read it) a number: the power of e by which its errors count
-more than in the reference, whose numbers are all zero. RankAdaptor (arXiv 2406.15734) trains a small network to
-predict the loss of an allocation. Near an optimum that function is quadratic, so a regression does here: its
-coefficients depend on the kind of input and on its depth. It needs fewer measurements than there are inputs,
-knows how sure it is, and carries over to models of other depths.
+An allocation gives every input (of the linears that read it) a number: the power of e by which its errors
+count more than in the reference, whose numbers are all zero. RankAdaptor (arXiv 2406.15734) trains a small
+network to predict the loss of an allocation. Near an optimum that function is quadratic, so a regression does
+here: its coefficients depend on the kind of input and on its depth. It needs fewer measurements than there
+are inputs, knows how sure it is, and carries over to models of other depths.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,10 @@ class InputShare:
 
 
 def features(inputs: list[InputShare], allocations: Tensor) -> Tensor:
-    """Return [n, SIZE] float64 for allocations [n, inputs]. Adding a number to a whole allocation changes nothing."""
+    """Return [n, SIZE] float64 for allocations [n, inputs].
+
+    Adding one number to all of an allocation changes nothing.
+    """
     share = torch.tensor([own.share for own in inputs], dtype=torch.float64)
     depth = torch.tensor([own.depth for own in inputs], dtype=torch.float64)
     a = allocations.double()

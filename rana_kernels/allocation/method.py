@@ -44,8 +44,9 @@ class Method(ABC):
     ) -> Chooser:
         """Do what has to be done for the whole model first, and return what decides block by block.
 
-        store   keeps measurements, for the same call after an interruption. Raises ValueError for a request out
-                of reach, or statistics that lack what the method needs
+        store   keeps measurements, for the same call after an interruption
+
+        Raises ValueError for a request out of reach, or statistics that lack what the method needs.
         """
 
 

@@ -63,7 +63,7 @@ def plan(
 
 
 def make_request(method: str, *, search: Search | None = None, **asked: Any) -> Request:
-    """Return the request for one of the `METHODS`. Raise ValueError if method and budget do not fit together."""
+    """Return the request for one of the `METHODS`. Raise ValueError if method and budget do not fit."""
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, wanted one of {', '.join(METHODS)}")
     chosen = METHODS[method]

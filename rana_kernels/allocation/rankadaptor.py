@@ -116,7 +116,7 @@ def installed(calibrated: list[CalibratedBlock], plan: Plan) -> Iterator[None]:
     dense: dict[str, nn.Module] = {}
     try:
         for own in calibrated:
-            # All tensors of a block are made before any of its linears, which they are made from, is replaced.
+            # The tensors of a block are made from its linears, so all of them come before any replacement.
             block, adapters = own.block, [with_threshold(own, adapter) for adapter in choose(own)]
             tensors = block_tensors(own, adapters)
             names = (*([block.mlp] if block.mlp else []), *block.linears)

@@ -3,10 +3,10 @@
 import json
 import shutil
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from torch import nn
 
@@ -37,6 +37,8 @@ from rana_kernels.integrations.transformers import save
 from rana_kernels.statistics.calibration import calibrate
 
 FLOPS_REDUCTION = 0.44
+
+Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
 
 
 @app.command(
@@ -73,12 +75,11 @@ def compress(
         float | None, typer.Option(min=0.0, help="Most MB (millions of bytes) that these linears may store.")
     ] = None,
     method: Annotated[
-        str,
+        Method,
         typer.Option(
-            click_type=click.Choice(list(METHODS)),
             help="; ".join(f"{name}: {each.summary}" for name, each in METHODS.items()) + ".",
         ),
-    ] = DEFAULT,
+    ] = Method[DEFAULT],
     evaluations: Annotated[
         int,
         typer.Option(min=1, help="With rankadaptor: how many allocations to measure, global's the first."),
@@ -114,10 +115,12 @@ def compress(
     table = _table(times, original, progress)
     cap = None if max_memory is None else round(max_memory * 1e6)
     search = None
-    if METHODS[method].searches:
+    if METHODS[method.value].searches:
         token_ids, measured_on = hold_out(token_ids)
         search = Search(measured_on, evaluations, seed, history or own_history())
-    stats = calibrate(original, token_ids.split(4), seed=seed, progress=progress, **METHODS[method].needs)
+    stats = calibrate(
+        original, token_ids.split(4), seed=seed, progress=progress, **METHODS[method.value].needs
+    )
     unfinished = output.resolve().with_name(f"{output.resolve().name}.resume")
     try:
         report = compress_model(
@@ -127,7 +130,7 @@ def compress(
             time_reduction=time_reduction,
             times=table,
             max_memory=cap,
-            method=method,
+            method=method.value,
             search=search,
             resume_dir=unfinished,
             progress=progress,

@@ -45,7 +45,7 @@ def tune_kernels(
         text, open_tokenizer(directory), model.config.vocab_size, length=length, tokens=length
     )
     choices = tune(model, token_ids[:1].to(model.device), tokens, progress=sys.stderr.isatty())
-    card = configurations.card(model.device)
+    card = configurations.gpu_name(model.device)
     write(path := output or configurations.own_table(card), card, choices)
     if as_json:
         shown = {k: c._asdict() | {"configuration": asdict(c.configuration)} for k, c in choices.items()}

@@ -1,10 +1,10 @@
 """Compression: calibrate, plan, then put modules in place, one block at a time.
 
-A method that plans layer by layer decomposes each linear once. A budget for the whole model needs all linears
-before it can decide, so what it chooses is decomposed a second time for its modules. That takes a thirtieth of
-the time, and keeping all factors would take the memory of two more models. A block's factors are dropped when
-its modules are in place, so there are never two copies of the model. Only linears are replaced: embeddings and
-norms stay, and so do the weights of lm_head and of linears that are left dense.
+A method that plans layer by layer decomposes each linear once. A budget for the whole model needs all
+linears before it can decide, so what it chooses is decomposed a second time for its modules. That takes a
+thirtieth of the time, and keeping all factors would take the memory of two more models. A block's factors are
+dropped when its modules are in place, so there are never two copies of the model. Only linears are replaced:
+embeddings and norms stay, and so do the weights of lm_head and of linears that are left dense.
 """
 
 import time

@@ -29,7 +29,10 @@ class Example:
 
 @dataclass
 class Predictions:
-    """What is known of every prediction: token_ids [n, T] · cost_ratio and losses [n, T - 1] · dense likewise."""
+    """What is known of every prediction.
+
+    token_ids [n, T] · cost_ratio and losses [n, T - 1] · dense: the losses of the dense model, or None
+    """
 
     token_ids: Tensor
     cost_ratio: Tensor

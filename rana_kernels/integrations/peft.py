@@ -18,7 +18,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from rana_kernels.checkpoint.attachment import attach_plan, attached_facts, attached_plan
-from rana_kernels.nn.adapters import RanaLinear, RanaMLP, RanaNeuronLinear, RanaReceiver
+from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, RanaReceiver
+from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.nn.split_mlp import RanaSplitMLP, join_mlp, split_mlp
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from rana_kernels.model.architectures import Block, find_blocks
 from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
-from rana_kernels.nn.adapters import RanaMLP, RanaNeuronLinear, fill_module, joint_linears
+from rana_kernels.nn.adapters import RanaNeuronLinear, fill_module, joint_linears
 from rana_kernels.nn.dense import serve_dense
+from rana_kernels.nn.mlp import RanaMLP
 
 
 def install(model: nn.Module, plan: Plan) -> None:
@@ -63,7 +64,7 @@ def replace_modules(model: nn.Module, modules: dict[str, nn.Module]) -> None:
 
 
 def check_plan(model: nn.Module, blocks: list[Block], plan: Plan) -> list[tuple[Block, list[AdapterSpec]]]:
-    """Return each of the `blocks` of `model` with its adapters. Raise ValueError if plan and model do not fit."""
+    """Return each block with its adapters. Raise ValueError if `plan` and `model` do not fit."""
     left = {name: adapter for adapter in plan.adapters for name in adapter.names}
     pairs = []
     for block in blocks:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from rana_kernels.nn.adapters import RanaLinear, RanaMLP, RanaNeuronLinear, fill_module
+from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, fill_module
+from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.nn.split_mlp import RanaSplitMLP, join_mlp, split_mlp
 from rana_kernels.ops import reference
 from rana_kernels.ops.checks import wide_dtype

@@ -5,7 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rana_kernels.nn.adapters import RanaLinear, RanaMLP, RanaNeuronLinear, fill_module, joint_linears
+from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, fill_module, joint_linears
+from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.ops import reference
 from rana_kernels.ops.mlp import combine
 
@@ -51,7 +52,9 @@ def split_mlp(mlp: RanaMLP) -> RanaSplitMLP:
         split.add_module(up, _linear(B[:R], up_rows, threshold[:R], up_bias))
     else:
         widths = (gate_rows.shape[1], up_rows.shape[1])
-        owner, receiver = joint_linears(B.shape[1], widths, R, up_bias is not None, device="meta")
+        owner, receiver = joint_linears(
+            B.shape[1], widths, R, up_bias is not None, device="meta", dtype=B.dtype
+        )
         both = None if up_bias is None else torch.cat([gate_bias, up_bias])
         fill_module(owner, B=B, rows=torch.cat([gate_rows, up_rows], 1), threshold=threshold, bias=both)
         split.add_module(gate, owner)

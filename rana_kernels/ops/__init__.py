@@ -26,7 +26,7 @@ from rana_kernels.ops.schemas import SCHEMAS
 __all__ = ["SCHEMAS", "linear", "masked_linear", "masked_lowrank_linear", "masked_mlp"]
 
 # The registrations live as long as this object.
-_LIBRARY = registration.define()
+_LIBRARY = registration.register()
 
 
 def masked_linear(

@@ -1,4 +1,4 @@
-"""Define the ops in torch's dispatcher: schemas, shapes, gradients, autocast, and the reference for any device."""
+"""Define the ops in torch's dispatcher: schemas, shapes, gradients, autocast, and the reference."""
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def _autocast(name: str, device: str):
     return kernel
 
 
-def define() -> torch.library.Library:
+def register() -> torch.library.Library:
     """Define every op of `SCHEMAS`. The registrations live as long as the library that is returned."""
     library = torch.library.Library("rana", "DEF")
     for name, schema in SCHEMAS.items():

@@ -1,6 +1,7 @@
 """How many ranks of LoRA each linear of a factored model gets, of one budget of trained weights.
 
-All the same, or by an allocation of RankAdaptor's search (`search.py`): linears that read one input count as one.
+All get the same, or an allocation of RankAdaptor's search (`search.py`) decides. Linears that read one input
+count as one.
 """
 
 from torch import Tensor, nn

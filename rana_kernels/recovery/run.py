@@ -53,14 +53,14 @@ def recover(
     resume_dir: Path | None = None,
     progress: bool = True,
 ) -> None:
-    """Train a compressed model of `rana.load` on `rows` of tokens [n, T], in place.
+    """Train a compressed model of `rana.load` on `token_ids` [n, T], in place.
 
     dense        the model that it was compressed from, to distil from
     search       share the ranks out between the inputs by measuring. Its `baseline_loss` is the loss before
     resume_dir   where the search and the training go on from after an interruption
 
-    Thresholds are refitted at the end, so that every adapter keeps its planned live token_ids. Raises ValueError
-    as `train` does.
+    Thresholds are refitted at the end, so that every adapter keeps its planned live rows.
+    Raises ValueError as `train` does.
     """
     store = (
         ResumeDir(resume_dir, _facts(model, token_ids, training, lora, dense, search)) if resume_dir else None

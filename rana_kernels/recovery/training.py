@@ -53,7 +53,7 @@ def train(
     state: Path | None = None,
     progress: bool = True,
 ) -> list[float]:
-    """Train on `rows` of tokens [n, T], in place, and return the loss of each step of this call.
+    """Train on `token_ids` [n, T], in place, and return the loss of each step of this call.
 
     dense   the loss is then the Kullback-Leibler divergence from its next-token distributions (Hinton et al.,
             2015, at temperature 1), and otherwise the cross-entropy of the tokens; nats a token

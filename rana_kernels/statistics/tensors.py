@@ -1,4 +1,4 @@
-"""The tensors of one block's adapters, computed from its weights and statistics, by their state-dict names."""
+"""The tensors of one block's adapters by their state-dict names, from its weights and statistics."""
 
 from dataclasses import replace
 
@@ -74,7 +74,7 @@ def _neuron_tensors(calibrated: CalibratedBlock, adapter: AdapterSpec) -> dict[s
 
 
 def _mlp_tensors(calibrated: CalibratedBlock, adapters: list[AdapterSpec]) -> dict[str, Tensor]:
-    """Stack the ranks of up over those of gate, or take the joint ranks once. Rows keep the names of linears."""
+    """Return the tensors of a RanaMLP. B stacks the ranks of up over those of gate, or holds joint ranks."""
     block = calibrated.block
     by_name = {name: adapter for adapter in adapters for name in adapter.names}
     tensors = _neuron_tensors(calibrated, by_name[block.down])

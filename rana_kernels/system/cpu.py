@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-# What the CPU library is compiled for, from the least to the best, with the processor flags that each needs beyond
-# those of the sets before it. `setup.py` has the compiler's flags for the same names.
+# The instruction sets that the CPU library is compiled for, from the least to the best, with the processor
+# flags that each needs beyond those of the sets before it. `setup.py` has the compiler's flags for them.
 INSTRUCTION_SETS: dict[str, set[str]] = {
     "baseline": set(),
     "avx2": {"avx2", "fma", "f16c"},
@@ -38,7 +38,7 @@ def runnable_instruction_sets() -> list[str]:
 
 
 def _torch_agrees(name: str) -> bool:
-    """Say whether torch uses vectors of that width too: ATEN_CPU_CAPABILITY and old systems limit both alike."""
+    """Say whether torch uses vectors of that width too. ATEN_CPU_CAPABILITY limits both alike."""
     widths = {"baseline": 0, "avx2": 1}
     capability = {"AVX2": 1, "AVX512": 2}.get(torch.backends.cpu.get_cpu_capability(), 0)
     return widths.get(name, 2) <= capability

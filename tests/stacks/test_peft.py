@@ -9,7 +9,8 @@ from torch import nn
 import rana_kernels as rana
 from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.model.plan import Plan
-from rana_kernels.nn.adapters import RanaLinear, RanaMLP
+from rana_kernels.nn.adapters import RanaLinear
+from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.nn.split_mlp import join_mlp, split_mlp
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 

@@ -147,7 +147,7 @@ def test_thresholds_stay_float32_and_layers_compile_whole(tmp_path):
     place = saved(model, separate(hand_plan(model), KINDS["mixed"]), tmp_path / "out")
     served = Loaded(place, dtype="bfloat16")
     layer = served.model.model.layers[0]
-    assert {p.dtype for n, p in layer.named_parameters() if n.endswith(("threshold", "scale"))} == {
+    assert {p.dtype for n, p in layer.named_parameters() if n.endswith(("threshold", "norms"))} == {
         torch.float32
     }
     assert layer.self_attn.qkv_proj.rows.dtype == layer.mlp.down_proj.B.dtype == torch.bfloat16

@@ -153,7 +153,7 @@ def _properties(device: torch.device):
 
 def table(device: torch.device) -> dict[str, dict]:
     """The measured configurations for a card, {key: fields}, and before them those being tried."""
-    measured = _tables(card(device)) if device.type == "cuda" else {}
+    measured = tables(gpu_name(device)) if device.type == "cuda" else {}
     return {**measured, **_tried} if _tried else measured
 
 
@@ -167,13 +167,13 @@ def trying(key: str, configuration: Decode | Prefill) -> Iterator[None]:
         del _tried[key]
 
 
-def card(device: torch.device) -> str:
+def gpu_name(device: torch.device) -> str:
     """The name of a card, as its table's file has it: nvidia-h200."""
     return "-".join(_properties(device).name.lower().split())
 
 
 @cache
-def _tables(name: str) -> dict[str, dict]:
+def tables(name: str) -> dict[str, dict]:
     path = own_table(name)
     return read(path) if path.exists() else {}
 

@@ -120,4 +120,4 @@ def write(path: Path, card: str, choices: dict[str, Choice]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(table, indent=1) + "\n")
     partial.replace(path)
-    configurations._tables.cache_clear()
+    configurations.tables.cache_clear()

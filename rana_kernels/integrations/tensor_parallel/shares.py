@@ -20,7 +20,8 @@ from torch import distributed as dist
 
 from rana_kernels.integrations.tensor_parallel import modules
 from rana_kernels.model.install import replace_modules
-from rana_kernels.nn.adapters import RanaLinear, RanaMLP, RanaNeuronLinear, RanaReceiver
+from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, RanaReceiver
+from rana_kernels.nn.mlp import RanaMLP
 
 # styles of the plan, and whether outputs are gathered or inputs come whole
 _COLUMN = {"colwise": False, "colwise_rep": True, "colwise_gather_output": True}
