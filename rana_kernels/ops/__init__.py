@@ -1,4 +1,4 @@
-"""The ops of `torch.ops.rana`: what each computes, with the shapes and dtypes of its arguments.
+"""The ops of `torch.ops.rana`, with the shapes and dtypes of their arguments.
 
     x [..., K]      input                       rows [R, N]     one contiguous row a rank (or a neuron)
     B [R, K]        x -> h = Bx                 threshold       float32, [] or [R]
@@ -81,11 +81,11 @@ def masked_mlp(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply a dense layer, `y = x @ weight.T + bias`. For a few tokens it reads weights at memory speed.
+    """Apply a dense layer, `y = x @ weight.T + bias`. For a few tokens the op reads weights at memory speed.
 
     x [..., K] · weight [N, K] · bias [N] -> y [..., N]
 
-    lm_head uses it, and so do linears that stay dense beside adapters. For many tokens CUDA calls torch's
-    product.
+    lm_head uses this op, and so do linears that stay dense beside adapters. On CUDA, many tokens go through
+    torch's own matrix product.
     """
     return torch.ops.rana.linear.default(x, weight, bias)

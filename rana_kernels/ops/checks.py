@@ -1,4 +1,4 @@
-"""What each op accepts, checked in one place for the fake and the reference implementation.
+"""The checks of every op's arguments, for the fake and the reference implementation.
 
 The compiled backends check the same things in the same words (`csrc/check.h`). A violation raises
 `RuntimeError`, as torch's own ops do, and names the argument, what it has and what is wanted.
@@ -12,8 +12,13 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that masks are decided and sums are accumulated in."""
+    """Return the dtype in which masks are decided and sums are accumulated."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widen(t: Tensor) -> Tensor:
+    """Convert a tensor to the dtype in which masks are decided and sums are accumulated."""
+    return t.to(wide_dtype(t.dtype))
 
 
 def _fail(op: str, argument: str, has: object, wanted: str) -> None:

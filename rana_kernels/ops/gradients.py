@@ -1,24 +1,24 @@
-"""Gradients of the ops. The mask counts as a constant, so thresholds and norms have none.
+"""Gradients of the ops. The mask counts as a constant, so thresholds and norms get no gradient.
 
-Backward recomputes what it needs from the saved inputs, in the precision the forward accumulates
-in, and rounds each gradient once. It is made of plain torch ops: any device, any backend.
+Each backward recomputes what it needs from the saved inputs, in the precision in which forward accumulates,
+and rounds each gradient once. It consists of plain torch ops, so it runs on any device with any backend.
 """
 
 import torch
 from torch import Tensor
 
-from rana_kernels.ops.checks import wide_dtype
+from rana_kernels.ops.checks import widen
 from rana_kernels.ops.mlp import gate_ranks
 from rana_kernels.ops.reference import activate, keep
 
 
 def _flat(t: Tensor) -> Tensor:
-    """[..., C] as [M, C], in the wide dtype."""
-    return t.reshape(-1, t.shape[-1]).to(wide_dtype(t.dtype))
+    """Reshape [..., C] to [M, C] and convert to the wide dtype."""
+    return widen(t.reshape(-1, t.shape[-1]))
 
 
 def _product(grad: Tensor, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `y = z @ rows + bias`, from that of y: those of z, rows and bias."""
+    """Return the gradients of z, rows and bias in `y = z @ rows + bias`. `grad` is the gradient of y."""
     return grad @ rows.T, z.T @ grad, grad.sum(0)
 
 
@@ -43,7 +43,7 @@ def _activation_gradient(grad: Tensor, h: Tensor, activation: str) -> Tensor:
 
 
 def _like(gradients: list[Tensor | None], inputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Each gradient in its input's shape and dtype; None where there is no gradient or no input."""
+    """Give each gradient the shape and dtype of its input. Return None where either of the two is None."""
     return tuple(
         None if g is None or t is None else g.reshape(t.shape).to(t.dtype)
         for g, t in zip(gradients, inputs, strict=True)
@@ -51,7 +51,7 @@ def _like(gradients: list[Tensor | None], inputs: list[Tensor | None]) -> tuple[
 
 
 def save(ctx, inputs, output) -> None:
-    """`setup_context` of every op: keep the inputs, nothing that forward computed."""
+    """Save the inputs of an op for backward, and nothing that forward computed (`setup_context`)."""
     tensors = [t if isinstance(t, Tensor) else None for t in inputs]
     ctx.activation = inputs[-1] if isinstance(inputs[-1], str) else None
     ctx.save_for_backward(*tensors[: len(inputs) - (ctx.activation is not None)])
@@ -115,7 +115,8 @@ def masked_mlp(ctx, grad: Tensor):
 
 
 def linear(ctx, grad: Tensor):
-    # the weight of an lm_head is large and often frozen: no copy of it, and torch accumulates wide as it is
+    # The weight of an lm_head is large and often frozen, so it is not copied to float32: torch's products
+    # accumulate in float32 anyway.
     x, weight, bias = ctx.saved_tensors
     flat = grad.reshape(-1, grad.shape[-1])
     grad_x = flat @ weight if ctx.needs_input_grad[0] else None

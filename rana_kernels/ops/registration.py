@@ -6,7 +6,7 @@ from torch import Tensor
 from rana_kernels.ops import checks, gradients, reference
 from rana_kernels.ops.schemas import SCHEMAS
 
-# The argument, and the dimension of it, that holds N.
+# The argument of each op whose shape contains N, and the dimension of N in it.
 _WIDTH = {
     "masked_linear": ("rows", 1),
     "masked_lowrank_linear": ("rows", 1),
@@ -14,11 +14,12 @@ _WIDTH = {
     "linear": ("weight", 0),
 }
 
-# These are float32 whatever the dtype of the input. Autocast leaves them alone.
+# These arguments are float32 for every dtype of the input. Autocast does not convert them.
 _FLOAT32_ARGUMENTS = {"threshold", "norms", "down_norms", "down_threshold"}
 
 
 def _fake(name: str):
+    """Return the function that gives torch the shape of an op's result without computing it."""
     check = getattr(checks, name)
     argument, dimension = _WIDTH[name]
 
@@ -36,7 +37,7 @@ def _argument_names(name: str) -> list[str]:
 
 
 def _autocast(name: str, device: str):
-    """Cast the input and the weights to the dtype of autocast, and leave thresholds and norms as they are."""
+    """Return the op for autocast: it converts the input and the weights, but no thresholds or norms."""
     op = getattr(torch.ops.rana, name).default
     key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
     names = _argument_names(name)

@@ -1,6 +1,6 @@
-"""The schemas of `torch.ops.rana`: the only place where they are written.
+"""The schemas of `torch.ops.rana`. They are written here and nowhere else.
 
-The build reads `SCHEMAS` from this file as text, for programs without Python: it holds literals alone.
+The build parses `SCHEMAS` out of this file for programs without Python, so the dict holds only literals.
 """
 
 SCHEMAS = {
