@@ -1,17 +1,17 @@
-"""The modules that take the place of a model's linear layers: weights, thresholds, one op call each.
+"""The modules that take the place of a model's linear layers. Each holds its weights and calls one op.
 
     RanaLinear         a rank adapter:   y = A (m ⊙ Bx) + b          (RaNA, arXiv 2503.18216, section 3)
-    RanaNeuronLinear   a neuron adapter: y = W (m ⊙ x) + b           (its form for the down projection)
-    RanaReceiver       a linear whose output a jointly decomposed RanaLinear computes
+    RanaNeuronLinear   a neuron adapter: y = W (m ⊙ x) + b           (the same, for the down projection)
+    RanaReceiver       a linear whose output is computed by a joint RanaLinear
 
-`mlp.py` has the module of a whole MLP.
+The module of a whole MLP is in `mlp.py`.
 
 Every shape follows from the constructor's sizes, so modules can be built on the meta device and
-loaded later. Nothing here branches on device, batch size or phase: the op chooses.
+loaded later. No module branches on device, batch size or phase: the op chooses.
 
-Each adapted linear also keeps, under the name `weight`, an empty tensor. A program that knows
-nothing of adapters and loads such a checkpoint into dense layers then stops at a shape mismatch,
-where it would otherwise go on with freshly initialised weights.
+Each adapted linear also has an empty tensor named `weight`. A program that does not know adapters and
+loads such a checkpoint into dense layers then stops at a shape mismatch. Without the empty tensor it
+would continue with freshly initialised weights.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,16 @@ from torch import Tensor, nn
 
 from rana_kernels import ops  # noqa: F401  (defines torch.ops.rana)
 from rana_kernels.ops import reference
-from rana_kernels.ops.checks import wide_dtype
+from rana_kernels.ops.checks import widen
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class AdapterModule(nn.Module):
-    """Thresholds and norms stay float32 under `.to(bfloat16)` and `.half()`, and must be finite."""
+    """A module whose thresholds and norms stay float32 under `.to(bfloat16)` and `.half()`.
+
+    Thresholds must be finite and >= 0. Loading a state dict checks this.
+    """
 
     threshold: Tensor
 
@@ -45,7 +48,7 @@ class AdapterModule(nn.Module):
         return self
 
     def set_threshold(self, threshold: float | Tensor) -> None:
-        """Set one threshold for all rows ([]) or one each ([R]).
+        """Set one threshold for all rows ([]) or one for each row ([R]).
 
         Raises ValueError unless every threshold is finite and >= 0.
         """
@@ -73,7 +76,7 @@ def _require_threshold(threshold: Tensor, name: str) -> None:
 def check_thresholds(model: nn.Module) -> None:
     """Raise ValueError if any threshold of `model` is negative or not finite.
 
-    For loaders that place tensors themselves and so pass by the check of `load_state_dict`.
+    Loaders that place tensors themselves need this, because they bypass the check of `load_state_dict`.
     """
     for name, module in model.named_modules():
         if isinstance(module, AdapterModule) and "threshold" in module._buffers:
@@ -81,10 +84,10 @@ def check_thresholds(model: nn.Module) -> None:
 
 
 def fill_module(module: Module, **tensors: Tensor | None) -> Module:
-    """Give an empty module all its tensors by their names in the state dict, without a copy, and return it.
+    """Assign all tensors of an empty module by their names in the state dict, and return the module.
 
-    Every adapted linear in it also gets its empty `weight`. Raises RuntimeError for a tensor that is missing,
-    unknown or of another shape.
+    Nothing is copied. Every adapted linear in the module also gets its empty `weight`. Raises RuntimeError
+    for a tensor that is missing, unknown or of another shape.
     """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     device = next((tensor.device for tensor in given.values()), torch.device("cpu"))
@@ -101,7 +104,7 @@ def empty_parameter(*shape: int, device, dtype) -> nn.Parameter:
 
 
 class AdaptedLinear(AdapterModule):
-    """What stands under a linear's name: its sizes, its bias and the empty `weight`."""
+    """The common part of all modules that replace one linear: its sizes, its bias and the empty `weight`."""
 
     weight: Tensor
     rows: Tensor
@@ -119,10 +122,10 @@ class AdaptedLinear(AdapterModule):
 
 
 class Handoff:
-    """Carries outputs from the module that computed them to the modules they belong to.
+    """Carries outputs from the RanaLinear that computed them to the receivers that return them.
 
-    Lives within one forward pass: the last receiver empties it. It holds no state worth keeping, so
-    a copy or a pickle of it is a new, empty one (shared, as before, by the modules copied together).
+    A handoff holds outputs only during a forward pass: the last receiver empties it. A copy or a pickle
+    is therefore a new, empty handoff. Modules that are copied in one call still share one.
     """
 
     def __init__(self) -> None:
@@ -132,12 +135,13 @@ class Handoff:
         return Handoff, ()
 
     def share(self, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
-        """Return the first of the outputs for `x`, and hold the others for their receivers."""
+        """Return the first output for `x`, and hold the others for their receivers."""
         first, *rest = outputs
         self.held = (x, dict(enumerate(rest)))
         return first
 
     def take(self, x: Tensor, index: int) -> Tensor:
+        """Return the output of receiver `index`. Raise RuntimeError if it was not computed for this `x`."""
         held = self.held
         if held is None or held[0] is not x or index not in held[1]:
             raise RuntimeError(
@@ -156,8 +160,8 @@ class RanaLinear(AdaptedLinear):
     """A rank adapter in place of one linear, or of several that read the same input.
 
     B [R, K] · rows [R, N] (A transposed: one contiguous row a rank) · threshold [R] float32 · bias [N].
-    For a joint decomposition `others` lists the widths of the further outputs: N is then the sum of
-    `out_features` and these, `forward` returns the first part and hands over the rest.
+    For a joint decomposition, `others` lists the widths of the other outputs, and N is the sum of
+    `out_features` and these widths. `forward` then returns the first output and hands over the others.
     """
 
     def __init__(
@@ -184,12 +188,12 @@ class RanaLinear(AdaptedLinear):
         return y if self.handoff is None else self.handoff.share(x, y.split(self.widths, dim=-1))
 
     def masks(self, x: Tensor) -> dict[str, Tensor]:
-        """The mask that `forward` applies, [..., R] bool, from the reference implementation."""
+        """Return the mask that `forward` applies, [..., R] bool, from the reference implementation."""
         return {"": reference.keep(wide_product(x, self.B), self.threshold)}
 
 
 class RanaReceiver(AdaptedLinear):
-    """A linear whose output is computed by the RanaLinear it was jointly decomposed with."""
+    """A linear whose output is computed by the joint RanaLinear that was called before it."""
 
     def __init__(
         self, in_features: int, out_features: int, handoff: Handoff, index: int, *, device=None, dtype=None
@@ -204,9 +208,9 @@ class RanaReceiver(AdaptedLinear):
 def joint_linears(
     in_features: int, out_features: tuple[int, ...], rank: int, bias: bool = False, *, device=None, dtype=None
 ) -> list[AdaptedLinear]:
-    """One RanaLinear that computes all of `out_features`, and a receiver for each one but the first.
+    """Build one RanaLinear that computes all of `out_features`, and a receiver for each but the first.
 
-    To be put in place in the order in which the model calls them.
+    The model must call the linears that they replace in the same order.
     """
     first, *others = out_features
     place = {"device": device, "dtype": dtype}
@@ -218,7 +222,7 @@ def joint_linears(
 
 
 class RanaNeuronLinear(AdaptedLinear):
-    """A neuron adapter: input i is skipped where `|x_i|·norms_i < threshold_i`.
+    """A neuron adapter. It skips input i where `|x_i|·norms_i < threshold_i`.
 
     rows [K, N] (W transposed) · norms [K] = ‖W_:,i‖₂, float32 · threshold [K] float32 · bias [N].
     """
@@ -237,10 +241,10 @@ class RanaNeuronLinear(AdaptedLinear):
         return torch.ops.rana.masked_linear(x, self.rows, self.threshold, self.norms, self.bias)
 
     def masks(self, x: Tensor) -> dict[str, Tensor]:
-        """The mask that `forward` applies, [..., K] bool, from the reference implementation."""
-        return {"": reference.keep(x.to(wide_dtype(x.dtype)), self.threshold, self.norms)}
+        """Return the mask that `forward` applies, [..., K] bool, from the reference implementation."""
+        return {"": reference.keep(widen(x), self.threshold, self.norms)}
 
 
 def wide_product(x: Tensor, B: Tensor) -> Tensor:
-    wide = wide_dtype(x.dtype)
-    return x.to(wide) @ B.to(wide).T
+    """Return `x @ B.T` in the dtype in which masks are decided."""
+    return widen(x) @ widen(B).T

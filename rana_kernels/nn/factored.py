@@ -1,7 +1,8 @@
-"""Adapters as pairs of plain linears with the mask between, for what trains or rewrites linears.
+"""Adapters as plain linears with a mask, for code that trains or rewrites linears.
 
-A rank adapter is `B` (K → R) and `rows` (R → N), a neuron adapter its `rows` (K → N). LoRA on these is merged
-into them, so what comes back has the sizes, the cost and the format that it had.
+A rank adapter becomes two linears, `B` (K → R) and `rows` (R → N). A neuron adapter becomes one, `rows`
+(K → N). LoRA on these linears is merged into them, so the adapter that is made from them afterwards has the
+same sizes, cost and format as before.
 """
 
 from collections.abc import Iterator
@@ -13,11 +14,11 @@ from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, fill_module
 from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.nn.split_mlp import RanaSplitMLP, join_mlp, split_mlp
 from rana_kernels.ops import reference
-from rana_kernels.ops.checks import wide_dtype
+from rana_kernels.ops.checks import widen
 
 
 class FactoredLinear(nn.Module):
-    """What a RanaLinear computes, with the rank values rounded to the input's dtype."""
+    """A RanaLinear as two plain linears. The rank values are rounded to the input's dtype."""
 
     def __init__(self, adapter: RanaLinear) -> None:
         super().__init__()
@@ -30,14 +31,15 @@ class FactoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.B(x)
-        y = self.rows(torch.where(reference.keep(_wide(h), self.threshold), h, 0))
+        y = self.rows(torch.where(reference.keep(widen(h), self.threshold), h, 0))
         return y if self.handoff is None else self.handoff.share(x, y.split(self.widths, dim=-1))
 
     def scores(self, x: Tensor) -> Tensor:
-        """|h| [..., R], what the thresholds are compared with."""
-        return _wide(self.B(x)).abs()
+        """Return |h| [..., R], which the mask compares with the thresholds."""
+        return widen(self.B(x)).abs()
 
     def to_adapter(self) -> RanaLinear:
+        """Build the RanaLinear that computes the same, with the weights as they are now."""
         first, *others = self.widths
         made = RanaLinear(
             self.B.in_features, first, self.B.out_features, self.rows.bias is not None,
@@ -48,7 +50,7 @@ class FactoredLinear(nn.Module):
 
 
 class FactoredNeurons(nn.Module):
-    """What a RanaNeuronLinear computes. The norms stay as they were when the rows change."""
+    """A RanaNeuronLinear as one plain linear. When training changes the rows, the norms stay as they are."""
 
     def __init__(self, adapter: RanaNeuronLinear) -> None:
         super().__init__()
@@ -60,13 +62,14 @@ class FactoredNeurons(nn.Module):
     norms: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rows(torch.where(reference.keep(_wide(x), self.threshold, self.norms), x, 0))
+        return self.rows(torch.where(reference.keep(widen(x), self.threshold, self.norms), x, 0))
 
     def scores(self, x: Tensor) -> Tensor:
-        """|x|·norms [..., K]."""
-        return _wide(x).abs() * self.norms
+        """Return |x|·norms [..., K], which the mask compares with the thresholds."""
+        return widen(x).abs() * self.norms
 
     def to_adapter(self) -> RanaNeuronLinear:
+        """Build the RanaNeuronLinear that computes the same, with the weights as they are now."""
         sizes = self.rows.in_features, self.rows.out_features
         made = RanaNeuronLinear(*sizes, self.rows.bias is not None, device="meta")
         fill_module(made, threshold=self.threshold, norms=self.norms, **_rows(self.rows))
@@ -77,7 +80,7 @@ Factored = FactoredLinear | FactoredNeurons
 
 
 def to_linears(model: nn.Module) -> None:
-    """Put factored modules in the place of the adapters of `model`; they share their memory."""
+    """Replace the adapters of `model` by factored modules, which share memory with the adapters."""
     for name, module in list(model.named_modules()):
         if isinstance(module, RanaMLP):
             model.set_submodule(name, split_mlp(module))
@@ -89,7 +92,7 @@ def to_linears(model: nn.Module) -> None:
 
 
 def from_linears(model: nn.Module) -> None:
-    """Undo `factor`, with the weights as they are now."""
+    """Undo `to_linears`, with the weights as they are now."""
     for name, module in list(factored(model)):
         model.set_submodule(name, module.to_adapter().train(module.training))
     for name, split in list(model.named_modules()):
@@ -98,14 +101,10 @@ def from_linears(model: nn.Module) -> None:
 
 
 def factored(model: nn.Module) -> Iterator[tuple[str, Factored]]:
-    """The factored modules, by the name of their (first) linear."""
+    """Yield the factored modules with their names. A joint module has the name of its first linear."""
     for name, module in model.named_modules():
         if isinstance(module, Factored):
             yield name, module
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(wide_dtype(x.dtype))
 
 
 def _linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
@@ -117,5 +116,5 @@ def _linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
 
 
 def _rows(linear: nn.Linear) -> dict[str, Tensor | None]:
-    """Return `rows` and `bias` of the adapter whose last factor `linear` is."""
+    """Return `rows` and `bias` of an adapter from the plain linear that holds both."""
     return {"rows": linear.weight.detach().T.contiguous(), "bias": linear.bias}

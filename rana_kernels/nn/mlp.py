@@ -12,10 +12,10 @@ from rana_kernels.ops.mlp import combine, gate_ranks
 
 
 class _Rows(AdaptedLinear):
-    """The part of a RanaMLP that stands under a linear's own name.
+    """The part of a RanaMLP that has the name of the up or the gate linear.
 
-    The MLP calls it to get its tensors, and never reads them past it: hooks that bring weights to
-    the device when a module is called (offloading, sharding) then work as for any other layer.
+    The MLP gets the tensors of this module only by calling it. Hooks that bring weights to the device when
+    a module is called (offloading, sharding) therefore work as they do for any other layer.
     """
 
     def __init__(self, in_features, out_features, rank, bias, device, dtype) -> None:
@@ -27,7 +27,7 @@ class _Rows(AdaptedLinear):
 
 
 class _NeuronRows(AdaptedLinear):
-    """The same for the down projection: a row a neuron, with its norms and threshold."""
+    """The part of a RanaMLP that has the name of the down linear: its rows, norms and thresholds."""
 
     norms: Tensor
 
@@ -44,11 +44,11 @@ class _NeuronRows(AdaptedLinear):
 class RanaMLP(AdapterModule):
     """A whole MLP in one op: rank adapters for up and gate, a neuron adapter for down.
 
-    B [S, K] and threshold [S] stack the ranks of up over those of gate, or, when `joint`, both read
-    the same S ranks. The children keep the names that the linears had (`names`: up, gate, down) and
-    hold `rows`, `bias` and, for down, `norms` and `threshold`. `gate_rank=None`: an ungated MLP. The
-    same name for up and gate: one linear that computed both, gate's outputs first; `joint`, then.
-    Raises ValueError for an unknown activation, or ranks that differ although they are shared.
+    B [S, K] and threshold [S] stack the ranks of up over the ranks of gate. If `joint`, up and gate read
+    the same S ranks. The children keep the names of the linears (`names`: up, gate, down) and hold `rows`,
+    `bias` and, for down, `norms` and `threshold`. An ungated MLP has `gate_rank=None`. If one linear
+    computed both up and gate (gate's outputs first), both have its name, and `joint` is True.
+    Raises ValueError for an unknown activation, or joint ranks that differ.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RanaMLP(AdapterModule):
         self.add_module(down, _NeuronRows(neurons, out_features, bias[2], **place))
 
     def op_arguments(self) -> tuple:
-        """Return B and the tensors that follow it in the signature of `masked_mlp`."""
+        """Return B and the tensors that follow B in the signature of `masked_mlp`."""
         up, gate, down = self.names
         up_rows, up_bias = getattr(self, up)()
         if self.gate_rank is None:
@@ -102,7 +102,7 @@ class RanaMLP(AdapterModule):
         return torch.ops.rana.masked_mlp(x, *self.op_arguments(), self.activation)
 
     def masks(self, x: Tensor) -> dict[str, Tensor]:
-        """The masks that `forward` applies, by child: [..., R] for up and gate, [..., I] for down."""
+        """Return the masks that `forward` applies, by child: [..., R] for up and gate, [..., I] for down."""
         B, up_rows, gate_rows, threshold, up_bias, gate_bias, _, norms, down_threshold, _ = (
             self.op_arguments()
         )

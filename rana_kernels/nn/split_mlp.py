@@ -1,4 +1,4 @@
-"""Split a RanaMLP into one module a linear, for code that works on single linears, and join it again."""
+"""A RanaMLP split into one module for each linear, for code that works on single linears."""
 
 from functools import partial
 
@@ -12,9 +12,9 @@ from rana_kernels.ops.mlp import combine
 
 
 class RanaSplitMLP(nn.Module):
-    """A RanaMLP whose adapters are modules of their own, under the names that the linears had.
+    """A RanaMLP whose adapters are separate modules with the names of the linears (`names`: up, gate, down).
 
-    It computes what the RanaMLP computed, with one rounding more between the layers. `names`: up, gate, down.
+    It computes the same as the RanaMLP, except that values between the layers are rounded once more.
     """
 
     def __init__(self, names: tuple[str, str, str], activation: str, gated: bool) -> None:
@@ -29,14 +29,14 @@ class RanaSplitMLP(nn.Module):
         elif up_name == gate_name:
             gate, up = getattr(self, up_name)(x).chunk(2, dim=-1)
         else:
-            # Gate runs first: with joint ranks it computes the output of up as well.
+            # Gate runs first, because with joint ranks gate computes the output of up as well.
             gate, up = getattr(self, gate_name)(x), getattr(self, up_name)(x)
         return getattr(self, down_name)(combine(up, gate, act))
 
 
 @torch.no_grad()
 def split_mlp(mlp: RanaMLP) -> RanaSplitMLP:
-    """Return the same MLP in parts, which share its memory where they can."""
+    """Split a RanaMLP into one module for each linear. The parts share memory with the MLP where possible."""
     up, gate, down = mlp.names
     B, up_rows, gate_rows, threshold, up_bias, gate_bias, rows, norms, down_threshold, bias = (
         mlp.op_arguments()
@@ -66,7 +66,7 @@ def split_mlp(mlp: RanaMLP) -> RanaSplitMLP:
 
 @torch.no_grad()
 def join_mlp(split: RanaSplitMLP) -> RanaMLP:
-    """Return one RanaMLP again. The parts may have grown ranks."""
+    """Build one RanaMLP from the parts. They may have more ranks than before the split."""
     up, gate, down = split.names
     last = getattr(split, down)
     # With joint ranks the part that runs first holds the ranks of both.
