@@ -1,1 +1,1 @@
-"""The machine: its processor, its memory pages, and files that are written whole."""
+"""Access to the machine: facts about the processor, huge pages, and files that are written whole."""

@@ -1,4 +1,4 @@
-"""Files that are written whole: an interruption leaves the old file or the new one, and never a part."""
+"""Files that are written whole: after an interruption, the old or the new file is there, never a part."""
 
 import json
 import os
@@ -14,12 +14,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write `data` as JSON to `path`, whole."""
+    """Write `data` as JSON to `path`, with `write_whole`."""
     write_whole(path, lambda part: part.write_text(json.dumps(data)))
 
 
 def read_json(path: Path):
-    """Return what `write_json` wrote. Raise ValueError for a damaged file."""
+    """Read JSON that `write_json` wrote. Raise ValueError for a damaged file."""
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:

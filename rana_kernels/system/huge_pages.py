@@ -1,7 +1,7 @@
-"""Weights on huge pages. Masked rows lie scattered, and on pages of 4 KB each costs a walk of the page table.
+"""Weights on huge pages. The kept rows are scattered, and with pages of 4 KB each costs a page-table walk.
 
-Linux gathers pages that are in use into huge ones on request (madvise with MADV_COLLAPSE, from 6.1 on). It
-moves memory and changes none, so where it does not, nothing is said.
+On request, Linux moves pages that are in use into huge ones (madvise with MADV_COLLAPSE, from 6.1 on). The
+contents stay the same, so a request that fails is silently ignored.
 """
 
 import ctypes
@@ -17,20 +17,20 @@ _SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 
 
 def use_huge_pages(model: nn.Module) -> int:
-    """Ask for huge pages under the CPU weights of `model`; gives the bytes that have them now.
+    """Ask for huge pages for the CPU weights of `model`, and return how many bytes have them now.
 
-    Takes about half a second a gigabyte, and for a moment one huge page of memory.
+    This takes about half a second a gigabyte, and briefly needs one more huge page of memory.
     """
     return collapse(chain(model.parameters(), model.buffers()))
 
 
 def collapse(tensors: Iterable[Tensor]) -> int:
-    """The same for tensors, which are contiguous. Tied ones count once."""
+    """Do the same for contiguous tensors. Tensors that share memory count once."""
     if sys.platform != "linux" or not _SIZE.exists():
         return 0
     size, moved = int(_SIZE.read_text()), 0
-    here = (t for t in tensors if t.device.type == "cpu")
-    for begin, end in {(t.data_ptr(), t.data_ptr() + t.nbytes) for t in here}:
+    on_cpu = (t for t in tensors if t.device.type == "cpu")
+    for begin, end in {(t.data_ptr(), t.data_ptr() + t.nbytes) for t in on_cpu}:
         first, last = -(-begin // size) * size, end // size * size
         if first < last and _advise(first, last - first):
             moved += last - first
@@ -38,5 +38,6 @@ def collapse(tensors: Iterable[Tensor]) -> int:
 
 
 def _advise(address: int, length: int) -> bool:
-    found = ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), MADV_COLLAPSE)
-    return found == 0
+    """Ask Linux to move these bytes to huge pages, and return whether it did."""
+    status = ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), MADV_COLLAPSE)
+    return status == 0
