@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py rana_kernels/ops/schemas.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
-CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* bench/*.cpp bench/gpu/*.cu examples/*/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
+CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* bench/*/*.cpp bench/*/*.cu examples/*/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
 .PHONY: help build demo test test-slow test-stacks test-vllm test-transformers lint format bench gpu compile-check sanitize clean
 
@@ -97,8 +97,7 @@ test-transformers: build
 
 bench: build
 	$(BIN)/python -m bench
-	$(BIN)/python -m bench.plot
-	$(BIN)/python -m bench.page
+	$(BIN)/python -m bench.report
 
 # With the Python that has torch for CUDA, and nothing from a network.
 gpu:

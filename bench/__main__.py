@@ -1,4 +1,4 @@
-"""`python -m bench`: the tests of the ops, then every kernel against its baselines, in a table and a CSV."""
+"""`python -m bench`: run the tests of the ops, then time every kernel against its baselines."""
 
 import re
 import subprocess
@@ -10,56 +10,53 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from bench import check, compare
-from bench.baselines import DTYPES
-from bench.kernels import PUBLISHED, Case
-from bench.measure import measure
-from bench.models import KEEP, MODELS, grid
-from bench.report import RESULTS, ROOT, conditions, processor, show, write_csv, write_json
-from bench.timing import thread_counts
+from bench.kernels import check, compare
+from bench.kernels.baselines import DTYPES
+from bench.kernels.cases import COST_RATIO, MODELS, PUBLISHED, Case, grid
+from bench.kernels.timing import measure, thread_counts
+from bench.report.results import RESULTS, ROOT, conditions, processor, write_csv, write_json
+from bench.report.tables import show
 from rana_kernels.backends import NAMES
 
 console = Console(width=None if sys.stdout.isatty() else 190)
-HIDDEN = ("p20", "p80", "GFLOP/s", "peak GFLOP/s")  # in the files, not in the table
+HIDDEN = ("p20", "p80", "GFLOP/s", "peak GFLOP/s")  # in the files, not in the printed table
 
 
 def main(
-    only: Annotated[str, typer.Option(help="Regular expression: the cases to run, by name.")] = "",
+    only: Annotated[str, typer.Option(help="Run the cases whose name has this regular expression.")] = "",
     model: Annotated[
-        list[str] | None, typer.Option(help="Linears of this model, of: " + ", ".join(MODELS))
+        list[str] | None, typer.Option(help="Time the linears of this model, one of: " + ", ".join(MODELS))
     ] = None,
     density: Annotated[
-        list[float] | None, typer.Option(min=0.01, max=1, help="Live of the stored rows; default 0.56.")
+        list[float] | None, typer.Option(min=0.01, max=1, help="Live share of the stored rows; default 0.56.")
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens in a call; default 1.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp16 or fp32; default bf16.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Who serves our ops; default auto.")] = None,
-    threads: Annotated[list[int] | None, typer.Option(min=1, help="Default 1 and all.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Backend of our ops; default auto.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="Default: 1 and all.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds a case.")] = 15,
     csv: Annotated[
         Path | None,
-        typer.Option(help="Default bench/results/<processor>.csv, if all published cases are run."),
+        typer.Option(help="Default: bench/results/<processor>.csv, if all published cases are run."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="The same rows as JSON.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the same rows as JSON.")] = None,
     base: Annotated[
-        str | None, typer.Option(metavar="REV", help="Compare with this revision of ours.")
+        str | None, typer.Option(metavar="REV", help="Compare this revision's kernels with those of REV.")
     ] = None,
     against: Annotated[
         bool,
-        typer.Option(
-            "--check", help="Fail if a case is slower than in the stored results; on one thread by default."
-        ),
+        typer.Option("--check", help="Fail if a case is slower than stored; by default on one thread."),
     ] = False,
 ) -> None:
-    """Time the ops on this machine's processor. A graphics card, and published kernels: python -m bench.gpu.
+    """Time the ops on this machine's processor. For a graphics card use python -m bench.gpu.
 
-    Without --model, --density, --tokens or --dtype the cases are those of the published results; with one of
-    them, all combinations of what is given. Options but --only and --rounds may be given several times.
+    Without --model, --density, --tokens and --dtype the published cases are run. With one of them, all
+    combinations of what is given are run. All options but --only and --rounds may be given several times.
 
-    Contenders take turns on rotated copies of their weights, larger than the last-level cache. `x dense`
-    and its neighbours say how many times as fast as that baseline ours is; `% of stream` is the weight
-    bytes that ours must read, over its time, against the best streaming loop timed in the same rounds;
-    `error` is ours against float64. One thread is timed by its own processor time.
+    Contenders take turns on rotated copies of their weights, which are larger than the last-level cache.
+    `x dense` and its neighbours say how many times as fast as that baseline ours is. `% of stream` compares
+    the weight bytes that ours must read, over its time, with the best streaming loop of the same rounds.
+    `error` compares ours with float64. On one thread, processor time is counted.
 
     Nothing is timed unless the tests of the ops pass.
 
@@ -67,9 +64,7 @@ def main(
     """
     chosen = find_cases(only, model, density, tokens, dtype)
     served = backend or ["auto"]
-    unknown = [name for name in served if name not in NAMES]
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]}: wanted one of {', '.join(NAMES)}", param_hint="--backend")
+    _require_known("--backend", served, NAMES)
     require_green_tests()
     counts = threads or thread_counts()
     stamp = conditions()
@@ -83,10 +78,9 @@ def main(
         stamp += f", against {base}"
         show(console, f"this revision against {base} (`x base`: how many times as fast)", rows)
     elif against:
-        # one thread by default: other programs' turns do not count in its time
-        raise typer.Exit(
-            check.against(RESULTS / f"{processor()}.csv", chosen, threads or [1], rounds, console)
-        )
+        # on one thread, other programs' turns do not count
+        stored = RESULTS / f"{processor()}.csv"
+        raise typer.Exit(check.against(stored, chosen, threads or [1], rounds, console))
     else:
         steps = len(chosen) * len(served) * len(counts)
         timed = measure(chosen, served, counts, rounds)
@@ -109,13 +103,11 @@ def find_cases(
     tokens: list[int] | None,
     dtypes: list[str] | None,
 ) -> list[Case]:
-    for name, given, known in (("--model", models, MODELS), ("--dtype", dtypes, DTYPES)):
-        unknown = [value for value in given or [] if value not in known]
-        if unknown:
-            raise typer.BadParameter(f"{unknown[0]}: wanted one of {', '.join(known)}", param_hint=name)
+    _require_known("--model", models or [], MODELS)
+    _require_known("--dtype", dtypes or [], DTYPES)
     found = PUBLISHED
     if models or densities or tokens or dtypes:
-        found = grid(models or list(MODELS), densities or [KEEP], tokens or [1], dtypes or ["bf16"])
+        found = grid(models or list(MODELS), densities or [COST_RATIO], tokens or [1], dtypes or ["bf16"])
     chosen = [case for case in found if re.search(only, case.name)]
     if not chosen:
         raise typer.BadParameter(
@@ -124,15 +116,18 @@ def find_cases(
     return chosen
 
 
+def _require_known(option: str, given, known) -> None:
+    for value in given:
+        if value not in known:
+            raise typer.BadParameter(f"{value}: wanted one of {', '.join(known)}", param_hint=option)
+
+
 def require_green_tests() -> None:
+    """Run the tests of the ops. Raise typer.Exit if one fails."""
     tests = [ROOT / "tests/test_ops.py", ROOT / "tests/test_ops_properties.py"]
     console.print("testing the ops first")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not gpu", *tests],
-        cwd=ROOT,
-        check=False,
-    )
-    if result.returncode != 0:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not gpu", *tests]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
         console.print("[red]the tests of the ops fail: no numbers")
         raise typer.Exit(1)
 

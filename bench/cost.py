@@ -1,7 +1,17 @@
-"""`python -m bench.cost`: what a compression takes, timed on blocks, and what follows for whole models."""
+"""`python -m bench.cost`: time the steps of a compression on blocks, and estimate whole models from them.
 
-from collections.abc import Iterator
+Work is counted, and time follows from fits of measured pieces:
+
+    decompose a linear     s ≈ a·n³ + b·N·K²                n: the smaller of its sizes, of the eigenproblem;
+                                                            N·K²: the products, from the moment of its inputs
+    the rest of a block    s ≈ c·Σ N·K + d·Σ (N + K)        errors of adapters, thresholds, modules
+    read a token           s ≈ e·Σ (N·K + n²) + f·Σ (N + K) the linears, and the moments of their inputs
+    differentiate a token  s ≈ g·Σ N·K + h·Σ (N + K)        forward and back
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -11,23 +21,27 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rana_kernels as rana
-from bench.estimates import (
-    CALIBRATION,
-    DIFFERENTIATED,
-    Decomposition,
-    block_seconds,
-    decompositions,
-    differentiating,
-    estimate,
-    reading,
-    rest,
-)
-from bench.fits import Fit, fit
-from bench.models import LARGE, MODELS, Model
-from bench.report import RESULTS, conditions, processor, write_json
+from bench.kernels.cases import LARGE, MODELS, Model
+from bench.report.fits import Fit, fit
+from bench.report.results import RESULTS, conditions, processor, write_json
 from rana_kernels.statistics import block as calibrated_block
 from rana_kernels.statistics.decomposition import decompose
+from rana_kernels.statistics.fisher import TOKENS as DIFFERENTIATED
 from rana_kernels.system.cpu import clock
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The decomposition of a linear K -> N from the second moment of its inputs, or else of its outputs."""
+
+    N: int
+    K: int
+    of_inputs: bool
+
+    @property
+    def work(self) -> dict[str, float]:
+        return {"n³": float(min(self.N, self.K)) ** 3, "N·K²": float(self.N * self.K**2 * self.of_inputs)}
+
 
 LINEARS = [
     Decomposition(N, K, of_inputs=N >= K)
@@ -35,9 +49,10 @@ LINEARS = [
         (1024, 1024), (2752, 1024), (1024, 2752), (2048, 2048), (5504, 2048), (2048, 5504), (11008, 4096),
     )
 ]  # fmt: skip
-BLOCKS = [512, 1024, 1536, 2048]  # hidden sizes; the rest in the proportions of Llama-2-7B
-CHECKED = 3072  # of a block that no fit has seen
+BLOCKS = [512, 1024, 1536, 2048]  # hidden sizes; other sizes are in the proportions of Llama-2-7B
+CHECKED = 3072  # hidden size of a block that the fits have not seen
 ESTIMATED = {**{name: MODELS[name] for name in ("Llama-3.2-1B", "Llama-2-7B")}, **LARGE}
+CALIBRATION = 65536  # tokens, of the estimates
 ROWS, LENGTH = 8, 512  # calibration of a measured block: as many tokens as a sample has
 STEPS = ("read", "differentiate", "decompose", "rest")
 
@@ -47,7 +62,7 @@ def main(
         Path | None, typer.Option(help="JSON; default bench/results/cost-<processor>.json.")
     ] = None,
 ) -> None:
-    """Time decompositions, and calibration and compression of blocks; fit; estimate whole models.
+    """Time decompositions, and calibration and compression of blocks. Fit, and estimate whole models.
 
     Example:  python -m bench.cost
     """
@@ -59,17 +74,17 @@ def main(
 
 
 def cost(linears: list[Decomposition], hidden: list[int], checked: int) -> dict[str, Any]:
-    """Measurements, fits, estimates, and one more block beside its estimate. Two sizes or more of each."""
+    """Return measurements (of two sizes or more), fits, estimates, and a block beside its estimate."""
     pieces = [round(seconds_of(linear), 4) for linear in linears]
-    blocks = [block(size) for size in hidden]
+    blocks = [measure_block(size) for size in hidden]
     fits = fits_of(linears, pieces, blocks)
-    found, shape = block(checked), block_shape(checked)
+    found, shape = measure_block(checked), block_shape(checked)
     expected = block_seconds(shape, fits, ROWS * LENGTH)
     return {
         "linears": [{"N": d.N, "K": d.K, "seconds": s} for d, s in zip(linears, pieces, strict=True)],
         "blocks": blocks,
         "fits": {
-            name: {"coefficients": f.coefficients, "residuals": [round(r, 3) for r in f.residuals]}
+            name: {"coefficients": f.coefficients, "residuals": f.rounded_residuals}
             for name, f in fits.items()
         },
         "check": {
@@ -83,60 +98,44 @@ def cost(linears: list[Decomposition], hidden: list[int], checked: int) -> dict[
     }
 
 
-def fits_of(linears: list[Decomposition], seconds: list[float], blocks: list[dict]) -> dict[str, Fit]:
-    shapes = [block_shape(b["hidden"]) for b in blocks]
-    tokens = ROWS * LENGTH
-    return {
-        "decompose": fit([d.work for d in linears], seconds),
-        "rest": fit([rest(shape) for shape in shapes], [b["rest"] for b in blocks]),
-        "read": fit([reading(shape) for shape in shapes], [b["read"] / tokens for b in blocks]),
-        "differentiate": fit(
-            [differentiating(shape) for shape in shapes], [b["differentiate"] / tokens for b in blocks]
-        ),
-    }
+# measuring
 
 
 def seconds_of(linear: Decomposition) -> float:
-    """To decompose it, from the moment that calibration keeps of it."""
+    """Time the decomposition of a random linear, from the moment that calibration keeps of it."""
     size = linear.K if linear.of_inputs else linear.N
     x = torch.randn(size, size, dtype=torch.float64)
     weight = torch.randn(linear.N, linear.K) * linear.K**-0.5
     moment = x @ x.T / size
-    now = clock(torch.get_num_threads())
-    begin = now()
-    decompose(weight, moment)
-    return now() - begin
+    return _timed(decompose, weight, moment)[0]
 
 
-def block_shape(hidden: int) -> Model:
-    neurons = round(hidden * 11008 / 4096 / 16) * 16
-    return Model(hidden, hidden, hidden, neurons, 1)
+def measure_block(hidden: int) -> dict[str, Any]:
+    """Time the steps of `rana.compress` on a random Llama of one block and random tokens.
 
-
-def block(hidden: int) -> dict[str, Any]:
-    """Seconds of the steps of `rana.compress` on a Llama of one block, random, read by random tokens.
-
-    Reading alone is a calibration without gradients; what one with them takes longer is differentiating.
+    "read" is a calibration without gradients, and "differentiate" is what gradients add to it.
     """
     torch.manual_seed(0)
     model, tokens = random_block(hidden), torch.randint(256, (ROWS, LENGTH))
-    now = clock(torch.get_num_threads())
-    begin = now()
-    rana.calibrate(model, tokens.split(4), gradients=False, progress=False)
-    read = now() - begin
-    begin = now()
-    stats = rana.calibrate(model, tokens.split(4), progress=False)
-    differentiate = now() - begin - read
-    begin = now()
-    with timed_decompositions(now) as decomposed:
-        rana.compress(model, stats=stats, flops_reduction=0.44, progress=False)
-    compress = now() - begin
-    seconds = (read, differentiate, sum(decomposed), compress - sum(decomposed))
+    batches = tokens.split(4)
+    read, _ = _timed(rana.calibrate, model, batches, gradients=False, progress=False)
+    both, stats = _timed(rana.calibrate, model, batches, progress=False)
+    with timed_decompositions() as decomposed:
+        compress, _ = _timed(rana.compress, model, stats=stats, flops_reduction=0.44, progress=False)
+    seconds = (read, both - read, sum(decomposed), compress - sum(decomposed))
     return {
         "hidden": hidden,
         **{step: round(value, 3) for step, value in zip(STEPS, seconds, strict=True)},
         "decompositions": len(decomposed),
     }
+
+
+def _timed(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[float, Any]:
+    """Return the seconds of a call, and what it returned."""
+    now = clock(torch.get_num_threads())
+    begin = now()
+    found = function(*arguments, **options)
+    return now() - begin, found
 
 
 def random_block(hidden: int) -> LlamaForCausalLM:
@@ -149,19 +148,101 @@ def random_block(hidden: int) -> LlamaForCausalLM:
     )  # fmt: skip
 
 
+def block_shape(hidden: int) -> Model:
+    neurons = round(hidden * 11008 / 4096 / 16) * 16
+    return Model(hidden, hidden, hidden, neurons, 1)
+
+
 @contextmanager
-def timed_decompositions(now: Any) -> Iterator[list[float]]:
-    """Seconds of every decomposition within the block."""
+def timed_decompositions() -> Iterator[list[float]]:
+    """Yield a list that fills with the seconds of every decomposition within the context."""
     seconds: list[float] = []
 
     def timed(*arguments: Any) -> Any:
-        begin = now()
-        factors = decompose(*arguments)
-        seconds.append(now() - begin)
+        taken, factors = _timed(decompose, *arguments)
+        seconds.append(taken)
         return factors
 
     with patch.object(calibrated_block, "decompose", timed):
         yield seconds
+
+
+# counting
+
+
+def decompositions(model: Model) -> list[Decomposition]:
+    """Return the decompositions of one block.
+
+    To plan, every linear is decomposed alone, and jointly with those of the same input. For the modules every
+    input is decomposed once more: q, k and v, and up and gate, are taken to be joint.
+    """
+    q, k = (model.queries, model.hidden), (model.keys, model.hidden)
+    wide = (model.neurons, model.hidden)
+    inputs = [[q, k, k], [(model.hidden, model.queries)], [wide, wide], [(model.hidden, model.neurons)]]
+    found = []
+    for linears in inputs:
+        # calibration keeps the outputs' moment where one linear reads an input and has fewer outputs
+        of_inputs = len(linears) > 1 or linears[0][0] >= linears[0][1]
+        joint = (sum(N for N, _ in linears), linears[0][1])
+        planned = [*linears, joint] if len(linears) > 1 else linears
+        found += [Decomposition(N, K, of_inputs) for N, K in [*planned, joint]]
+    return found
+
+
+def linear_work(model: Model) -> dict[str, float]:
+    """Return the work of the linears of one block, for a token or for what depends on their sizes."""
+    shapes = model.linears.values()
+    return {"N·K": float(sum(K * N for K, N in shapes)), "N + K": float(sum(K + N for K, N in shapes))}
+
+
+def reading_work(model: Model) -> dict[str, float]:
+    """Return the work of reading a token: the linears, the moments of their inputs, and down's product."""
+    moments = 3 * model.hidden**2 + model.queries**2
+    linears = linear_work(model)
+    return {
+        "N·K + n²": linears["N·K"] + model.neurons * model.hidden + moments,
+        "N + K": linears["N + K"],
+    }
+
+
+# estimating
+
+
+def fits_of(linears: list[Decomposition], seconds: list[float], blocks: list[dict]) -> dict[str, Fit]:
+    shapes = [block_shape(b["hidden"]) for b in blocks]
+    work = [linear_work(shape) for shape in shapes]
+    tokens = ROWS * LENGTH
+    return {
+        "decompose": fit([d.work for d in linears], seconds),
+        "rest": fit(work, [b["rest"] for b in blocks]),
+        "read": fit([reading_work(shape) for shape in shapes], [b["read"] / tokens for b in blocks]),
+        "differentiate": fit(work, [b["differentiate"] / tokens for b in blocks]),
+    }
+
+
+def block_seconds(model: Model, fits: dict[str, Fit], tokens: int) -> dict[str, float]:
+    """Estimate the steps of one block. The first of the `tokens` of calibration are differentiated."""
+    work = linear_work(model)
+    return {
+        "read": tokens * fits["read"].predict(reading_work(model)),
+        "differentiate": min(tokens, DIFFERENTIATED) * fits["differentiate"].predict(work),
+        "decompose": sum(fits["decompose"].predict(d.work) for d in decompositions(model)),
+        "rest": fits["rest"].predict(work),
+    }
+
+
+def estimate(model: Model, fits: dict[str, Fit]) -> dict[str, float]:
+    """Return the hours of each step for all blocks, and the GB of the largest moment and of all moments."""
+    seconds = block_seconds(model, fits, CALIBRATION)
+    hours = {f"{step} h": model.blocks * value / 3600 for step, value in seconds.items()}
+    moments = [8 * size**2 / 1e9 for size in (*[model.hidden] * 3, model.queries)]
+    found = {
+        **hours,
+        "all h": sum(hours.values()),
+        "moment GB": max(moments),
+        "moments GB": model.blocks * sum(moments),
+    }
+    return {name: float(f"{value:.3g}") for name, value in found.items()}
 
 
 if __name__ == "__main__":

@@ -12,15 +12,16 @@ from typer.testing import CliRunner
 
 import rana_kernels
 from bench import __main__ as command
-from bench import baselines, check, compare, cost, linears, measure, mlp, stream, sweep, weights
-from bench.baselines import can_pack
-from bench.estimates import Decomposition, decompositions
-from bench.fits import fit
-from bench.kernels import PUBLISHED, Lowrank, Mlp, Neurons
-from bench.models import KEEP, MODELS, cases
-from bench.page import PAGE, page
-from bench.report import RESULTS, ROOT, machine, read_csv, write_csv, write_json
-from bench.timing import interleave, repeats
+from bench import cost, scale
+from bench.cost import Decomposition, decompositions
+from bench.kernels import baselines, check, compare, linears, stream, timing, weights
+from bench.kernels.baselines import can_pack
+from bench.kernels.cases import COST_RATIO, MODELS, PUBLISHED, Lowrank, Mlp, Neurons, cases
+from bench.kernels.timing import interleave, measure, repeats
+from bench.report import full
+from bench.report.fits import fit
+from bench.report.page import PAGE, page
+from bench.report.results import RESULTS, ROOT, machine, read_csv, write_csv, write_json
 from rana_kernels.allocation.whole_model import block_curves
 from rana_kernels.cli import bench as handover
 from rana_kernels.model.architectures import find_blocks
@@ -41,13 +42,12 @@ def small(monkeypatch):
     """Small copies, a small buffer, and nothing compiled."""
     monkeypatch.setattr(weights, "cold_bytes", lambda: 2**16)
     monkeypatch.setattr(stream, "cold_bytes", lambda: 2**20)
-    monkeypatch.setattr(measure, "PEAK_SIZE", 64)
-    for module in (linears, mlp):
-        monkeypatch.setattr(module, "compiled", lambda function: function)
-    for cached in (stream._buffer, measure.peak):
+    monkeypatch.setattr(timing, "PEAK_SIZE", 64)
+    monkeypatch.setattr(baselines, "compiled", lambda function: function)
+    for cached in (stream._buffer, timing.peak):
         cached.cache_clear()
     yield
-    for cached in (stream._buffer, measure.peak):
+    for cached in (stream._buffer, timing.peak):
         cached.cache_clear()
 
 
@@ -76,10 +76,13 @@ def test_contenders_compute_the_same():
         torch.testing.assert_close(y, x.float() @ B.T @ A.T)
 
 
+compile_once = baselines.compiled  # the fixture replaces it
+
+
 def test_compiled_is_compiled():
     torch._dynamo.utils.counters.clear()
     x, w = torch.randn(1, 8), torch.randn(4, 8)
-    y = baselines.compiled(torch.nn.functional.linear)(x, w)
+    y = compile_once(torch.nn.functional.linear)(x, w)
     torch.testing.assert_close(y, x @ w.T)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -91,11 +94,11 @@ def test_a_wrong_kernel_shows_as_an_error(monkeypatch):
 
 
 def test_measured_rows(tmp_path):
-    rows = list(measure.measure(TINY[:1], ["auto", "reference"], [1], 3))
+    rows = list(measure(TINY[:1], ["auto", "reference"], [1], 3))
     assert [row["backend"] for row in rows] == ["auto", "reference"]
     for row in rows:
-        baselines = {"dense", "dense compiled", "static low rank", "masked in torch"}
-        assert {"error", *(f"x {name}" for name in baselines)} <= row.keys()
+        names = {"dense", "dense compiled", "static low rank", "masked in torch"}
+        assert {"error", *(f"x {name}" for name in names)} <= row.keys()
         assert ("x dense packed" in row) == ("x static packed" in row) == can_pack(torch.bfloat16)
         assert row["p20"] <= row["us"] <= row["p80"]
     write_csv(tmp_path / "a.csv", "here", rows)
@@ -116,7 +119,7 @@ def test_weights_go_round_in_more_than_the_largest_cache_holds(tmp_path):
 def test_named_models_cost_what_is_asked():
     for name, model in MODELS.items():
         for linear, case in cases(model).items():
-            assert case.keep == pytest.approx(KEEP, abs=0.035), (name, linear)
+            assert case.cost_ratio == pytest.approx(COST_RATIO, abs=0.035), (name, linear)
     assert len({case.name for case in PUBLISHED}) == len(PUBLISHED)
 
 
@@ -236,7 +239,7 @@ def test_the_check_says_what_it_cannot_compare(monkeypatch, tmp_path, capsys):
 
 def test_two_workers_take_turns():
     package, case = ROOT / "rana_kernels", Lowrank(2048, 4096, 512, 300, 1, "bf16")
-    with compare.Worker(package) as ours, compare.Worker(package) as theirs:
+    with compare.worker(package) as ours, compare.worker(package) as theirs:
         row = compare.row(case, 1, *compare.rounds_of(ours, theirs, case, 1, 5))
     assert row["p20"] <= row["x base"] <= row["p80"] and row["us"] > 0
 
@@ -289,12 +292,12 @@ def test_no_work_takes_less_than_no_time():
 
 def test_a_sweep_covers_its_axes():
     with torch.inference_mode():
-        found = sweep.sweep(TINY[0], {"N": [64, 128, 256], "M": [1, 2]}, [1], 3)
+        found = scale.sweep(TINY[0], {"N": [64, 128, 256], "M": [1, 2]}, [1], 3)
     assert list(found) == ["base", "N, 1 thread", "M, 1 thread"]
     assert len(found["N, 1 thread"]["us"]) == len(found["N, 1 thread"]["residuals"]) == 3
     assert found["M, 1 thread"]["GB/s"] is None
-    assert sweep.marginal(TINY[0], "N", [64, 128, 256], [1.0, 2.0, 4.0]) == round(2 * 20 * 64 / 1e3, 1)
-    assert sweep.marginal(TINY[0], "N", [64, 128], [2.0, 1.9]) is None
+    assert scale.marginal(TINY[0], "N", [64, 128, 256], [1.0, 2.0, 4.0]) == round(2 * 20 * 64 / 1e3, 1)
+    assert scale.marginal(TINY[0], "N", [64, 128], [2.0, 1.9]) is None
 
 
 @pytest.fixture(scope="module")
@@ -335,39 +338,71 @@ def test_the_decompositions_counted_are_those_that_are_done():
 # --- what is published ---
 
 
-def test_the_page_is_what_its_generator_makes_of_the_results():
-    assert PAGE.read_text() == page(RESULTS), "run python -m bench.page"
+def test_pages_are_what_their_generator_makes_of_the_results():
+    assert PAGE.read_text() == page(RESULTS), "run python -m bench.report"
+    assert len(PAGE.read_text().splitlines()) <= 200, "a page that people read"
+    for path, text in full.pages(RESULTS).items():
+        assert path.read_text() == text, "run python -m bench.report"
+        assert f"(../bench/results/{path.name})" in PAGE.read_text()
 
 
-def test_the_page_shows_every_kind_of_result(compression, tmp_path):
+def test_pages_show_every_kind_of_result(compression, tmp_path):
     # as if 1377 rows were read by one that has 2464
     speed = {"us": 1.5, "GB/s": 2 * (2464 * 4096 + 1377 * 11008) / 1.5e3}
     ratios = {"p20": 1, "p80": 2, "x dense": 0.9, "x static low rank": 0.8, "peak GFLOP/s": 100}
-    rows = [{"case": case.name, "threads": 1} | speed | ratios for case in PUBLISHED]
-    write_csv(tmp_path / "a.csv", "a processor", rows)
-    gpu_row = {"op": "masked_mlp", "model": "m", "MB": 1, "rana cuda us": 7.25, "rana cuda x dense": 1.9}
-    write_csv(tmp_path / "b.csv", "a card", [gpu_row])
-    decoded = {"prompt": 32, "threads": 2, "batch": 4}
-    speeds = [decoded | {"contender": name, "tokens/s": s} for name, s in (("static", 20.0), ("rana", 11.5))]
-    write_csv(tmp_path / "decode-m.csv", "a model", speeds)
-    kernels = sweep.sweep(TINY[0], {"N": [64, 128, 256]}, [1], 3)
+    write_csv(
+        tmp_path / "a.csv",
+        "a processor",
+        [{"case": case.name, "threads": 1} | speed | ratios for case in PUBLISHED],
+    )
+    problem = {"op": "masked_mlp", "model": "m", "density": 0.56, "M": 2, "dtype": "bf16", "MB": 1}
+    times = {"dense us": 5.8, "rana cuda us": 7.25, "rana cuda x dense": 0.8, "peak GFLOP/s": 100}
+    write_csv(tmp_path / "b.csv", "a card", [problem | times])
+    setting = {"model": "m", "mode": "eager", "prompt": 32, "threads": 2, "batch": 8, "x dense, first": 0.95}
+    speeds = {"dense": 10.0, "static": 20.0, "rana": 11.5}
+    write_csv(
+        tmp_path / "decode-m-a.csv",
+        "a model",
+        [setting | {"contender": name, "tokens/s": tokens} for name, tokens in speeds.items()],
+    )
+    kernels = scale.sweep(TINY[0], {"N": [64, 128, 256]}, [1], 3)
     write_json(tmp_path / "scale-a.json", "a machine", {"kernels": kernels})
     write_json(tmp_path / "cost-a.json", "a machine", compression)
-    text = page(tmp_path)
-    for words in (
-        "a processor",
-        "| Gemma-2-2B: down | 1 | 1.5 | 1–2 |",
-        f"In {len(PUBLISHED)} of {len(PUBLISHED)} measurements",
-        "| masked_mlp | m |",
-        "| 32 | 2 | 4 | rana | 11.5 |",
-        "| 32 | 2 | 4 | 20.0 | 11.5 | 0.57 |",
-        "0.57 with 4 texts (prompt of 32, 2 threads).",
-        "| bf16 | 1 | 2 | 1377 | 1.5 | 0.9 | 0.8 |",
-        "0.80 with 1 token, 0.80 with 2 tokens, 0.80 with 4 tokens, 0.80 with 8",
-        "| N, 1 thread | 64, 128, 256 |",
-        "| Llama-3.1-405B |",
-    ):
-        assert words in text, words
+    count = len(PUBLISHED)
+    tokens = [sum(low <= case.M <= high for case in PUBLISHED) for low, high in ((1, 1), (2, 8), (9, 10**6))]
+    expected = {
+        "a.md": (
+            "a processor",
+            "| Gemma-2-2B: down | 1 | 1.5 | 1–2 |",
+            f"In {count} of {count} measurements",
+            "| bf16 | 1 | 2 | 1377 | 1.5 | 0.9 | 0.8 |",
+            "0.80 with 1 token, 0.80 with 2 tokens, 0.80 with 4 tokens, 0.80 with 8",
+        ),
+        "b.md": ("| masked_mlp | m |",),
+        "decode-m-a.md": (
+            "| m | eager | 32 | 2 | 8 | 0.95 | rana | 11.5 |",
+            "| 32 | 2 | 8 | 20.0 | 11.5 | 0.57 |",
+            "0.57 with 8 texts (prompt of 32, 2 threads).",
+        ),
+        "scale-a.md": ("| N, 1 thread | 64, 128, 256 |",),
+        "cost-a.md": ("| Llama-3.1-405B |",),
+        "performance.md": (
+            "| Llama-2-7B up, fp32 | 1 | 1 | 1.5 |  | 0.90 | 0.80 |",
+            "| dense" + "".join(f" | {n} of {n}, 0.90" for n in tokens) + " |",
+            "| m, eager, 8 texts after 32 | 8 | 2 | 11.5 tokens/s |  | 1.15 | 0.57 |",
+            "| whole models, static low rank |  | 1 of 1, 0.57 |  |",
+            "| whole models, dense, first token |  | 1 of 1, 0.95 |  |",
+            "| Llama-2-7B MLP, bf16 | 2 |  | 7.25 |  | 0.80 |",
+            "| dense |  | 1 of 1, 0.80 |  |",
+            "- [scale-a](../bench/results/scale-a.md)",
+        ),
+    }
+    found = {path.name: text for path, text in full.pages(tmp_path).items()}
+    found["performance.md"] = page(tmp_path)
+    assert found.keys() == expected.keys()
+    for name, words in expected.items():
+        for part in words:
+            assert part in found[name], (name, part)
 
 
 def test_rana_bench_hands_over(monkeypatch, tmp_path):

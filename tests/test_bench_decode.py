@@ -9,20 +9,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
-from bench.baselines import can_pack
-from bench.decode import measure, steps, tables
+from bench.decode import measure, steps
 from bench.decode.__main__ import main
-from bench.decode.contenders import NAMES, from_random
-from bench.decode.drafts import measure_drafts
+from bench.decode.drafts import draft_table, measure_drafts
 from bench.decode.measure import Setting, take_turns
-from bench.decode.profile import where_time_goes
-from bench.decode.shapes import SHAPES, random_model
+from bench.decode.models import NAMES, SHAPES, from_random, random_model
+from bench.decode.profile import share_table, where_time_goes
 from bench.decode.steps import Decoder, compiled
+from bench.kernels.baselines import can_pack
 from rana_kernels.evaluation.metrics import count_live_rows
-from rana_kernels.nn.adapters import RanaLinear, RanaMLP
+from rana_kernels.nn.adapters import RanaLinear
 from rana_kernels.nn.dense import DenseLinear
+from rana_kernels.nn.mlp import RanaMLP
 
-KEEP = 0.56
+COST_RATIO = 0.56
 TINY = LlamaConfig(
     vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
@@ -31,7 +31,7 @@ TINY = LlamaConfig(
 
 @pytest.fixture(scope="module")
 def models():
-    return from_random(random_model(TINY, torch.float32, "cpu"), KEEP)
+    return from_random(random_model(TINY, torch.float32, "cpu"), COST_RATIO)
 
 
 def test_contenders_share_what_they_do_not_replace(models):
@@ -64,14 +64,14 @@ def test_random_models_cost_what_was_asked_for(models):
                     rows = getattr(module, child).rows
                     cost += counts[f"{place}.{child}"].mean * rows.shape[1]
         # ranks are multiples of 16: coarse, for a model of this size
-        assert cost / dense == pytest.approx(KEEP, rel=0.1), name
+        assert cost / dense == pytest.approx(COST_RATIO, rel=0.1), name
 
 
 @pytest.mark.parametrize("read", [True, False])
 def test_rows_of_a_setting(models, read):
     contenders = {name: (model, model.forward) for name, model in models.items()}
     setting = Setting(prompt=24, batch=2, threads=1, read=read)
-    found = tables.rows(setting, take_turns(contenders, setting, rounds=3, turn=2))
+    found = measure.rows(setting, take_turns(contenders, setting, rounds=3, turn=2))
     assert [row["contender"] for row in found] == list(NAMES)
     assert found[0]["x dense"] == 1 and all(0 < row["p20"] <= row["tokens/s"] <= row["p80"] for row in found)
     assert all((row["first token ms"] != "") == read for row in found)
@@ -156,7 +156,7 @@ def test_a_compiled_model_is_timed(may_freeze):
     torch._dynamo.utils.counters.clear()
     contenders = {"dense": (model, compiled(model))}
     setting = Setting(prompt=8, batch=2, threads=1, read=True)
-    found = tables.rows(setting, take_turns(contenders, setting, rounds=3, turn=2))
+    found = measure.rows(setting, take_turns(contenders, setting, rounds=3, turn=2))
     assert found[0]["p20"] <= found[0]["tokens/s"] <= found[0]["p80"]
     counts = torch._dynamo.utils.counters
     assert counts["stats"]["unique_graphs"] == 1, "compiled again, or not at all"
@@ -206,7 +206,7 @@ def test_where_time_goes_adds_up(models):
     layers = TINY.num_hidden_layers
     assert shares["rana::masked_mlp"].calls == layers and shares["rana::linear"].calls == layers + 1
     assert shares["outside of ops"].milliseconds > 0
-    assert tables.share_table({"rana": list(shares.values())}, 1).row_count == len(shares)
+    assert share_table({"rana": list(shares.values())}, 1).row_count == len(shares)
 
 
 def test_drafts_do_not_change_the_text(models):
@@ -216,7 +216,7 @@ def test_drafts_do_not_change_the_text(models):
     other = measure_drafts(models["dense"], models["rana"], prompts, tokens=12, rounds=1)
     assert all(0 <= found.accepted < mine.accepted for found, mine in zip(other, own, strict=True))
     assert all(found.same == 1 for found in (*own, *other))
-    assert tables.draft_table(other, 1).row_count == len(other)
+    assert draft_table(other, 1).row_count == len(other)
 
 
 def test_shapes_have_the_weights_of_their_names():
@@ -232,8 +232,9 @@ def test_the_command_on_a_directory(tmp_path, capsys):
     for name in ("calibration", "evaluation"):
         save_file({"input_ids": tokens}, tmp_path / f"{name}.safetensors")
     main(
-        str(tmp_path), prompt=[8, 999], batch=[1], threads=[1], keep=KEEP, dtype="fp32", device="cpu",
-        compile=False, rounds=3, turn=1, read=2048, tokens=999, tests=False, output=tmp_path / "rows.csv",
+        str(tmp_path), prompt=[8, 999], batch=[1], threads=[1], cost_ratio=COST_RATIO, dtype="fp32",
+        device="cpu", compile=False, rounds=3, turn=1, read=2048, tokens=999, tests=False,
+        output=tmp_path / "rows.csv",
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert "rana::linear" in printed and "RaNA drafts" in printed

@@ -16,7 +16,7 @@ from bench.gpu import __main__ as command
 from bench.gpu import limits, tests
 from bench.gpu import stages as stages_module
 from bench.gpu.stages import Stages
-from bench.report import read_csv, write_csv
+from bench.report.results import read_csv, write_csv
 from rana_kernels import ops
 from rana_kernels.backends import triton
 from tests.child import python
@@ -27,14 +27,15 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from bench.gpu import card, ops, problems
-from bench.models import Model
+from bench.gpu import ops, problems
+from bench.kernels.cases import Model
+from bench.report import results
 
 problems.DEVICE, problems.DTYPES["bf16"] = "cpu", torch.float32
 problems.MODELS = {"tiny": Model(hidden=32, queries=32, keys=32, neurons=64, blocks=1)}
 problems.DENSITIES = (1.0, 0.5)
 problems.cache_bytes = lambda: 1
-card.card = lambda: "no-card"
+results.card = lambda: "no-card"
 def calls_all(contenders, rounds=15):
     results = {name: [call() for call in calls] for name, calls in contenders.items()}
     shapes = {y.shape for ys in results.values() for y in ys}

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bench.report.tables import terminal_table
 from rana_kernels.system.cpu import clock
 
 DRAFTED = (2, 4, 8)  # tokens drafted before each check
@@ -13,10 +15,10 @@ DRAFTED = (2, 4, 8)  # tokens drafted before each check
 
 @dataclass(frozen=True)
 class Drafting:
-    """`accepted` of the `drafted` tokens stood a check, in the mean; tokens a second of `generate`.
+    """`accepted` of the `drafted` tokens pass a check, on average; tokens a second of `generate`.
 
-    same   share of the texts that are those of the dense model alone: all in float32. In 16 bits products
-           of one token and of several round differently, and two tokens may be all but equally likely
+    same   share of the texts that equal the dense model's own. It is 1 in float32. In 16 bits, products of
+           one token and of several round differently, and two tokens may be almost equally likely
     """
 
     drafted: int
@@ -34,22 +36,27 @@ class Drafting:
 def measure_drafts(
     dense: PreTrainedModel, draft: PreTrainedModel, prompts: Tensor, tokens: int, rounds: int = 3
 ) -> list[Drafting]:
-    """Over the rows of `prompts` [n, T], one at a time, `tokens` new ones each, greedily."""
-    wanted = [_generate(dense, row[None], tokens)[0] for row in prompts]
+    """Continue each of the `prompts` [n, T], one at a time, with `tokens` new tokens, greedily."""
+    wanted = [_generate(dense, prompt[None], tokens)[0] for prompt in prompts]
     found = []
     for drafted in DRAFTED:
         draft.generation_config.num_assistant_tokens = drafted
         draft.generation_config.num_assistant_tokens_schedule = "constant"
         draft.generation_config.assistant_confidence_threshold = 0.0
         alone, together, checks, same = 0.0, 0.0, 0, 0
+
+        def count(*_: object) -> None:
+            nonlocal checks
+            checks += 1
+
         for _ in range(rounds):
-            for row, text in zip(prompts, wanted, strict=True):
-                alone += _generate(dense, row[None], tokens)[1]
-                with _Calls(dense) as calls:
-                    again, seconds = _generate(dense, row[None], tokens, assistant_model=draft)
+            for prompt, text in zip(prompts, wanted, strict=True):
+                alone += _generate(dense, prompt[None], tokens)[1]
+                hook = dense.register_forward_hook(count)
+                again, seconds = _generate(dense, prompt[None], tokens, assistant_model=draft)
+                hook.remove()
                 same += torch.equal(again, text)
                 together += seconds
-                checks += calls.count
         texts = rounds * len(prompts)
         new = texts * tokens
         found.append(Drafting(drafted, new / checks - 1, same / texts, new / together, new / alone))
@@ -66,18 +73,11 @@ def _generate(model: PreTrainedModel, prompt: Tensor, tokens: int, **options) ->
     return text, now() - begin
 
 
-class _Calls:
-    """Counts the forward passes of a model within the block."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.count = model, 0
-
-    def __enter__(self) -> "_Calls":
-        self._hook = self.model.register_forward_hook(self._add)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
-
-    def _add(self, *_: object) -> None:
-        self.count += 1
+def draft_table(found: list[Drafting], threads: int) -> Table:
+    titles = ("drafted", "accepted", "same text", "tokens/s", "dense alone", "x dense")
+    rows = [
+        [str(d.drafted), f"{d.accepted:.2f}", f"{d.same:.0%}", f"{d.tokens_per_second:.1f}",
+         f"{d.dense_tokens_per_second:.1f}", f"{d.speedup:.2f}"]
+        for d in found
+    ]  # fmt: skip
+    return terminal_table(f"RaNA drafts for the dense model, {threads} threads", titles, rows)

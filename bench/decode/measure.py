@@ -1,4 +1,4 @@
-"""Contenders taking turns: the first token of a prompt, then the tokens after it."""
+"""Contenders take turns at the first token of a prompt and the tokens after it, which gives rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,15 +8,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.decode.steps import Decoder
-from bench.timing import Timing, summary, using
+from bench.kernels.timing import Timing, summary, using
+from bench.report.results import Row
 
 READINGS = 3  # of a prompt by each contender,
-READ_TOKENS = 6144  # or as many as come to so many tokens, and one at least
+READ_TOKENS = 6144  # or fewer, one at least, so that they come to no more tokens than this
+BASELINE = "dense"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """`prompt` tokens in each of `batch` rows; `read`: whether they are, or keys and values are made up."""
+    """`batch` texts after `prompt` tokens each. If not `read`, the prompt's keys and values are random."""
 
     prompt: int
     batch: int
@@ -26,7 +28,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Speed:
-    """Microseconds: of the first token, where the prompt is read, and of a step after it."""
+    """Microseconds: of the first token, if the prompt is read, and of a step after it."""
 
     first: Timing | None
     step: Timing
@@ -37,7 +39,7 @@ Steps = dict[str, tuple[PreTrainedModel, Callable]]
 
 @torch.inference_mode()
 def take_turns(contenders: Steps, setting: Setting, rounds: int, turn: int) -> dict[str, Speed]:
-    """Every contender, a model and what computes its steps, decodes `turn` tokens in each round."""
+    """Let every contender, a model and its step function, decode `turn` tokens in each round."""
     room = setting.prompt + turn * (rounds + 1) + 1
     decoders = {n: Decoder(model, setting.batch, room, step) for n, (model, step) in contenders.items()}
     steps: dict[str, list[float]] = {name: [] for name in decoders}
@@ -68,3 +70,31 @@ def _read_prompts(decoders: dict[str, Decoder], setting: Setting) -> dict[str, l
 def random_tokens(model: PreTrainedModel, setting: Setting) -> Tensor:
     size = (setting.batch, setting.prompt)
     return torch.randint(model.config.vocab_size, size, device=model.device)
+
+
+def rows(setting: Setting, speeds: dict[str, Speed]) -> list[Row]:
+    """Return a row for each contender: tokens a second of the whole batch, and the ratio to dense."""
+    dense = speeds[BASELINE]
+    found: list[Row] = []
+    for name, speed in speeds.items():
+        step, first = speed.step, speed.first
+        read = first is not None and dense.first is not None
+        found.append(
+            {
+                "prompt": setting.prompt,
+                "batch": setting.batch,
+                "threads": setting.threads,
+                "contender": name,
+                "first token ms": round(first.median / 1e3, 1) if read else "",
+                "x dense, first": round(dense.first.median / first.median, 2) if read else "",
+                "tokens/s": _rate(setting, step.median),
+                "p20": _rate(setting, step.p80),
+                "p80": _rate(setting, step.p20),
+                "x dense": round(dense.step.median / step.median, 2),
+            }
+        )
+    return found
+
+
+def _rate(setting: Setting, microseconds: float) -> float:
+    return round(1e6 * setting.batch / microseconds, 2)

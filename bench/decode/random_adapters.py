@@ -1,6 +1,6 @@
-"""Adapters for a model whose weights are random: sizes by a rule, thresholds by the scores of a few tokens.
+"""Adapters for a model with random weights: sizes by a rule, thresholds by the scores of a few tokens.
 
-Which rows are kept follows no pattern then, where a trained model keeps its leading ranks nearly always.
+Kept rows then follow no pattern, while a trained model keeps its leading ranks nearly always.
 """
 
 from collections.abc import Iterator
@@ -10,26 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bench.models import stored_ranks
-from bench.weights import threshold_keeping
+from bench.kernels.cases import stored_ranks
+from bench.kernels.weights import threshold_for_live
 from rana_kernels.model.architectures import Block, find_blocks
 from rana_kernels.model.install import install
 from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
-from rana_kernels.nn.adapters import RanaLinear, RanaMLP
+from rana_kernels.nn.adapters import RanaLinear
+from rana_kernels.nn.mlp import RanaMLP
 
-LIVE_SHARE = 0.5  # of the stored ranks that the masks keep
-SAMPLE = 64  # tokens that the thresholds are set on
+LIVE_SHARE = 0.5  # of the stored ranks
+SAMPLE = 64  # tokens that set the thresholds
 
 
 @torch.no_grad()
-def adapt(dense: PreTrainedModel, keep: float, live_share: float) -> None:
-    """Replace the linears of a Llama by random adapters that come to `keep` of their cost, in place.
+def adapt(dense: PreTrainedModel, cost_ratio: float, live_share: float) -> None:
+    """Replace the linears of a Llama by random adapters that cost `cost_ratio` together, in place.
 
-    live_share   of the stored ranks; 1: plain low rank, down too, where otherwise it is masked by neurons
+    live_share   of the stored ranks. With 1 every linear is plain low rank; otherwise down has a neuron
+                 adapter
     """
-    adapters = [a for block in find_blocks(dense) for a in _adapters(dense, block, keep, live_share)]
-    install(dense, Plan(tuple(adapters), "random weights", 1 - keep))
+    adapters = [a for block in find_blocks(dense) for a in _adapters(dense, block, cost_ratio, live_share)]
+    install(dense, Plan(tuple(adapters), "random weights", 1 - cost_ratio))
     parts = [module for module in dense.modules() if isinstance(module, RanaLinear | RanaMLP)]
     for part in parts:
         randomize(part)
@@ -39,22 +41,24 @@ def adapt(dense: PreTrainedModel, keep: float, live_share: float) -> None:
 
 
 def randomize(module: nn.Module) -> None:
-    """Weights of a size that keeps values near 1."""
+    """Draw weights of a size that leaves values near 1."""
     for weight in module.parameters():
         nn.init.normal_(weight, std=max(weight.shape) ** -0.5)
 
 
-def _adapters(dense: PreTrainedModel, block: Block, keep: float, live_share: float) -> Iterator[AdapterSpec]:
-    """q, k and v jointly, gate, up and down; o stays dense, and the others make up for it."""
+def _adapters(
+    dense: PreTrainedModel, block: Block, cost_ratio: float, live_share: float
+) -> Iterator[AdapterSpec]:
+    """Yield joint q, k and v, then gate, up and down. o stays dense, and the others make up for it."""
     weights = {name: linear_of(dense, name).weight for name in block.linears}
     whole, o = sum(w.numel() for w in weights.values()), weights[block.o].numel()
-    keep = (keep * whole - o) / (whole - o)
+    cost_ratio = (cost_ratio * whole - o) / (whole - o)
 
     def adapter(kind: str, names: tuple[str, ...]) -> AdapterSpec:
         K, widths = weights[names[0]].shape[1], tuple(len(weights[name]) for name in names)
         N = sum(widths)
-        rank = stored_ranks(K, N, keep, live_share)
-        sizes = {"rank": (rank, live_share * rank), "neuron": (K, keep * K), "dense": (0, 0.0)}[kind]
+        rank = stored_ranks(K, N, cost_ratio, live_share)
+        sizes = {"rank": (rank, live_share * rank), "neuron": (K, cost_ratio * K), "dense": (0, 0.0)}[kind]
         return AdapterSpec(kind, names, K, widths, *sizes)
 
     yield adapter("rank", block.qkv)
@@ -65,14 +69,14 @@ def _adapters(dense: PreTrainedModel, block: Block, keep: float, live_share: flo
 
 
 def _set_thresholds(model: PreTrainedModel, parts: list[nn.Module], neurons: int) -> None:
-    """Run a few random tokens; each adapter sets its thresholds by what it is given, and then computes."""
+    """Run a few random tokens. Each adapter sets its thresholds by its input, and then computes."""
 
     def before(part: nn.Module, inputs: tuple[Tensor]) -> None:
         x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
         if isinstance(part, RanaMLP):
             set_mlp_thresholds(part, x, neurons)
         else:
-            part.set_threshold(halving(x @ part.B.float().T))
+            part.set_threshold(halving_threshold(x @ part.B.float().T))
 
     hooks = [part.register_forward_pre_hook(before) for part in parts]
     model(torch.randint(model.config.vocab_size, (1, SAMPLE), device=model.device), use_cache=False)
@@ -80,18 +84,18 @@ def _set_thresholds(model: PreTrainedModel, parts: list[nn.Module], neurons: int
         hook.remove()
 
 
-def halving(h: Tensor) -> Tensor:
-    """The threshold, [] float32, that leaves `LIVE_SHARE` of h [M, R]."""
-    return threshold_keeping(round(LIVE_SHARE * h.shape[1]), h.abs())
+def halving_threshold(h: Tensor) -> Tensor:
+    """Return the threshold, [] float32, that `LIVE_SHARE` of the values h [M, R] reach."""
+    return threshold_for_live(round(LIVE_SHARE * h.shape[1]), h.abs())
 
 
 def set_mlp_thresholds(mlp: RanaMLP, x: Tensor, neurons: int) -> None:
-    """So that x [M, K], float32, keeps half of its ranks, and of what these leave `neurons` neurons."""
+    """Set thresholds so that x [M, K], float32, keeps half of the ranks, and `neurons` neurons after them."""
     up, gate = (x @ mlp.B.float().T).chunk(2, dim=1)
-    thresholds = halving(up), halving(gate)
+    thresholds = halving_threshold(up), halving_threshold(gate)
     mlp.set_threshold(torch.cat([t.expand(up.shape[1]) for t in thresholds]))
     up, gate = (torch.where(h.abs() < t, 0, h) for h, t in zip((up, gate), thresholds, strict=True))
     g = F.silu(gate @ mlp.gate_proj.rows.float()) * (up @ mlp.up_proj.rows.float())
-    scale = mlp.down_proj.rows.float().norm(dim=1)
-    mlp.down_proj.norms.copy_(scale)
-    mlp.down_proj.set_threshold(threshold_keeping(neurons, (g * scale).abs()))
+    norms = mlp.down_proj.rows.float().norm(dim=1)
+    mlp.down_proj.norms.copy_(norms)
+    mlp.down_proj.set_threshold(threshold_for_live(neurons, (g * norms).abs()))

@@ -1,4 +1,4 @@
-"""One model decoding: a prompt, then token after token, greedily, through a static cache."""
+"""One model decodes: a prompt, then token after token, greedily, through a static cache."""
 
 import gc
 import inspect
@@ -14,14 +14,14 @@ from transformers import PreTrainedModel, StaticCache
 
 from rana_kernels.system.cpu import clock
 
-WRITTEN = "torch._inductor.runtime.compile_tasks."  # names of modules that torch.compile writes
-WARM_UP = 2  # steps before one is captured: they compile, and show that they need not compile again
+WRITTEN = "torch._inductor.runtime.compile_tasks."  # modules that torch.compile writes are named so
+WARM_UP = 2  # steps before one is captured: one compiles, and one shows that nothing compiles again
 
 
 class Decoder:
-    """Everything that one model needs to go on from its last tokens. The same for every contender.
+    """A model with its cache and last tokens. Every contender has the same.
 
-    step     what computes the logits of one more token: the model's forward, or that compiled
+    step     computes the logits of one more token: the model's forward, or its compiled form
     graphs   whether steps are replays of a CUDA graph, as they are on a card
     """
 
@@ -37,10 +37,10 @@ class Decoder:
         self._replay: Callable[[], None] | None = None
 
     def read(self, prompt: Tensor) -> float:
-        """Seconds from the prompt [batch, T] to the first new token.
+        """Return the seconds from the prompt [batch, T] to the first new token.
 
-        lm_head is called here and not by the model, which would give it a view of the last hidden state
-        in three dimensions: in 16 bits on the CPU, torch then copies the whole weight before it multiplies.
+        Call lm_head here, because the model would give it a three-dimensional view of the last hidden state:
+        in 16 bits on the CPU, torch then copies the whole weight before it multiplies.
         """
         self.cache.reset()
         begin = self._clock()
@@ -49,7 +49,7 @@ class Decoder:
         return self._clock() - begin
 
     def pretend(self, length: int) -> None:
-        """Stand behind a prompt of `length` tokens that was never read: keys and values are random."""
+        """Fill the cache with random keys and values, as if a prompt of `length` tokens had been read."""
         self.read(self.last)
         for layer in self.cache.layers:
             layer.keys[:, :, :length].normal_()
@@ -57,7 +57,7 @@ class Decoder:
             layer.cumulative_length.fill_(length)
 
     def decode(self, tokens: int) -> float:
-        """Seconds a step, each with a new token for every row of the batch, over `tokens` of them."""
+        """Return the seconds of a step, over `tokens` steps. Every text gets one new token a step."""
         begin = self._clock()
         for _ in range(tokens):
             self._next()
@@ -81,7 +81,7 @@ class Decoder:
 
 
 def captured(run: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of what `run` does. That is not done yet: calling what is returned does it."""
+    """Capture `run` in a CUDA graph, and return its replay. Capturing computes nothing."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -89,9 +89,9 @@ def captured(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def compiled(model: PreTrainedModel) -> Callable:
-    """One step of `model`, compiled whole.
+    """Compile one step of `model` as a whole.
 
-    On a processor torch is told, for the whole process, that weights are constants: it then brings those of
+    On a processor, set torch's option `freezing` for the whole process. torch then brings the weights of
     dense linears into oneDNN's layout, in which one token takes little more than half of the time.
     """
     inductor.freezing = model.device.type == "cpu"
@@ -99,9 +99,9 @@ def compiled(model: PreTrainedModel) -> Callable:
 
 
 def forget_compiled() -> None:
-    """Drop what was compiled before, and the packed weights with it: torch keeps the modules that it wrote.
+    """Drop what was compiled before, and its packed weights, which the modules that torch wrote hold.
 
-    A function may also be compiled for a few sizes only, and then runs eagerly without a word.
+    torch also compiles a function for a few sizes only, and then silently runs it eagerly.
     """
     torch._dynamo.reset()
     PyCodeCache.cache_clear()

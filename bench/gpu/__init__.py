@@ -1,9 +1,10 @@
-"""`python -m bench.gpu`: everything that only a card can show, in the order of its worth.
+"""`python -m bench.gpu`: everything that only a graphics card can show, the most important first.
 
-stages     children with time limits: what hangs or fails takes nothing else with it
-limits     what the card does at best: gaps between kernels, barriers, reading (limits.cu)
-tests      which tests are run, and for which ops of which backend
+stages     child processes with time limits: one that hangs or fails stops no other
+limits     the limits of the card: gaps between kernels, barriers, reading (limits.cu)
+tests      the tests that are run, and for which ops of which backend
 problems   the ops at the sizes of models, against their baselines
 ops        times those problems, inside CUDA graphs
 peers      kernels that others published
+timing     CUDA graphs that are replayed in turns
 """

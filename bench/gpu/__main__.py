@@ -9,32 +9,32 @@ import torch
 import typer
 
 from bench.gpu import tests
-from bench.gpu.card import card, conditions
 from bench.gpu.stages import Stages
-from bench.models import MODELS
-from bench.report import RESULTS, ROOT, read_csv, write, write_csv
+from bench.kernels.cases import MODELS
+from bench.report.results import RESULTS, ROOT, card, conditions, read_csv, write, write_csv
 
-GOALS = "Llama-2-7B"
+FIRST = "Llama-2-7B"
 OTHERS = ("Llama-3-8B", "Llama-3.2-1B")
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
-INTERPRETER = 1800.0  # seconds: it is slow
-PARTS = ROOT / "build" / "gpu"  # what each stage measured
+INTERPRETER = 1800.0  # seconds, for the tests in Triton's interpreter, which is slow
+PARTS = ROOT / "build" / "gpu"  # the results of each stage
 
 
 def main(
-    only: Annotated[str, typer.Option(help="Only this model, of: " + ", ".join(MODELS))] = "",
+    only: Annotated[str, typer.Option(help="Time only this model, one of: " + ", ".join(MODELS))] = "",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     peer_dir: Annotated[Path | None, typer.Option(help="Folder with checkouts RaNA/ and TEAL/.")] = None,
-    seconds: Annotated[float, typer.Option(help="For all of it; what is left out is said.")] = 450.0,
+    seconds: Annotated[
+        float, typer.Option(help="Time limit for all of it; the log says what is left out.")
+    ] = 450.0,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
 ) -> None:
-    """Test and time the ops on this machine's card; without one, run the tests in the interpreter.
+    """Test and time the ops on this machine's card. Without a card, run the tests in Triton's interpreter.
 
-    In this order: what the card does at best; the ops on a part of the shared cases; times of those that
-    pass, for one token through Llama-2-7B; all tests; the other times; compute-sanitizer. Each stage has a
-    time limit, and what it measured is written at its end: <card>-limits.csv, <card>.csv, and all that was
-    printed to <card>.txt. Fails if anything failed. RANA_REVISION names the revision of a copy without its
-    history.
+    The stages: the limits of the card; tests of the ops on some cases; times of the ops that pass, for one
+    token through Llama-2-7B; all tests; the other times; compute-sanitizer. Each stage has a time limit, and
+    writes its results at its end: <card>-limits.csv, <card>.csv, and everything printed to <card>.txt. The
+    command fails if anything failed. RANA_REVISION names the revision of a copy without its history.
 
     Example:  python -m bench.gpu --only Llama-2-7B --peer-dir ../checkouts
     """
@@ -49,9 +49,10 @@ def main(
     for part in PARTS.glob("*.csv"):
         part.unlink()
     log = output / f"{card()}.txt"
-    write(log, f"# {conditions()}\n")
+    stamp = conditions("cuda")
+    write(log, f"# {stamp}\n")
     stages = Stages(log, time.monotonic() + seconds)
-    stages.say(conditions())
+    stages.say(stamp)
     run(stages, only, dtype, peer_dir, output)
     stages.say("red: " + ("; ".join(stages.red) or "nothing"))
     raise typer.Exit(bool(stages.red))
@@ -60,7 +61,7 @@ def main(
 def run(stages: Stages, only: str, dtype: str, peer_dir: Path | None, output: Path) -> None:
     module = [sys.executable, "-m"]
     for backend in (name for name in tests.IMPLEMENTATIONS if name not in tests.served()):
-        stages.say(f"{backend}: not installed, so neither tested nor timed")
+        stages.say(f"{backend}: not installed, so not tested and not timed")
         stages.red.append(f"{backend} is not here")
     limits = output / f"{card()}-limits.csv"
     stages.run("limits", {"limits": [*module, "bench.gpu.limits", str(limits)]}, 60)
@@ -75,7 +76,7 @@ def run(stages: Stages, only: str, dtype: str, peer_dir: Path | None, output: Pa
         stages.run(name, {"times": command}, limit)
         publish(output)
 
-    first = only or GOALS
+    first = only or FIRST
     timed("times of one token", (first,), (1,), dtype, 100)
     stages.run("all tests", tests.everything(), 200)
     if peer_dir:
@@ -87,7 +88,7 @@ def run(stages: Stages, only: str, dtype: str, peer_dir: Path | None, output: Pa
 
 
 def publish(output: Path) -> None:
-    """All parts as one file."""
+    """Write the results of all stages as one file."""
     found = [read_csv(part) for part in sorted(PARTS.glob("*.csv"), key=lambda p: p.stat().st_mtime)]
     if found:
         write_csv(output / f"{card()}.csv", found[0][0], [dict(row) for _, rows in found for row in rows])

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu.limits`: what the card does at best, compiled from limits.cu and run, as a CSV."""
+"""`python -m bench.gpu.limits`: compile and run limits.cu, which measures the limits of the card."""
 
 import csv
 import os
@@ -10,22 +10,21 @@ from typing import Annotated
 import torch
 import typer
 
-from bench.gpu.card import conditions
-from bench.report import Row, write_csv
+from bench.report.results import Row, conditions, write_csv
 
 SOURCE = Path(__file__).with_name("limits.cu")
 
 
 def main(output: Annotated[Path, typer.Argument(help="CSV.")]) -> None:
-    """Measure barriers, gaps between kernels and reading on the first card, and write them down."""
+    """Measure barriers, gaps between kernels and reading on the first card, and write a CSV."""
     rows = measure("".join(map(str, torch.cuda.get_device_capability(0))))
-    write_csv(output, conditions(), rows)
+    write_csv(output, conditions("cuda"), rows)
     for row in rows:
         print(f"{row['what']:75} {row['value']:>10} {row['unit']}")
 
 
 def measure(capability: str) -> list[Row]:
-    """`capability`: 90 for 9.0, what to compile for."""
+    """Compile for `capability` (90 for 9.0), run, and return what was measured."""
     with tempfile.TemporaryDirectory() as folder:
         program = compiled(Path(folder) / "limits", capability)
         printed = subprocess.run([program], capture_output=True, text=True, check=False)

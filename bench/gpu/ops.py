@@ -1,8 +1,8 @@
 """`python -m bench.gpu.ops`: the problems of some models, timed inside CUDA graphs, as a CSV.
 
-Each contender is captured in one CUDA graph that calls it on copy after copy of its weights, so many
-that they leave the card's cache between two uses, round and round. What is timed are replays; a call is a
-replay's time over the number of calls. What was measured is written problem by problem.
+Each contender is captured in one CUDA graph, which calls it on copy after copy of its weights. There are so
+many copies that each leaves the card's cache between two uses. Replays are timed, and a call takes a replay's
+time over its number of calls. The CSV is written after every problem.
 """
 
 import statistics
@@ -12,21 +12,20 @@ from typing import Annotated
 import torch
 import typer
 
-from bench.gpu.card import conditions
 from bench.gpu.problems import Problem, Request, problems
 from bench.gpu.timing import bandwidths, microseconds, peak
-from bench.report import Row, write_csv
+from bench.report.results import Row, conditions, write_csv
 
 
 def main(
     output: Annotated[Path, typer.Argument(help="CSV.")],
-    model: Annotated[list[str], typer.Option(help="Several times for several.")],
-    tokens: Annotated[list[int], typer.Option(help="In a call; likewise.")],
+    model: Annotated[list[str], typer.Option(help="May be given several times.")],
+    tokens: Annotated[list[int], typer.Option(help="Tokens in a call; may be given several times.")],
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     red: Annotated[list[str] | None, typer.Option(help="backend:op that is not to be timed.")] = None,
     peer_dir: Annotated[Path | None, typer.Option(help="Folder with checkouts RaNA/ and TEAL/.")] = None,
 ) -> None:
-    """Time the ops, those of few tokens first. Whether they are right is for bench.gpu to know."""
+    """Time the ops, few tokens first. It does not test them: `python -m bench.gpu` does that before."""
     grid = [Request(name, M, dtype, frozenset(red or ()), peer_dir) for M in tokens for name in model]
     measure(grid, output)
 
@@ -41,12 +40,12 @@ def measure(grid: list[Request], output: Path) -> None:
     for request in grid:
         for problem in problems(request):
             rows.append(row(problem, limits))
-            write_csv(output, conditions(), rows)
+            write_csv(output, conditions("cuda"), rows)
             print(line(rows[-1]))
 
 
 def line(row: Row) -> str:
-    """What is worth watching for."""
+    """Return a line to print while the benchmark runs."""
     words = [f"{row['op']} {row['model']} M {row['M']} density {row['density']}: dense {row['dense us']} us"]
     for name in (name.removesuffix(" x dense") for name in row if name.endswith(" x dense")):
         us, faster, share = (row[f"{name} {what}"] for what in ("us", "x dense", "% of copy"))

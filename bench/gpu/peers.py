@@ -1,9 +1,9 @@
-"""Kernels that others published, from checkouts on this machine: nothing of theirs is kept here.
+"""Kernels that others published, from checkouts on this machine. None of their code is here.
 
     <peer-dir>/RaNA   github.com/Roberto09/RaNA, kernel_utils_fast.py: the paper's own kernels
     <peer-dir>/TEAL   github.com/FasterDecoding/TEAL, kernels/sparse_gemv.py: thresholds on the input
 
-Both take one token. Both add up with atomics, TEAL in float16, so they are timed in float16.
+Both take one token and add up with atomics, TEAL in float16. So they are timed in float16.
 """
 
 import sys
@@ -21,7 +21,7 @@ DTYPE = torch.float16
 
 
 def rana_lowrank(checkout: Path) -> Callable[[Tensor, Tensor, Tensor, float], Callable[[], Tensor]]:
-    """Their masked rank linear: f(x [1, K], B, rows, threshold) -> a call."""
+    """Return f(x [1, K], B, rows, threshold) -> a call of RaNA's masked rank linear."""
     theirs = _module(checkout, "kernel_utils_fast")
 
     def build(x: Tensor, B: Tensor, rows: Tensor, threshold: float) -> Callable[[], Tensor]:
@@ -34,7 +34,7 @@ def rana_lowrank(checkout: Path) -> Callable[[Tensor, Tensor, Tensor, float], Ca
 
 
 def rana_neurons(checkout: Path) -> Callable[[Tensor, Tensor, float], Callable[[], Tensor]]:
-    """Their masked input linear: f(h [1, R], rows, threshold) -> a call; it wants a zeroed output."""
+    """Return f(h [1, R], rows, threshold) -> a call of RaNA's masked input linear, which adds to zeros."""
     theirs = _module(checkout, "kernel_utils_fast")
 
     def build(h: Tensor, rows: Tensor, threshold: float) -> Callable[[], Tensor]:
@@ -46,13 +46,13 @@ def rana_neurons(checkout: Path) -> Callable[[Tensor, Tensor, float], Callable[[
 
 
 def teal_neurons(checkout: Path) -> Callable[[Tensor, Tensor, float], Callable[[], Tensor]]:
-    """TEAL's sparse product: f(h [1, R], rows, threshold) -> a call."""
-    # its wrapper for torch.compile, which is not used here, needs one more package
+    """Return f(h [1, R], rows, threshold) -> a call of TEAL's sparse product."""
+    # TEAL imports a wrapper for torch.compile, which needs one more package and is not used here
     sys.modules.setdefault("compile_wrapper", cast(ModuleType, SimpleNamespace(BaseKernel=object)))
     theirs = _module(checkout / "kernels", "sparse_gemv")
 
     def build(h: Tensor, rows: Tensor, threshold: float) -> Callable[[], Tensor]:
-        # its tuning is by the share that is dropped, in hundredths
+        # TEAL tunes by the share that is dropped, in hundredths
         dropped = round(100 * float((h.abs() < threshold).float().mean()))
         return lambda: theirs.splitk_sparse_gemv(h[None], rows.T, threshold, dropped)
 
@@ -60,7 +60,7 @@ def teal_neurons(checkout: Path) -> Callable[[Tensor, Tensor, float], Callable[[
 
 
 def found(peer_dir: Path | None) -> Iterator[tuple[str, Path]]:
-    """(name, checkout) of those that are there."""
+    """Yield (name, checkout) of those that are there."""
     for name in ("RaNA", "TEAL"):
         if peer_dir is not None and (peer_dir / name).is_dir():
             yield name, peer_dir / name

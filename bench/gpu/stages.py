@@ -1,4 +1,4 @@
-"""Stages of a long run: commands side by side in children, with time limits, and a log of what they print."""
+"""Stages of a long run: commands side by side in child processes, with time limits and a log."""
 
 import os
 import signal
@@ -14,19 +14,21 @@ from typing import IO
 
 from rich.console import Console
 
-from bench.report import ROOT
+from bench.report.results import ROOT
 
 console = Console(width=None if sys.stdout.isatty() else 160)
-SHORTEST = 5  # seconds: nothing is begun for less
+SHORTEST = 5  # seconds: a stage with less time left is not begun
 LAST_WORDS = 5  # seconds that an interrupted child has to say how far it came
-# of this machine alone: what is written names files from there on
+# paths of this machine, which the log leaves out
 PLACES = (str(ROOT), sysconfig.get_path("purelib"))
 
 
 @dataclass
 class Stages:
-    """log    file that what is printed is added to, stage by stage
-    ends   the time.monotonic() that nothing outlasts
+    """A run in stages.
+
+    log    file that gets everything that is printed
+    ends   the time.monotonic() at which everything ends
     red    stages and commands that failed
     """
 
@@ -43,7 +45,7 @@ class Stages:
             file.write(text + "\n")
 
     def run(self, stage: str, commands: dict[str, list[str]], limit: float) -> list[str]:
-        """Run the commands side by side, `limit` seconds at most; the names of those that failed."""
+        """Run the commands side by side, `limit` seconds at most. Return the names of those that failed."""
         begin = time.monotonic()
         limit = min(limit, self.ends - begin)
         if limit < SHORTEST:
@@ -67,9 +69,9 @@ class Stages:
 
 
 def _start(command: list[str]) -> tuple[subprocess.Popen, IO[str]]:
-    """In a group of processes of its own, and printing to a file, so that killing it loses nothing."""
+    """Start a command in its own process group. It prints to a file, so that killing it loses nothing."""
 
-    def listen() -> None:  # in the background of a shell interrupts are ignored, and children inherit that
+    def listen() -> None:  # a shell's background job ignores interrupts, and its children inherit that
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     printed = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
@@ -81,11 +83,14 @@ def _start(command: list[str]) -> tuple[subprocess.Popen, IO[str]]:
 
 
 def _finish(children: list[subprocess.Popen], seconds: float) -> set[int]:
-    """Wait for all. The late ones, whose ids this gives, are interrupted, so that pytest says what passed,
-    then killed; one that a hung kernel holds is left behind."""
+    """Wait for all, and return the ids of the late ones.
+
+    Late ones are interrupted, so that pytest says what passed, and then killed. A process that a hung kernel
+    holds is left behind.
+    """
     try:
         _wait(children, seconds)
-    finally:  # also when we are interrupted ourselves
+    finally:  # also if this process is interrupted
         late = {child.pid for child in children if child.poll() is None}
         for sent in (signal.SIGINT, signal.SIGKILL):
             for child in children:

@@ -1,4 +1,4 @@
-"""What is tested on a card, as commands of pytest."""
+"""The tests that run on a card, as commands of pytest."""
 
 import os
 import sys
@@ -11,20 +11,20 @@ import typer
 from bench.gpu.stages import Stages
 from rana_kernels import backends, ops
 
-GATES = 120.0  # seconds, at most, for the tests that times wait for
-# the names that tests/conftest.py has for the backends
+GATES = 120.0  # seconds, at most, for the tests that must pass before anything is timed
+# the backends' names in tests/conftest.py
 IMPLEMENTATIONS = {"cuda": "registered_cuda", "triton": "triton_cuda"}
-# of tests with an op or a form in their names, about a third each; and those without
+# words that select about a third of the tests each, by the op or form in their names
 THIRDS = {"MLPs": "mlp", "ranks": "lowrank", "the rest": "not mlp and not lowrank"}
 
 
 def served() -> list[str]:
-    """The backends that are here."""
+    """Return the backends that are installed."""
     return [backend for backend in IMPLEMENTATIONS if backends.installed(backend)]
 
 
 def gates() -> dict[str, list[str]]:
-    """{"cuda:masked_mlp": command}: exact and close, on a part of the cases. What fails is not timed."""
+    """Return {"cuda:masked_mlp": command}: exact and close tests on some cases. What fails is not timed."""
     chosen = "{}-{}-M and (exact or close)"
     return {
         f"{backend}:{op}": _pytest(
@@ -36,7 +36,7 @@ def gates() -> dict[str, list[str]]:
 
 
 def require_green_gates() -> None:
-    """Raises typer.Exit if an op of a backend that is here fails."""
+    """Run the gates. Raise typer.Exit if an op of an installed backend fails."""
     stages = Stages(Path(os.devnull), time.monotonic() + GATES)
     stages.run("the ops, exact and close", gates(), GATES)
     if stages.red:
@@ -45,7 +45,7 @@ def require_green_gates() -> None:
 
 
 def everything() -> dict[str, list[str]]:
-    """All that can be shown in minutes. Triton compiles for every shape: a sample must do, in parts."""
+    """Return the tests that fit into minutes: of Triton, which compiles for every shape, only some."""
     commands = {}
     if "cuda" in served():
         commands["cuda on the card"] = _on_the_card("[cuda")
@@ -68,7 +68,7 @@ def _on_the_card(chosen: str) -> list[str]:
 
 
 def sanitizer() -> dict[str, list[str]]:
-    """Memory errors and races, looked for by compute-sanitizer: a minute and more for each tool."""
+    """Return the runs of compute-sanitizer, which finds memory errors and races. Each takes over a minute."""
     tools = ("memcheck", "racecheck", "synccheck")
     return {
         f"{backend}, {tool}": _pytest("-m", "gpu", "-k", f"sanitizer[{backend}-{tool}]", "tests/test_gpu.py")
@@ -78,7 +78,7 @@ def sanitizer() -> dict[str, list[str]]:
 
 
 def interpreted() -> dict[str, list[str]]:
-    """What can be tested of Triton without a card."""
+    """Return the tests of Triton that need no card."""
     return {"interpreter": _pytest("-m", "not slow", "tests/test_triton.py", "tests/test_triton_tune.py")}
 
 

@@ -1,4 +1,4 @@
-"""Timing on a card: CUDA graphs that are replayed in turns, and what the card can do at best."""
+"""Timing on a card: CUDA graphs that are replayed in turns, and the limits of the card in torch."""
 
 import math
 from collections.abc import Callable
@@ -6,15 +6,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.baselines import DTYPES
+from bench.kernels.baselines import DTYPES
 
 DEVICE = "cuda"
-CALLS = 32  # of a graph, at least: beside so many its own start takes no time
+CALLS = 32  # of a graph, at least, so that its own start does not count
 Call = Callable[[], Tensor]
 
 
 def graph(calls: list[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph that goes round the calls, and how many it makes."""
+    """Capture a graph that repeats the calls, and return it with its number of calls."""
     for call in calls:  # compiles, and warms the libraries up
         call()
     torch.cuda.synchronize()
@@ -26,7 +26,7 @@ def graph(calls: list[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
 
 
 def microseconds(contenders: dict[str, list[Call]], rounds: int = 15) -> dict[str, list[float]]:
-    """Microseconds a call of each contender, round by round, the contenders taking turns; sorted."""
+    """Return the sorted microseconds a call of each contender, one a round. Contenders take turns."""
     graphs = {name: graph(calls) for name, calls in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -41,7 +41,7 @@ def microseconds(contenders: dict[str, list[Call]], rounds: int = 15) -> dict[st
 
 
 def bandwidths() -> tuple[float, float]:
-    """GB/s of a copy (bytes read and written) and of a read, the best that torch does of 1 GiB."""
+    """Return the best GB/s of torch on 1 GiB: of a copy (bytes read and written), and of a read."""
     source = torch.ones(2**28, device=DEVICE)
     target = torch.empty_like(source)
     times = microseconds({"copy": [lambda: target.copy_(source)], "read": [lambda: source.sum()]})
@@ -49,6 +49,6 @@ def bandwidths() -> tuple[float, float]:
 
 
 def peak(dtype: str) -> float:
-    """GFLOP/s of a product of two large square matrices."""
+    """Return the GFLOP/s of a product of two large square matrices."""
     a = torch.randn(8192, 8192, device=DEVICE).to(DTYPES[dtype])
     return 2 * len(a) ** 3 / microseconds({"product": [lambda: a @ a]})["product"][0] / 1e3

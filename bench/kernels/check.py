@@ -1,8 +1,8 @@
-"""Has a kernel become slower than the stored results of this machine say? Noise must not look like it.
+"""Compare the kernels with the stored results of this machine, and tell slower kernels from noise.
 
-A case is worse if it lost against the dense layer and against the streaming loop, both measured in the
-same rounds as itself, each by more than MARGIN: a busy machine or another torch moves one of them. What looks
-worse is timed again, and only what stays worse every time fails.
+A case is slower if it lost against the dense layer and against the streaming loop, each by more than MARGIN.
+Both are timed in the same rounds as the case: a busy machine or another torch moves only one of them. A
+slower case is timed again, and fails only if it stays slower every time.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.kernels import Case
-from bench.measure import measure
-from bench.report import Row, machine, read_csv
+from bench.kernels.cases import Case
+from bench.kernels.timing import measure
+from bench.report.results import Row, machine, read_csv
 
 MARGIN = 0.15  # of a ratio
 REPETITIONS = 3
@@ -21,7 +21,7 @@ Measure = Callable[[list[Case]], Iterable[Row]]
 
 
 def against(path: Path, cases: list[Case], threads: list[int], rounds: int, console: Console) -> int:
-    """Exit code: 0 if nothing is slower than in `path`, or nothing can be compared; 1 otherwise."""
+    """Return the exit code: 1 if a case is slower than in `path`, 0 if none is or nothing can be compared."""
     if not path.exists():
         console.print(f"nothing to compare with: {path} is missing. `python -m bench` writes it")
         return 0
@@ -40,7 +40,7 @@ def against(path: Path, cases: list[Case], threads: list[int], rounds: int, cons
 
 
 def slower(stored: Iterable[Row], cases: list[Case], time: Measure) -> tuple[list[str], int]:
-    """(What was worse in every repetition, in words; how many measurements have nothing to compare with)."""
+    """Return a line for each case that was slower every time, and how many measurements are not stored."""
     before = {(row["case"], str(row["threads"])): row for row in stored}
     suspects: dict[tuple[object, str], str] = {}
     unknown = 0

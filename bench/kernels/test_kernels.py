@@ -1,7 +1,7 @@
 """The published cases for pytest-benchmark: `pytest bench --benchmark-group-by=param:case`.
 
-`--benchmark-autosave` stores a baseline, `--benchmark-compare` shows a later run beside it. Those are times:
-what fails on a slower kernel is `python -m bench --check`, which compares ratios.
+`--benchmark-autosave` stores a baseline, and `--benchmark-compare` shows a later run beside it. These are
+plain times. `python -m bench --check` compares ratios, and fails if a kernel is slower.
 """
 
 from functools import lru_cache
@@ -9,8 +9,8 @@ from functools import lru_cache
 import pytest
 import torch
 
-from bench.baselines import Contenders
-from bench.kernels import PUBLISHED, Case
+from bench.kernels.baselines import Contenders
+from bench.kernels.cases import PUBLISHED, Case
 
 NAMES = (
     "dense", "dense compiled", "dense packed", "static low rank", "static packed", "masked in torch", "parts",
@@ -20,7 +20,7 @@ NAMES = (
 
 @lru_cache(maxsize=1)
 def contenders(case: Case) -> Contenders:
-    """Made once for all contenders of a case, which follow one another."""
+    """Make the weights of a case once: its contenders follow one another."""
     torch.manual_seed(0)
     return case.contenders()
 

@@ -1,4 +1,4 @@
-"""What every benchmark says of its results: on which machine, with what, and in which form."""
+"""The facts that stand beside every result (machine, versions, date, revision), and the files of results."""
 
 import csv
 import json
@@ -7,39 +7,47 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Collection
 from datetime import date
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from rana_kernels import backends
 from rana_kernels.system.cpu import cpu_field, processor_name
+from rana_kernels.system.files import write_whole
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "bench" / "results"
 Row = dict[str, object]
 
 
-def conditions() -> str:
-    """Processor, threads, instruction set, what serves the ops, versions, date and revision."""
-    served = ", ".join(sorted({s["cpu"] for s in backends.serving().values()}))
-    return f"{machine()}, served by {served}, {versions()}, {date.today()}, revision {revision()}"
+def conditions(device: str = "cpu") -> str:
+    """Return the machine, what serves the ops on `device` ("cpu" or "cuda"), versions, date and revision."""
+    served = ", ".join(sorted({s[device] for s in backends.serving().values()}))
+    parts = [f"{machine() if device == 'cpu' else card()}, served by {served}, {versions()}"]
+    if device == "cuda":
+        parts.append(f"CUDA {torch.version.cuda}")
+        parts += [f"triton {version('triton')}"] if backends.installed("triton") else []
+    return ", ".join([*parts, f"{date.today()}", f"revision {revision()}"])
 
 
 def machine() -> str:
-    """The part of `conditions` that two runs must share for their times to be compared."""
+    """Return the part of `conditions` that two runs must share for their times to be compared."""
     facts = [processor(), cpu_field("cpu family"), cpu_field("model"), cpu_field("stepping")]
     name = " ".join(part for part in (facts[0], "-".join(filter(None, facts[1:]))) if part)
     return f"{name}, {torch.get_num_threads()} threads, {backends.instruction_set()}"
 
 
 def processor() -> str:
-    """What the processor calls itself, as a file name."""
+    """Return the processor's name as a file name."""
     return re.sub(r"\W+", "-", processor_name()).strip("-").lower()
+
+
+def card() -> str:
+    """Return the name of the first graphics card as a file name: nvidia-h200."""
+    return "-".join(torch.cuda.get_device_name(0).lower().split())
 
 
 def versions() -> str:
@@ -47,9 +55,9 @@ def versions() -> str:
 
 
 def revision() -> str:
-    """Of the code: results and pages that are not committed yet do not make it another one.
+    """Return the revision of the code, "-dirty" if it has changes. Results and pages do not count as code.
 
-    RANA_REVISION names that of a copy without its history.
+    RANA_REVISION names the revision of a copy without its history.
     """
     if named := os.environ.get("RANA_REVISION"):
         return named
@@ -69,20 +77,8 @@ def columns(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def show(console: Console, title: str, rows: list[Row], hidden: Collection[str] = ()) -> None:
-    """A table of all columns but the `hidden` ones, the first one to the left."""
-    shown = [name for name in columns(rows) if name not in hidden]
-    table = Table(title=title)
-    for name in shown:
-        first = name == shown[0]
-        table.add_column(name, justify="left" if first else "right", no_wrap=first)
-    for row in rows:
-        table.add_row(*(str(row.get(name, "")) for name in shown))
-    console.print(table)
-
-
 def write_csv(path: Path, stamp: str, rows: list[Row]) -> None:
-    """The stamp on the first line, after a `#`."""
+    """Write rows, with the stamp on the first line, after a `#`."""
     text = StringIO(newline="")
     writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
     writer.writeheader()
@@ -91,7 +87,7 @@ def write_csv(path: Path, stamp: str, rows: list[Row]) -> None:
 
 
 def read_csv(path: Path) -> tuple[str, list[dict[str, str]]]:
-    """(stamp, rows) of a file that `write_csv` wrote."""
+    """Return (stamp, rows) of a file that `write_csv` wrote."""
     first, *lines = path.read_text(encoding="utf-8").splitlines()
     if not first.startswith("# "):
         raise ValueError(f"{path} does not begin with the conditions of its run: it is not a result of ours")
@@ -103,8 +99,6 @@ def write_json(path: Path, stamp: str, data: dict[str, object]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="")
-    os.replace(part, path)
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8", newline=""))

@@ -1,11 +1,11 @@
-"""Random weights for benchmarks, in copies that leave the cache between two uses; where thresholds go.
+"""Random weights for benchmarks, in copies that leave the cache between two uses, and thresholds for them.
 
-They lie on huge pages where the system gives them, the dense ones like ours: so a compressed model is served.
+All weights, dense ones too, lie on huge pages where the system gives them, as a served model's do.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -23,7 +23,7 @@ def _pool() -> Tensor:
 
 
 def weight(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """[rows, columns] random, scaled so that products stay of the size of their input."""
+    """Return random [rows, columns], scaled so that products have the size of their input."""
     flat = torch.empty(rows * columns, dtype=dtype)
     for part in flat.split(PART):
         start = int(torch.randint(2 * PART - len(part), ()))
@@ -32,10 +32,10 @@ def weight(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return flat.view(rows, columns)
 
 
-def copies(make: Callable[[], tuple[Tensor, ...]], read: float | None = None) -> list[tuple]:
-    """So many results of `make` that a cache forgets one before its next turn.
+def copies(make: Callable[[], tuple], read: float | None = None) -> list[tuple]:
+    """Call `make` so often that the cache forgets one result before its next turn.
 
-    `read`: bytes of a copy that a call reads, if not all of it.
+    read   bytes of a copy that a call reads; None: all of it
     """
     first = make()
     size = sum(t.nbytes for t in first) if read is None else int(read)
@@ -43,26 +43,26 @@ def copies(make: Callable[[], tuple[Tensor, ...]], read: float | None = None) ->
 
 
 def turns(call: Callable[..., Tensor], arguments: list[tuple]) -> Callable[[], Tensor]:
-    """A call of no arguments that takes the next copy each time."""
-    cycle: Iterator[tuple] = itertools.cycle(arguments)
+    """Return a call without arguments that takes the next copy each time."""
+    cycle = itertools.cycle(arguments)
     return lambda: call(*next(cycle))
 
 
 def far(arguments: list[tuple]) -> list[tuple]:
-    """The same copies for a second contender, so begun that it does not find what the first has just read."""
+    """Return the same copies for a second contender, rotated away from those that the first just read."""
     half = len(arguments) // 2
     return arguments[half:] + arguments[:half]
 
 
-def threshold_keeping(live: int, scores: Tensor) -> Tensor:
-    """The threshold, [] float32, that `live` of the scores [M, R] reach in the mean over tokens."""
+def threshold_for_live(live: int, scores: Tensor) -> Tensor:
+    """Return the threshold, [] float32, that `live` of the scores [M, R] reach, averaged over tokens."""
     ordered = scores.flatten().sort(descending=True).values
-    kept = live * scores.shape[0]
-    if kept >= len(ordered):
+    count = live * scores.shape[0]
+    if count >= len(ordered):
         return ordered.new_zeros(())
-    return (ordered[kept - 1] + ordered[kept]) / 2 if kept else ordered[0] + 1
+    return (ordered[count - 1] + ordered[count]) / 2 if count else ordered[0] + 1
 
 
-def wanted(scores: Tensor, threshold: Tensor) -> int:
-    """How many rows some token wants, of its scores [M, R]."""
+def rows_read(scores: Tensor, threshold: Tensor) -> int:
+    """Return how many rows at least one token keeps, by its scores [M, R]."""
     return int((scores >= threshold).any(0).sum())

@@ -1,8 +1,8 @@
-"""`python -m bench.worker`: times our op when asked to, one request a line of JSON, for `bench.compare`.
+"""`python -m bench.kernels.worker`: answer requests to time our op, one line of JSON each, for `compare`.
 
-{"package": null}              where rana_kernels was imported from
-{"case": {...}, "threads": n}  make the weights; true when that is done
-{"time": null}                 seconds of one call
+{"package": null}              the folder that rana_kernels was imported from
+{"case": {...}, "threads": n}  true, once the weights are made
+{"time": null}                 the seconds of one call
 """
 
 import json
@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 
 import rana_kernels
-from bench.kernels import Lowrank, Mlp, Neurons
-from bench.timing import once, repeats
+from bench.kernels.linears import Lowrank, Neurons
+from bench.kernels.mlp import Mlp
+from bench.kernels.timing import once, repeats
 
 CASES = {kind.__name__: kind for kind in (Lowrank, Neurons, Mlp)}
 

@@ -1,4 +1,4 @@
-"""Least squares with what it leaves over: how a time grows, and how far to believe that."""
+"""Non-negative relative least squares: how a time grows, and how well the fit agrees with it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,19 @@ class Fit:
     def predict(self, features: dict[str, float]) -> float:
         return sum(self.coefficients[name] * features[name] for name in self.coefficients)
 
+    @property
+    def rounded_residuals(self) -> list[float]:
+        return [round(r, 3) for r in self.residuals]
+
 
 def fit(features: Sequence[dict[str, float]], values: Sequence[float]) -> Fit:
-    """Coefficients whose relative errors are least, so that small measurements count as much as large ones.
+    """Return the coefficients with the least relative errors, so that small values count as much as large
+    ones.
 
-    None is below zero: no work takes less than no time, and a fit that says so is wrong beyond its ends.
-    Features are few: every set of them that might have coefficients above zero is tried.
+    No coefficient is negative: more work never takes less time. Features are few, so every set of them is
+    tried.
 
-    ValueError for fewer measurements than coefficients.
+    Raise ValueError for fewer values than coefficients.
     """
     names = list(features[0])
     if len(values) < len(names):
@@ -36,7 +41,7 @@ def fit(features: Sequence[dict[str, float]], values: Sequence[float]) -> Fit:
 
 
 def _candidates(A: np.ndarray) -> Iterator[np.ndarray]:
-    """Least squares to ones over every set of columns, of which those without a coefficient below zero."""
+    """Yield the least squares solution of every set of columns whose coefficients are all non-negative."""
     count = A.shape[1]
     size = np.abs(A).max(axis=0)  # features differ by many orders of magnitude
     yield np.zeros(count)

@@ -1,4 +1,4 @@
-"""The streaming bandwidth of this machine's memory, GB/s, by loops compiled for it."""
+"""The streaming bandwidth of this machine's memory in GB/s, by loops compiled for it (stream.cpp)."""
 
 import ctypes
 import os
@@ -33,7 +33,7 @@ def _library() -> ctypes.CDLL:
 @cache
 def _buffer() -> torch.Tensor:
     buffer = torch.zeros(cold_bytes() // 4, dtype=torch.int32)
-    collapse([buffer])  # as weights lie
+    collapse([buffer])  # huge pages, as weights have
     return buffer
 
 
@@ -43,7 +43,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def bandwidth(loop: str, threads: int) -> float:
-    """GB/s of one pass of `loop` over the buffer, one contiguous share a thread."""
+    """Return the GB/s of one pass of `loop` over the buffer; each thread reads one contiguous share."""
     function, words, now = getattr(_library(), loop), _buffer().numel(), clock(threads)
     share = words // threads
     starts = [_buffer().data_ptr() + 4 * share * i for i in range(threads)]

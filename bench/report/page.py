@@ -1,0 +1,206 @@
+"""docs/performance.md: for each device the headline cases, and where ours is slower."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.kernels.cases import PUBLISHED, Lowrank, Mlp, Neurons
+from bench.report.results import ROOT, read_csv
+from bench.report.tables import table
+
+PAGE = ROOT / "docs" / "performance.md"
+Row = dict[str, str]
+DEVICES = {
+    "amd-epyc": "AMD EPYC (Zen 5)",
+    "intel-r-xeon-r-processor": "Intel Xeon (with AMX)",
+    "nvidia-h100-80gb-hbm3": "NVIDIA H100",
+}
+UP, DOWN, MLP = "Llama-2-7B up", "Llama-2-7B down", "Llama-2-7B MLP"
+HEADLINE = {
+    **{Lowrank(4096, 11008, 2464, 1377, 1, d): f"{UP}, {d}" for d in ("bf16", "fp32")},
+    Neurons(11008, 4096, 5504, 1, "bf16"): f"{DOWN}, half of the neurons, bf16",
+    Mlp(4096, 11008, 2464, 1377, 6164, 1, "bf16"): f"{MLP}, bf16",
+    Mlp(2048, 8192, 1152, 842, 4587, 1, "bf16"): "Llama-3.2-1B MLP, bf16",
+    **{Lowrank(4096, 11008, 2464, 1377, M, "bf16"): f"{UP}, bf16" for M in (2, 4, 8, 64, 256)},
+}
+PLOTS = {"speed": "speed-up against cost", "roofline": "every case under the roofline"}
+ON_CARD = {"masked_lowrank_linear": UP, "masked_linear": DOWN, "masked_mlp": MLP}
+BASELINES = ("dense", "dense compiled", "dense packed", "static low rank", "static packed")
+FIRST = "dense, first token"  # of whole models: from the prompt to the first token after it
+SHOWN = ("dense", "dense packed", "static low rank", "static packed")  # in the tables of headline cases
+TOKENS = {"1 token": (1, 1), "2 to 8": (2, 8), "more than 8": (9, 10**6)}
+INTRODUCTION = """# Performance
+
+*Written by `python -m bench.report` from the files in `bench/results`. Every number is in one of them.*
+
+- **× dense** and its neighbours say how many times as fast as that baseline ours is. Below 1 ours is slower.
+- **Dense** is torch's `F.linear`. **Packed** has its weights in oneDNN's own layout, which `torch.compile`
+  makes of a model's weights with its option `freezing`. **Static low rank** is two dense products at the same
+  cost as ours.
+- **% of bandwidth** compares the weight bytes that ours must read, over its time, with the best streaming
+  loop timed in the same rounds (on a card: with a copy).
+- Cost is 0.56 of the dense multiply-adds. Weights are random, kept ranks lie in random places, and contenders
+  take turns over copies of the weights that are larger than the cache. Times are medians.
+- Whole models have random weights (but for the demo model). They decode after 32 tokens, and ours is given in
+  tokens a second of all texts together.
+- The files of one processor's name may come from different machines, so compare ratios within a file.
+
+Quality at the same cost is in [quality](quality.md), and the reasons for the losses are in
+[limits](limits.md).
+"""
+REPRODUCE = """## How to reproduce it
+
+```sh
+python -m bench                        # a processor: the tests of the ops, then every case
+python -m bench.decode Llama-3.2-1B    # whole models; --compile, --prompt, --batch, --threads
+python -m bench.gpu                    # a card: tests first, then times
+python -m bench.scale                  # how times grow with sizes
+python -m bench.cost                   # how long compressing takes
+python -m bench.report                 # this page, the tables below and the plots
+```
+
+`python -m bench --check` fails if a kernel is slower than in the stored results of the same machine, and
+`python -m bench --base REV` compares with another revision.
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measurement of ours. `ratios`: how many times as fast as each baseline it is."""
+
+    case: str
+    tokens: int
+    threads: str
+    ours: str
+    bandwidth: str
+    ratios: dict[str, float]
+
+
+def page(results: Path) -> str:
+    files = {path.stem: read_csv(path) for path in sorted(results.glob("*.csv"))}
+    # an earlier form of results has no peak, and its machine has newer ones
+    devices = [s for s, (_, rows) in files.items() if {"peak GFLOP/s"} <= rows[0].keys()]
+    return "\n".join([INTRODUCTION, *(_device(stem, files) for stem in devices), REPRODUCE, _links(results)])
+
+
+def _device(stem: str, files: dict[str, tuple[str, list[Row]]]) -> str:
+    stamp, rows = files[stem]
+    on_card = "MB" in rows[0]
+    kernels = _card(rows) if on_card else _processor(rows)
+    chosen = _card(_headline_problems(rows)) if on_card else _processor(_headline_cases(rows))
+    decoded = [
+        entry
+        for name, (_, part) in files.items()
+        if name.startswith("decode-") and name.endswith(f"-{stem}")
+        for entry in _models(part)
+    ]
+    chosen += [e for e in decoded if "after 32" in e.case and e.tokens in (1, 8)]
+    plots = [
+        f"![{words}]({kind}-{stem}.png)\n"
+        for kind, words in PLOTS.items()
+        if (ROOT / "docs" / f"{kind}-{stem}.png").exists()
+    ]
+    shown = [name for name in SHOWN if any(name in entry.ratios for entry in chosen)]
+    lines = [
+        [e.case, e.tokens, e.threads, e.ours, e.bandwidth, *(_ratio(e, name) for name in shown)]
+        for e in chosen
+    ]
+    titles = ["case", "tokens", "threads", "ours, µs", "% of bandwidth", *(f"× {name}" for name in shown)]
+    parts = [f"## {DEVICES.get(stem, stem)}\n\n{stamp}.\n", *plots, table(titles, lines)]
+    return "\n".join([*parts, _losses(kernels, decoded)])
+
+
+def _ratio(entry: Entry, name: str) -> str:
+    return f"{entry.ratios[name]:.2f}" if name in entry.ratios else ""
+
+
+def _headline_cases(rows: list[Row]) -> list[Row]:
+    return [row | {"label": HEADLINE[c]} for c in HEADLINE for row in rows if row["case"] == c.name]
+
+
+def _processor(rows: Iterable[Row]) -> list[Entry]:
+    tokens = {case.name: case.M for case in PUBLISHED}
+    return [
+        Entry(
+            row.get("label", row["case"]), tokens[row["case"]], row["threads"], row["us"],
+            row.get("% of stream") or "",
+            {name: float(row[f"x {name}"]) for name in BASELINES if row.get(f"x {name}")},
+        )
+        for row in rows
+        if row["case"] in tokens
+    ]  # fmt: skip
+
+
+def _headline_problems(rows: list[Row]) -> list[Row]:
+    chosen = [row for row in rows if row["density"] == "0.56" and row["model"] == rows[0]["model"]]
+    return sorted(chosen, key=lambda row: (list(ON_CARD).index(row["op"]), int(row["M"])))
+
+
+def _card(rows: Iterable[Row]) -> list[Entry]:
+    """Return the entries of our CUDA kernels."""
+    ours = "rana cuda"
+    found = []
+    for row in rows:
+        if not row.get(f"{ours} us"):
+            continue
+        us = float(row[f"{ours} us"])
+        known = (("dense", "dense us"), ("static low rank", "static us"))
+        ratios = {name: float(row[column]) / us for name, column in known if row.get(column)}
+        label = f"{ON_CARD[row['op']]}, {row['dtype']}"
+        found.append(
+            Entry(label, int(row["M"]), "", row[f"{ours} us"], row.get(f"{ours} % of copy", ""), ratios)
+        )
+    return found
+
+
+def _models(rows: list[Row]) -> list[Entry]:
+    """Return an entry for each setting of whole models: ours against dense and static low rank."""
+    settings: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        setting = tuple(row.get(f, "") for f in ("model", "mode", "prompt", "batch", "threads"))
+        settings.setdefault(setting, {})[row["contender"]] = row
+    found = []
+    for (model, mode, prompt, batch, threads), part in settings.items():
+        speed = {name: float(row["tokens/s"]) for name, row in part.items()}
+        ratios = {
+            "dense": speed["rana"] / speed["dense"],
+            "static low rank": speed["rana"] / speed["static"],
+        }
+        if part["rana"].get("x dense, first"):
+            ratios[FIRST] = float(part["rana"]["x dense, first"])
+        case = f"{model}, {mode}, {_count(batch)} after {prompt}"
+        found.append(Entry(case, int(batch), threads, f"{speed['rana']:.1f} tokens/s", "", ratios))
+    return found
+
+
+def _count(batch: str) -> str:
+    return "1 text" if batch == "1" else f"{batch} texts"
+
+
+def _losses(kernels: list[Entry], decoded: list[Entry]) -> str:
+    """Count the measurements where a baseline is faster, by number of tokens, with the worst one."""
+    lines = []
+    for what, entries in (("", kernels), ("whole models, ", decoded)):
+        for name in (*BASELINES, FIRST):
+            groups = ([e for e in entries if low <= e.tokens <= high] for low, high in TOKENS.values())
+            cells = [_lost(group, name) for group in groups]
+            if any(cells):
+                lines.append([f"{what}{name}", *cells])
+    words = "How many of all measurements the baseline wins, and the lowest speed of ours, baseline = 1.\n"
+    return f"### Where ours is slower\n\n{words}\n{table(['baseline', *TOKENS], lines)}"
+
+
+def _lost(entries: list[Entry], name: str) -> str:
+    ratios = [entry.ratios[name] for entry in entries if name in entry.ratios]
+    lost = [ratio for ratio in ratios if ratio < 1]
+    if not lost:
+        return f"0 of {len(ratios)}" if ratios else ""
+    return f"{len(lost)} of {len(ratios)}, {min(lost):.2f}"
+
+
+def _links(results: Path) -> str:
+    """Link the pages with every number."""
+    stems = sorted(path.stem for path in results.glob("*.csv"))
+    stems += sorted(path.stem for kind in ("scale", "cost") for path in results.glob(f"{kind}-*.json"))
+    lines = [f"- [{stem}](../bench/results/{stem}.md)" for stem in stems]
+    return "\n".join(["## All tables\n", *lines]) + "\n"
