@@ -17,14 +17,13 @@ pytest.importorskip("matplotlib", reason="the plots need the extra `plots`")
 from bench.quality.__main__ import main
 from bench.quality.contenders import CONTENDERS, Candidate, cats, one_budget, teal, wina
 from bench.quality.docs import PAGE, filled
-from bench.quality.fit import TOLERANCE, fit, measured_keep
 from bench.quality.layers import kept_energy
 from bench.quality.masks import refit
-from bench.quality.measure import measure
+from bench.quality.measure import TOLERANCE, fit, measure, measured_cost
 from bench.quality.run import Comparison, Settings
 from bench.quality.store import Store
 from bench.quality.subject import SCOPES, Subject, open_subject, scoped
-from bench.report import RESULTS
+from bench.report.results import RESULTS
 from rana_kernels.allocation.request import Request
 from rana_kernels.allocation.whole_model import plan_curves
 from rana_kernels.evaluation.density import costs_of, planned_live
@@ -86,7 +85,7 @@ def test_every_contender_is_measured_at_equal_cost(results):
     assert set(rows) == {f"{s} {m} {b:.2f}" for s in SCOPES for m in METHODS for b in BUDGETS}
     for row in rows.values():
         if not row["failed"]:
-            assert row["keep"] == pytest.approx(row["budget"], abs=0.03), row  # few tokens, few ranks
+            assert row["cost_ratio"] == pytest.approx(row["budget"], abs=0.03), row  # few tokens, few ranks
             assert row["perplexity"] > 1 and all(len(v) == 2 for v in row["layers"].values())
     assert "CATS leaves" in rows["both cats 0.40"]["failed"]
     assert not any(row["failed"] for key, row in rows.items() if "global" in key and "both" in key)
@@ -131,9 +130,7 @@ def test_the_page_has_the_tables_of_the_results(results):
     data, output = results
     marked = "a\n<!-- quality-tiny: mlp -->\nold\n<!-- end -->\nb\n"
     new = filled(marked, output.parent)
-    assert new.startswith("a\n<!-- quality-tiny: mlp -->\n| Cost kept |") and new.endswith(
-        "<!-- end -->\nb\n"
-    )
+    assert new.startswith("a\n<!-- quality-tiny: mlp -->\n| Cost |") and new.endswith("<!-- end -->\nb\n")
     assert f"{data['rows']['mlp teal 0.56']['over_dense']:+.2%}" in new and "old" not in new
     with pytest.raises(ValueError, match="there is no table 'else', wanted one of conditions, both,"):
         filled(marked.replace("mlp", "else"), output.parent)
@@ -142,21 +139,21 @@ def test_the_page_has_the_tables_of_the_results(results):
 @pytest.mark.parametrize("build", [teal, wina, cats])
 def test_masks_fitted_again_keep_what_they_kept(build, subject):
     candidate, rows = build(subject, "both", 0.7), subject.calibration
-    before, counts = measured_keep(candidate, rows), count_live_rows(candidate.model, rows, progress=False)
+    before, counts = measured_cost(candidate, rows), count_live_rows(candidate.model, rows, progress=False)
     with torch.no_grad():
         for parameter in candidate.model.parameters():
             parameter.mul_(0.7)
-    assert measured_keep(candidate, rows) < before - 0.01
+    assert measured_cost(candidate, rows) < before - 0.01
     refit(candidate.model, rows, {name: count.mean for name, count in counts.items()})
-    assert measured_keep(candidate, rows) == pytest.approx(before, abs=0.002)
+    assert measured_cost(candidate, rows) == pytest.approx(before, abs=0.002)
 
 
 def test_a_search_begins_with_what_global_asked_for(subject, tmp_path, monkeypatch):
     asked = []
 
-    def search(subject: Subject, scope: str, keep: float) -> Candidate:
-        asked.append(keep)
-        return one_budget(subject, scope, keep)
+    def search(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
+        asked.append(cost_ratio)
+        return one_budget(subject, scope, cost_ratio)
 
     monkeypatch.setitem(CONTENDERS, "rankadaptor", search)
     store = Store(tmp_path / "results.json", subject, "here")
@@ -164,7 +161,7 @@ def test_a_search_begins_with_what_global_asked_for(subject, tmp_path, monkeypat
     Comparison(subject, store, "both", how, subject.evaluation, Console(quiet=True)).run()
     rows = store.section("rows")
     assert asked == [rows["both global 0.50"]["asked"]]
-    assert rows["both rankadaptor 0.50"]["keep"] == rows["both global 0.50"]["keep"]
+    assert rows["both rankadaptor 0.50"]["cost_ratio"] == rows["both global 0.50"]["cost_ratio"]
     Comparison(subject, store, "mlp", how, subject.evaluation[:1], Console(quiet=True)).run()
     assert [key for key in store.section("rows") if key.startswith("mlp")] == ["mlp global 0.50"]
 
@@ -244,14 +241,14 @@ def test_without_masks_every_rank_is_on_and_a_cap_on_memory_gives_the_same(subje
 
 
 def test_asking_is_corrected_until_the_cost_is_right(subject):
-    def build(keep: float) -> Candidate:
-        return teal(subject, "both", keep - 0.04)
+    def build(cost_ratio: float) -> Candidate:
+        return teal(subject, "both", cost_ratio - 0.04)
 
     candidate, asked = fit(build, 0.5, subject.evaluation)
-    assert abs(measured_keep(candidate, subject.evaluation) - 0.5) <= TOLERANCE
+    assert abs(measured_cost(candidate, subject.evaluation) - 0.5) <= TOLERANCE
     assert asked == pytest.approx(0.54, abs=0.02)
     with pytest.raises(ValueError, match=r"it costs 0\.[23]"):
-        fit(lambda keep: teal(subject, "both", 0.3), 0.5, subject.evaluation)
+        fit(lambda cost_ratio: teal(subject, "both", 0.3), 0.5, subject.evaluation)
 
 
 def test_the_dense_model_keeps_all_of_its_energy(subject):

@@ -1,17 +1,16 @@
-"""Evidence: what each way to skip work costs in perplexity, at equal cost, through one evaluation.
+"""`python -m bench.quality`: the perplexity of every way to skip work, at equal cost, by one evaluation.
 
 __main__.py    the command
-run.py         the order of things
+run.py         the order of a run
 subject.py     the model and its texts
-contenders.py  every method, as a function from a budget to a model and the cost of its tokens
-masks.py       the baselines that leave weights as they are and zero inputs: TEAL, WINA, CATS
-fit.py         the budget to ask for so that the cost that is measured is the one wanted
+contenders.py  every method, as a function from a budget to a model and the costs of its tokens
+masks.py       the baselines that keep weights and zero inputs: TEAL, WINA, CATS
 recovery.py    a short training of a candidate, the same for all
-measure.py     perplexity and cost of a candidate: a row of the table
-layers.py      what each block's outputs keep of their energy, layer by layer
-spread.py      kept rows over tokens, the tokens that lose most, and text of another kind
+measure.py     perplexity and cost of a candidate, and the budget that gives the wanted cost
+layers.py      the share of its energy that each block's output keeps
+spread.py      live rows token by token, the tokens that lose most, and another kind of text
 store.py       finished measurements on disk, so that an interrupted run goes on
 tables.py      the tables
-docs.py        those of docs/quality.md
+docs.py        the tables within docs/quality.md
 plots.py       the plots
 """

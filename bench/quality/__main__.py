@@ -13,9 +13,8 @@ from bench.quality.run import Settings, run
 from bench.quality.store import Store
 from bench.quality.subject import open_subject
 from bench.quality.tables import page
-from bench.report import RESULTS, conditions, write
+from bench.report.results import RESULTS, ROOT, conditions, write
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT = Settings()
 
 
@@ -24,44 +23,47 @@ def main(
         str, typer.Argument(help="A model's directory or hub id.", show_default="examples/demo_model")
     ] = str(ROOT / "examples" / "demo_model"),
     calibration: Annotated[
-        Path | None, typer.Option(help="Text or .safetensors; default calibration.safetensors in the model.")
+        Path | None, typer.Option(help="Text or .safetensors; default: calibration.safetensors of the model.")
     ] = None,
     evaluation: Annotated[
-        Path | None, typer.Option(help="Text or .safetensors; default evaluation.safetensors in the model.")
+        Path | None, typer.Option(help="Text or .safetensors; default: evaluation.safetensors of the model.")
     ] = None,
     budget: Annotated[
         list[float] | None,
         typer.Option(
-            min=0.05, max=0.95, help="Cost to keep, several times for several.", show_default="0.70 to 0.25"
+            min=0.05,
+            max=0.95,
+            help="Cost, dense = 1; several times for several.",
+            show_default="0.70 to 0.25",
         ),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="A contender, of all; give it several times for several.")
+        list[str] | None, typer.Option(help="A contender; default all; several times for several.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="At most so many, of each text.")] = 102_400,
+    tokens: Annotated[int, typer.Option(min=2, help="At most so many of each text.")] = 102_400,
     ablation_tokens: Annotated[
-        int, typer.Option(min=2, help="Of the evaluation text, where only MLPs or attention are compressed.")
+        int, typer.Option(min=2, help="Evaluation tokens where only MLPs or only attention are compressed.")
     ] = DEFAULT.ablation_tokens,
     spread_tokens: Annotated[
-        int, typer.Option(min=2, help="Of each kind of text, to see how kept rows spread.")
+        int, typer.Option(min=2, help="Tokens of each kind of text, for the spread of live rows.")
     ] = DEFAULT.spread_tokens,
     recovery_steps: Annotated[
-        int, typer.Option(min=0, help="Also train each model so long, with PEFT; 0: not at all.")
+        int, typer.Option(min=0, help="Steps to train each model with PEFT; 0: none.")
     ] = DEFAULT.recovery_steps,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a row where a file is text.")] = 512,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a row, if a file is text.")] = 512,
     output: Annotated[
         Path | None, typer.Option(help="JSON file; default bench/results/quality-<model>.json.")
     ] = None,
 ) -> None:
-    """Measure what skipping work costs in perplexity, for every method, at equal cost.
+    """Measure what skipping work costs in perplexity, for every method at equal cost.
 
-    Each method is asked for what comes, measured in multiply-adds on the evaluation text, to the budget:
-    B, and linears left dense, count. Then: the same with only the MLPs or only attention compressed, and
-    how kept rows spread over tokens and change with the kind of text (prose: the language reference that
-    every Python carries).
+    The cost of each method, measured in multiply-adds on the evaluation text, is fitted to the budget. B and
+    linears left dense count. Then only the MLPs or only attention are compressed. Last, live rows are
+    measured token by token, and on another kind of text (prose: the language reference that every Python
+    carries).
 
-    Results go to the JSON file as they are found, and a run that was interrupted goes on from it. Tables
-    (.md) and plots (.png) are written beside it.
+    Results go to the JSON file one by one, and an interrupted run goes on from it. Tables (.md) and plots
+    (.png) are written beside it.
 
     Example:  python -m bench.quality path/to/model --calibration a.txt --evaluation b.txt --budget 0.5
     """

@@ -1,7 +1,8 @@
-"""Every method, as a function from a budget to a candidate: a model, and what its tokens cost.
+"""Every method, as a function from a budget to a candidate: a model, and the costs of its tokens.
 
-A budget is a fraction of the multiply-adds of the linears in a scope: both, mlp or attention. What a
-method leaves dense there counts, and so does B. A budget that a method cannot meet is a ValueError.
+A budget is a fraction of the multiply-adds of the linears in a scope: both, mlp or attention. B counts, and
+so do linears of the scope that a method leaves dense. Methods raise ValueError for a budget that they cannot
+meet.
 """
 
 from collections.abc import Callable
@@ -23,12 +24,12 @@ from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats
 
-EVALUATIONS = 20  # of a search of rankadaptor
+EVALUATIONS = 20  # allocations that rankadaptor measures
 
 
 @dataclass
 class Candidate:
-    """A model that skips work. `plan` and `stats` where it has adapters: those can be trained further."""
+    """A model that skips work. It has a `plan` and `stats` if it has adapters."""
 
     model: nn.Module
     costs: Costs
@@ -36,53 +37,53 @@ class Candidate:
     stats: Stats | None = None
 
 
-def static(subject: Subject, scope: str, keep: float) -> Candidate:
-    return _compressed(subject, scope, _same_for_every_layer(subject, scope, keep, "static"))
+def static(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
+    return _compressed(subject, scope, _same_for_every_layer(subject, scope, cost_ratio, "static"))
 
 
-def teal(subject: Subject, scope: str, keep: float) -> Candidate:
-    return Candidate(*mask_inputs(subject, scope, keep, weighted=False))
+def teal(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
+    return Candidate(*mask_inputs(subject, scope, cost_ratio, weighted=False))
 
 
-def wina(subject: Subject, scope: str, keep: float) -> Candidate:
-    return Candidate(*mask_inputs(subject, scope, keep, weighted=True))
+def wina(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
+    return Candidate(*mask_inputs(subject, scope, cost_ratio, weighted=True))
 
 
-def cats(subject: Subject, scope: str, keep: float) -> Candidate:
-    return Candidate(*mask_gates(subject, scope, keep))
+def cats(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
+    return Candidate(*mask_gates(subject, scope, cost_ratio))
 
 
-def as_published(subject: Subject, scope: str, keep: float) -> Candidate:
-    return _compressed(subject, scope, _same_for_every_layer(subject, scope, keep, "paper"))
+def as_published(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
+    return _compressed(subject, scope, _same_for_every_layer(subject, scope, cost_ratio, "paper"))
 
 
-def one_budget(subject: Subject, scope: str, keep: float) -> Candidate:
-    return _spent(subject, scope, keep, subject.curves)
+def one_budget(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
+    return _spent(subject, scope, cost_ratio, subject.curves)
 
 
-def without_masks(subject: Subject, scope: str, keep: float) -> Candidate:
-    """What of `global` is not due to masks: its metric, its budget and its joint decompositions."""
+def without_masks(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
+    """Compress by `global` without masks: with its metric, its budget and its joint decompositions alone."""
     curves = [[[_always_on(curve) for curve in way] for way in ways] for ways in subject.curves]
-    return _spent(subject, scope, keep, curves)
+    return _spent(subject, scope, cost_ratio, curves)
 
 
-def _spent(subject: Subject, scope: str, keep: float, every_curve: list[Ways]) -> Candidate:
+def _spent(subject: Subject, scope: str, cost_ratio: float, every_curve: list[Ways]) -> Candidate:
     inside = subject.linears(scope)
     curves = [_within(ways, inside) for ways in every_curve]
-    # the curves' own budget is over all linears
+    # the budget of the curves counts all linears, also those out of scope
     every = [curve[0].adapter for ways in curves for curve in ways[0]]
     total = sum(adapter.dense_flops for adapter in every)
     part = sum(adapter.dense_flops for adapter in every if adapter.names[0] in inside)
-    request = Request("global", flops_reduction=(1 - keep) * part / total)
+    request = Request("global", flops_reduction=(1 - cost_ratio) * part / total)
     return _compressed(subject, scope, plan_curves(subject.stats, curves, request))
 
 
-def by_search(subject: Subject, scope: str, keep: float) -> Candidate:
-    """Measures on rows that its statistics do not have. `scope` is "both": see `WHOLE`."""
+def by_search(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
+    """Search with measurements on held-out text. `scope` must be "both": see `WHOLE`."""
     part, held_out = subject.searched
     search = Search(held_out, EVALUATIONS)
     plan = rana.plan(
-        part.stats, flops_reduction=1 - keep, method="rankadaptor", search=search, progress=False
+        part.stats, flops_reduction=1 - cost_ratio, method="rankadaptor", search=search, progress=False
     )
     return _compressed(part, scope, plan)
 
@@ -98,7 +99,7 @@ CONTENDERS: dict[str, Callable[[Subject, str, float], Candidate]] = {
     "rankadaptor": by_search,
 }
 
-WHOLE = ("rankadaptor",)  # measure what a whole model loses: no scope but "both"
+WHOLE = ("rankadaptor",)  # these measure the loss of a whole model, so their only scope is "both"
 
 
 def _compressed(subject: Subject, scope: str, plan: Plan) -> Candidate:
@@ -111,14 +112,14 @@ def _part(plan: Plan, names: set[str]) -> Plan:
     return plan.with_adapters(tuple(a for a in plan.adapters if a.names[0] in names))
 
 
-def _same_for_every_layer(subject: Subject, scope: str, keep: float, method: str) -> Plan:
-    """The adapted linears take the cut of o too, which stays dense."""
+def _same_for_every_layer(subject: Subject, scope: str, cost_ratio: float, method: str) -> Plan:
+    """Plan every layer alike. o stays dense, and the adapted linears save its part too."""
     cost = {name: subject.dense.get_submodule(name).weight.numel() for name in subject.linears(scope)}
     adapted = sum(cost.values()) - sum(cost.get(block.o, 0) for block in subject.blocks)
-    share = 1 - (1 - keep) * sum(cost.values()) / adapted
+    share = 1 - (1 - cost_ratio) * sum(cost.values()) / adapted
     if share <= 0:
         raise ValueError(
-            f"{method} leaves {1 - adapted / sum(cost.values()):.2f} of the cost dense, wanted {keep}"
+            f"{method} leaves {1 - adapted / sum(cost.values()):.2f} of the cost dense, wanted {cost_ratio}"
         )
     adapters: list[AdapterSpec] = []
     for block in subject.blocks:
@@ -131,12 +132,12 @@ def _same_for_every_layer(subject: Subject, scope: str, keep: float, method: str
 
 
 def _within(ways: Ways, names: set[str]) -> Ways:
-    """The ways, or only dense linears where they are out of scope."""
+    """Return the ways, or only dense linears if they are out of scope."""
     if ways[0][0][0].adapter.names[0] in names:
         return ways
     return [[curve[:1] for curve in ways[0]]]
 
 
 def _always_on(curve: Curve) -> Curve:
-    """The choices that keep every row they store."""
+    """Return the choices that keep every stored row for every token."""
     return [c for c in curve if c.adapter.kind == "dense" or c.adapter.live == c.adapter.rank]

@@ -1,18 +1,20 @@
-"""`python -m bench.quality.docs`: the tables within docs/quality.md, from the results under bench/results.
+"""`python -m bench.quality.docs`: write the tables within docs/quality.md, from bench/results.
 
-A table stands between `<!-- quality-NAME: TABLE -->` and `<!-- end -->`; the words around are by hand.
+A table stands between `<!-- quality-NAME: TABLE -->` and `<!-- end -->`. The words around it are written by
+hand.
 """
 
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import typer
 
 from bench.quality import tables
-from bench.report import RESULTS, ROOT, write
+from bench.report.results import RESULTS, ROOT, write
 
 PAGE = ROOT / "docs" / "quality.md"
 MARKED = re.compile(r"(<!-- (quality-\w+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -20,13 +22,13 @@ Data = dict[str, Any]
 
 
 def main() -> None:
-    """Write the tables of the page again."""
+    """Write the tables of docs/quality.md again."""
     write(PAGE, filled(PAGE.read_text(encoding="utf-8"), RESULTS))
     typer.echo(f"wrote {PAGE}")
 
 
 def filled(text: str, results: Path) -> str:
-    """The page with the tables that its marks ask for. ValueError for one that there is not."""
+    """Return the page with its tables filled in. Raise ValueError for a table that does not exist."""
 
     def block(found: re.Match) -> str:
         start, name, table, end = found.groups()
@@ -47,7 +49,7 @@ def _layers(part: str) -> Callable[[Data], str]:
 
 
 TABLES: dict[str, Callable[[Data], str]] = {
-    "conditions": lambda data: "Measured on: " + "; ".join(data["conditions"]) + ".",
+    "conditions": lambda data: fill("Measured on: " + "; ".join(data["conditions"]) + ".", 120),
     **{scope: _of(scope, tables.quality) for scope in tables.TITLES},
     "gaps": _of("both", tables.gaps),
     "recovered": _of("both", tables.recovered),

@@ -1,6 +1,6 @@
-"""Layer by layer: the share of its output's energy that each block keeps, on the dense model's inputs.
+"""The share of its output's energy that each layer keeps, on the dense model's inputs.
 
-1 - ‖y - ŷ‖² / ‖y‖² over the tokens: 1 is all of the error recovered, 0 is what zeros in its place leave.
+The share is 1 - ‖y - ŷ‖² / ‖y‖² over the tokens. It is 1 without an error, and 0 for an output of zeros.
 """
 
 import torch
@@ -10,11 +10,11 @@ from bench.quality.subject import BATCH, Subject
 
 
 @torch.inference_mode()
-def kept_energy(subject: Subject, model: nn.Module, rows: Tensor) -> dict[str, list[float]]:
-    """{"qkv", "mlp": one share a layer}. Blocks whose MLP is no module of its own have no "mlp"."""
+def kept_energy(subject: Subject, model: nn.Module, token_ids: Tensor) -> dict[str, list[float]]:
+    """Return {"qkv", "mlp": one share a layer}. Blocks whose MLP is no module of its own have no "mlp"."""
     found: dict[str, list[float]] = {}
     for part, groups in _parts(subject).items():
-        inputs = _inputs(subject.dense, [names[0] for names in groups], rows)
+        inputs = _inputs(subject.dense, [names[0] for names in groups], token_ids)
         found[part] = [
             _share(subject.dense, model, names, x) for names, x in zip(groups, inputs, strict=True)
         ]
@@ -22,7 +22,7 @@ def kept_energy(subject: Subject, model: nn.Module, rows: Tensor) -> dict[str, l
 
 
 def _parts(subject: Subject) -> dict[str, list[tuple[str, ...]]]:
-    """Modules that read one input, block by block, in the order in which they are called."""
+    """Return the modules that read one input, block by block, in the order of their calls."""
     parts = {
         "qkv": [block.qkv for block in subject.blocks if block.qkv],
         "mlp": [(block.mlp,) for block in subject.blocks if block.mlp],
@@ -30,8 +30,8 @@ def _parts(subject: Subject) -> dict[str, list[tuple[str, ...]]]:
     return {part: groups for part, groups in parts.items() if groups}
 
 
-def _inputs(dense: nn.Module, names: list[str], rows: Tensor) -> list[Tensor]:
-    """What the dense model puts into each of `names`."""
+def _inputs(dense: nn.Module, names: list[str], token_ids: Tensor) -> list[Tensor]:
+    """Return the input of each of `names` in the dense model."""
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     hooks = [
         dense.get_submodule(name).register_forward_pre_hook(
@@ -40,7 +40,7 @@ def _inputs(dense: nn.Module, names: list[str], rows: Tensor) -> list[Tensor]:
         for name in names
     ]
     try:
-        for part in rows.split(BATCH):
+        for part in token_ids.split(BATCH):
             dense(input_ids=part.to(dense.device), use_cache=False)
     finally:
         for hook in hooks:

@@ -1,13 +1,13 @@
-"""The baselines that keep the weights as they are and skip inputs: TEAL, WINA and CATS, in plain PyTorch.
+"""The baselines that keep the weights and skip inputs: TEAL, WINA and CATS, in plain PyTorch.
 
 TEAL   (arXiv 2408.14690) zeroes inputs of every linear by |x_i|
 WINA   (arXiv 2505.19427) by |x_i|·‖W_:,i‖₂
-CATS   (arXiv 2404.08763) zeroes the gate's activations by size; up and down skip those neurons, the gate
+CATS   (arXiv 2404.08763) zeroes the gate's activations by size; up and down skip those neurons, and the gate
        and attention stay dense
 
-Thresholds are quantiles of a sample of the calibration text, with the same share for every linear. TEAL's
-search for a share of each linear of a block, and WINA's top k of each token and its rotation of the
-weights, are left out. Nothing here is fast: it is for measuring what these masks lose.
+Thresholds are quantiles of a sample of the calibration text, with the same share for every linear. We leave
+out TEAL's search for a share of each linear, WINA's top k of each token, and WINA's rotation of the weights.
+This code measures what the masks lose. It is not fast.
 """
 
 from functools import partial
@@ -34,12 +34,12 @@ class Masked(nn.Module):
         return {"": self.scores(x) >= self.threshold}
 
     def fit(self, x: Tensor, live: float) -> None:
-        """The threshold at which tokens like those of `x` keep `live` values on average."""
+        """Set the threshold at which tokens like those of `x` keep `live` values on average."""
         self.threshold, _ = threshold_for(self.scores(x).flatten(0, -2), live)
 
 
 class MaskedLinear(Masked):
-    """A linear that sees no input i with |x_i|·norms_i below the threshold. norms [K] float32."""
+    """A linear that reads zero for an input i with |x_i|·norms_i below the threshold. norms [K] float32."""
 
     def __init__(self, linear: nn.Module, norms: Tensor) -> None:
         super().__init__()
@@ -66,8 +66,10 @@ class MaskedActivation(Masked):
         return torch.where(self.masks(x)[""], self.act(x), 0)
 
 
-def mask_inputs(subject: Subject, scope: str, keep: float, *, weighted: bool) -> tuple[nn.Module, Costs]:
-    """TEAL, or `weighted` WINA: a copy of the model whose linears in `scope` see `keep` of their inputs."""
+def mask_inputs(
+    subject: Subject, scope: str, cost_ratio: float, *, weighted: bool
+) -> tuple[nn.Module, Costs]:
+    """Return TEAL, or `weighted` WINA: a copy whose linears in `scope` read `cost_ratio` of their inputs."""
     model, _ = subject.copy()
     rows, dense = {}, 0
     for block in subject.blocks:
@@ -76,25 +78,25 @@ def mask_inputs(subject: Subject, scope: str, keep: float, *, weighted: bool) ->
             x, weight = calibrated.sample(calibrated.input_of((name,))), calibrated.linear(name).weight
             norms = calibrated.neuron_norms(name) if weighted else torch.ones(x.shape[1], device=x.device)
             masked = MaskedLinear(model.get_submodule(name), norms)
-            masked.fit(x, keep * x.shape[1])
+            masked.fit(x, cost_ratio * x.shape[1])
             model.set_submodule(name, masked)
             rows[name] = len(weight)
             dense += weight.numel()
     return model, Costs(dense, 0, rows)
 
 
-def mask_gates(subject: Subject, scope: str, keep: float) -> tuple[nn.Module, Costs]:
-    """CATS: a copy of the model that computes the neurons with large gates, at `keep` of the cost of `scope`.
+def mask_gates(subject: Subject, scope: str, cost_ratio: float) -> tuple[nn.Module, Costs]:
+    """Return CATS: a copy that computes the neurons with large gates, at `cost_ratio` of the cost of `scope`.
 
-    Raises ValueError for an MLP without a gate of its own, or a budget below what stays dense.
+    Raise ValueError for an MLP without a gate of its own, or a budget below what stays dense.
     """
     model, _ = subject.copy()
     cost = {name: subject.dense.get_submodule(name).weight.numel() for name in subject.linears(scope)}
     skipped = sum(cost.get(name, 0) for block in subject.blocks for name in (block.up, block.down))
     dense = sum(cost.values())
-    share = (keep * dense - (dense - skipped)) / skipped if skipped else 0.0
+    share = (cost_ratio * dense - (dense - skipped)) / skipped if skipped else 0.0
     if not 0 < share <= 1:
-        raise ValueError(f"CATS leaves {1 - skipped / dense:.2f} of the cost dense, wanted {keep}")
+        raise ValueError(f"CATS leaves {1 - skipped / dense:.2f} of the cost dense, wanted {cost_ratio}")
     rows = {}
     for block in subject.blocks:
         if not block.act or block.gate in ("", block.up):
@@ -109,10 +111,10 @@ def mask_gates(subject: Subject, scope: str, keep: float) -> tuple[nn.Module, Co
 
 
 @torch.no_grad()
-def refit(model: Any, rows: Tensor, live: dict[str, float]) -> None:
-    """New thresholds for weights that have changed: on `rows` [n, T], each mask keeps what `live` says.
+def refit(model: Any, token_ids: Tensor, live: dict[str, float]) -> None:
+    """Set new thresholds after weights have changed, so that each mask keeps `live` on token_ids [n, T].
 
-    One pass: a mask is fitted before it is used, on what the fitted ones before it give.
+    One pass is enough: a mask is fitted before it is used, to the output of the masks fitted before it.
     """
 
     def fit(name: str, module: Masked, args: tuple[Tensor, ...]) -> None:
@@ -121,7 +123,7 @@ def refit(model: Any, rows: Tensor, live: dict[str, float]) -> None:
     masked = {name: module for name, module in model.named_modules() if isinstance(module, Masked)}
     hooks = [module.register_forward_pre_hook(partial(fit, name)) for name, module in masked.items()]
     try:
-        model(input_ids=rows.to(model.device), use_cache=False)
+        model(input_ids=token_ids.to(model.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

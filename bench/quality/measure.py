@@ -1,5 +1,11 @@
-"""One evaluation for all: perplexity and cost of a candidate over the same tokens, in one pass."""
+"""Perplexity and cost of a candidate over the same tokens, in one pass; and candidates of equal cost.
 
+Thresholds come from the calibration text, and on other text they keep a little more or less; methods differ
+in how much. So the cost of a candidate is measured, and another one with a corrected budget is built, until
+the two agree.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,21 +15,24 @@ from bench.quality.contenders import Candidate
 from bench.quality.subject import BATCH
 from rana_kernels.evaluation.density import Costs
 from rana_kernels.evaluation.live import LiveCount, count_live
-from rana_kernels.evaluation.metrics import token_losses
+from rana_kernels.evaluation.metrics import count_live_rows, token_losses
 
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
+TOLERANCE = 0.005  # of the dense cost
+FIT_ROWS = 16  # rows of the evaluation text, spread over it, that measure the cost for `fit`
+TRIES = 4
 
 
 @dataclass
 class Row:
     """One contender at one budget.
 
-    budget      the cost wanted, as a fraction of the dense cost of the linears in `scope`
-    asked       what the method was asked for, so that it comes to that
-    keep        the cost measured on the evaluation text; `tokens` has its quantiles over tokens
-    layers      what each layer's outputs keep of their energy (`layers.py`)
+    budget      the wanted cost, as a fraction of the dense cost of the linears in `scope`
+    asked       the budget that the method was given, so that it comes to that cost
+    cost_ratio  the cost measured on the evaluation text; `tokens` has its quantiles over tokens
+    layers      the share of its energy that each layer's output keeps (`layers.py`)
     over_dense  the fraction by which its perplexity exceeds that of the dense model
-    failed      why there is none; the numbers are then missing
+    failed      why there is no candidate; the numbers are then missing
     """
 
     scope: str
@@ -31,7 +40,7 @@ class Row:
     recovered: bool
     budget: float
     asked: float | None = None
-    keep: float | None = None
+    cost_ratio: float | None = None
     perplexity: float | None = None
     over_dense: float | None = None
     tokens: dict[str, float] = field(default_factory=dict)
@@ -46,7 +55,7 @@ class Row:
 
 @dataclass
 class Measured:
-    """losses [n, T - 1] in nats · counts of kept rows, over the n·T tokens."""
+    """losses [n, T - 1] in nats · counts of live rows, over the n·T tokens."""
 
     losses: Tensor
     counts: dict[str, LiveCount]
@@ -56,23 +65,55 @@ class Measured:
         return float(self.losses.double().mean().exp())
 
     def spread(self, costs: Costs) -> dict[str, float]:
-        """Quantiles over tokens of what a token costs."""
+        """Return quantiles over tokens of the cost of a token."""
         if not costs.row:
             return {}
-        keep = costs.cost_ratio_of_tokens(self.counts)
-        return {name: float(keep.quantile(share)) for name, share in QUANTILES.items()}
+        found = costs.cost_ratio_of_tokens(self.counts)
+        return {name: float(found.quantile(share)) for name, share in QUANTILES.items()}
 
 
-def measure(model: nn.Module, rows: Tensor) -> Measured:
+def measure(model: nn.Module, token_ids: Tensor) -> Measured:
     with torch.inference_mode(), count_live(model) as counts:
-        losses = token_losses(model, rows, batch=BATCH, progress=False)
+        losses = token_losses(model, token_ids, batch=BATCH, progress=False)
     return Measured(losses, counts)
 
 
-def fill(row: Row, candidate: Candidate, rows: Tensor, dense: float) -> None:
-    """Measure `candidate` on `rows`; `dense` is the dense model's perplexity there."""
-    found = measure(candidate.model, rows)
+def fill(row: Row, candidate: Candidate, token_ids: Tensor, dense: float) -> None:
+    """Measure `candidate` on `token_ids`. `dense` is the dense model's perplexity there."""
+    found = measure(candidate.model, token_ids)
     row.perplexity = found.perplexity
     row.over_dense = found.perplexity / dense - 1
-    row.keep = candidate.costs.cost_ratio(found.counts)
+    row.cost_ratio = candidate.costs.cost_ratio(found.counts)
     row.tokens = found.spread(candidate.costs)
+
+
+def fit(
+    build: Callable[[float], Candidate], cost_ratio: float, token_ids: Tensor, first: float | None = None
+) -> tuple[Candidate, float]:
+    """Return a candidate that costs `cost_ratio` on some of `token_ids`, and the budget that gave it.
+
+    first   the budget to begin with; None: `cost_ratio`
+
+    Raise ValueError for a cost that the method cannot meet.
+    """
+    some = token_ids[torch.linspace(0, len(token_ids) - 1, min(FIT_ROWS, len(token_ids))).round().long()]
+    asked, tried = first or cost_ratio, []
+    for _ in range(TRIES):
+        candidate = build(asked)
+        found = measured_cost(candidate, some)
+        tried.append((abs(found - cost_ratio), asked, found, candidate))
+        # ranks are whole numbers, so a slightly larger budget may change nothing
+        if tried[-1][0] <= TOLERANCE / 2 or found in (cost for _, _, cost, _ in tried[:-1]):
+            break
+        asked += cost_ratio - found
+    miss, asked, found, candidate = min(tried, key=lambda entry: entry[0])
+    if miss > TOLERANCE:
+        raise ValueError(f"asked for {asked:.3f} it costs {found:.3f}, wanted {cost_ratio}")
+    return candidate, asked
+
+
+def measured_cost(candidate: Candidate, token_ids: Tensor) -> float:
+    if not candidate.costs.row:
+        return candidate.costs.cost_ratio({})
+    counts = count_live_rows(candidate.model, token_ids, batch=BATCH, progress=False)
+    return candidate.costs.cost_ratio(counts)

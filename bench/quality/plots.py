@@ -1,4 +1,4 @@
-"""The plots, from the results alone. Colours are those of Okabe and Ito; markers differ as well."""
+"""The plots, made of nothing but the results. Colours are by Okabe and Ito, and markers differ too."""
 
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ STYLE = {
 
 
 def draw(data: dict[str, Any], path: Path) -> list[Path]:
-    """`path`.png and, beside it, one for the layers and one for kept rows; the files that were written."""
+    """Write `path`.png, and plots of layers and of live rows beside it. Return the files written."""
     figures = {
         path.with_suffix(".png"): cost(data),
         path.with_name(f"{path.stem}-layers.png"): layers(data),
-        path.with_name(f"{path.stem}-rows.png"): kept_rows(data),
+        path.with_name(f"{path.stem}-rows.png"): live_rows(data),
     }
     written = []
     for place, figure in figures.items():
@@ -47,7 +47,7 @@ def draw(data: dict[str, Any], path: Path) -> list[Path]:
 
 
 def cost(data: dict[str, Any]) -> Figure:
-    """Perplexity over dense against the cost that was measured, a panel a scope."""
+    """Draw perplexity over dense against measured cost, one panel a scope."""
     rows = [row for row in ordered(data["rows"].values()) if not row["failed"]]
     scopes = [scope for scope in TITLES if any(row["scope"] == scope for row in rows)]
     with matplotlib.rc_context(STYLE):
@@ -68,18 +68,18 @@ def _cost_panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
         groups.setdefault(label(row), []).append(row)
     for name, group in groups.items():
         method, recovered = group[0]["method"], group[0]["recovered"]
-        points = sorted((row["keep"], row["over_dense"]) for row in group)
+        points = sorted((row["cost_ratio"], row["over_dense"]) for row in group)
         axes.plot(
             *zip(*points, strict=True), MARKERS[method] + ("--" if recovered else "-"),
             color=COLOURS[method], label=name, markersize=5, fillstyle="none" if recovered else "full",
         )  # fmt: skip
-    # a model may come out better than dense, and the axis must show it
+    # a model may be better than dense, so the axis must show negative values
     axes.set_yscale("symlog", linthresh=1e-3)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
 
 
 def layers(data: dict[str, Any]) -> Figure | None:
-    """The share of its output's energy that each layer loses, at one budget."""
+    """Draw the share of its output's energy that each layer loses, at one budget."""
     rows = [
         row
         for row in ordered(data["rows"].values())
@@ -103,8 +103,8 @@ def layers(data: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def kept_rows(data: dict[str, Any]) -> Figure | None:
-    """Rows that tokens keep, adapter by adapter: planned mean, median, and what nine of ten keep."""
+def live_rows(data: dict[str, Any]) -> Figure | None:
+    """Draw the live rows of each adapter: planned mean, median, and the range of nine tokens of ten."""
     found = data.get("spread", {})
     if not found:
         return None
@@ -124,7 +124,7 @@ def _rows_panel(axes: Axes, adapters: list[dict[str, Any]]) -> None:
     axes.vlines(places, share["p5"], share["p95"], color=COLOURS["global"], label="p5 to p95 of tokens")
     axes.plot(places, share["median"], "D", color=COLOURS["global"], markersize=4, label="median token")
     axes.plot(places, share["planned"], "_", color="#222222", markersize=8, label="planned mean")
-    axes.set(ylim=(0, 1), ylabel="rows kept of rows stored")
+    axes.set(ylim=(0, 1), ylabel="live of stored rows")
     axes.set_xticks(places, [_short(a["names"]) for a in adapters], rotation=90, fontsize=6)
 
 

@@ -1,9 +1,9 @@
-"""Recovery: a short training of low-rank updates, merged, so that a recovered model costs what it did.
+"""Recovery: a short training of low-rank updates, which are merged, so that a model costs what it did before.
 
-Every contender gets the same: LoRA of one rank, the same rows in the same order, the dense model to follow,
-and thresholds fitted again so that it keeps what it kept. Where there are adapters it is that of
-`rana recover`; the baselines get it on their weights, behind their masks. Needs PEFT, which nothing else
-here does: hence the late imports.
+Every contender gets the same training: LoRA of one rank, the same texts in the same order, distillation from
+the dense model, and thresholds fitted again so that the live rows stay. Adapters are trained as by `rana
+recover`. The baselines are trained on their weights, behind their masks. Imports are late because only
+recovery needs PEFT.
 """
 
 from dataclasses import asdict
@@ -18,12 +18,12 @@ from bench.quality.subject import BATCH, Subject, scoped
 from rana_kernels.evaluation.metrics import count_live_rows
 from rana_kernels.recovery.training import Training, train
 
-LEARNING_RATE = 1e-4  # above it, models that lose little lose more
+LEARNING_RATE = 1e-4  # a higher one makes models that lose little lose more
 REFIT_ROWS = 8  # of the calibration text
 
 
 def check() -> None:
-    """Before hours of work. ImportError if PEFT is missing."""
+    """Raise ImportError if PEFT is missing, before hours of work."""
     if find_spec("peft") is None:
         raise ImportError(
             "recovery needs PEFT: pip install rana_kernels[peft], or leave it out by --recovery-steps 0"
@@ -35,7 +35,7 @@ def training(steps: int) -> Training:
 
 
 def settings(subject: Subject, steps: int) -> dict[str, Any]:
-    """What recovered models are trained with, as it is written beside the results."""
+    """Return the settings of the training, which are stored beside the results."""
     how = training(steps)
     tokens = steps * how.batch * how.accumulate * subject.calibration.shape[1]
     return {**asdict(how), "tokens": tokens}
@@ -61,7 +61,7 @@ def recover(candidate: Candidate, subject: Subject, steps: int) -> None:
 
 
 def _lora(candidate: Candidate, subject: Subject):
-    """On every linear, those behind masks among them."""
+    """Return a LoRA on every linear, also on those behind masks."""
     from rana_kernels.recovery import run
 
     modules = dict(candidate.model.named_modules())

@@ -1,4 +1,4 @@
-"""The order of things: every contender at every budget in every scope, then what the means hide."""
+"""The order of a run: every contender at every budget in every scope, then the spread over tokens."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -10,22 +10,24 @@ from torch import Tensor
 
 from bench.quality import recovery
 from bench.quality.contenders import CONTENDERS, EVALUATIONS, WHOLE, Candidate
-from bench.quality.fit import fit
 from bench.quality.layers import kept_energy
-from bench.quality.measure import Row, fill, measure
+from bench.quality.measure import Row, fill, fit, measure
 from bench.quality.spread import in_prose, spread
 from bench.quality.store import Store
 from bench.quality.subject import SCOPES, Subject, some_rows
 
-LAYER_ROWS = 8  # on which layers are compared
+LAYER_ROWS = 8  # rows of text on which layers are compared
 SPREAD = (("global", 0.56), ("paper", 0.56), ("global", 0.35))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """budgets and methods: each with each. Of the evaluation text, `ablation_tokens` are read where only
-    MLPs or attention are compressed, and `spread_tokens` of each kind of text for the spread. 0
-    `recovery_steps`: nothing is trained."""
+    """Every method is measured at every budget.
+
+    ablation_tokens   of the evaluation text, where only MLPs or only attention is compressed
+    spread_tokens     of each kind of text, for the spread over tokens
+    recovery_steps    of the training of each model; 0: no training
+    """
 
     budgets: tuple[float, ...] = (0.70, 0.56, 0.45, 0.35, 0.25)
     methods: tuple[str, ...] = tuple(CONTENDERS)
@@ -35,7 +37,7 @@ class Settings:
 
 
 def run(subject: Subject, store: Store, settings: Settings, console: Console) -> None:
-    """Measure what the store does not have yet. Raises ValueError if what it has was made in another way."""
+    """Measure what the store does not have yet. Raise ValueError if its results have other settings."""
     store.settle("ablation_tokens", settings.ablation_tokens)
     store.settle("spread_tokens", settings.spread_tokens)
     store.settle("evaluations", EVALUATIONS)
@@ -52,7 +54,7 @@ def run(subject: Subject, store: Store, settings: Settings, console: Console) ->
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows of one scope, measured on `text`; whole models are recovered too, if at all."""
+    """The rows of one scope, measured on `text`. Only whole models are recovered."""
 
     subject: Subject
     store: Store
@@ -79,7 +81,7 @@ class Comparison:
         return self.scope == "both" and self.settings.recovery_steps > 0
 
     def _measure(self, row: Row, make: Callable[[Row], Candidate]) -> Candidate | None:
-        """The candidate that was made for `row`, if its budget can be met: else the row says why not."""
+        """Make and measure the candidate of `row`. If its budget cannot be met, the row says why."""
         candidate = None
         with self.console.status(row.key):
             try:
@@ -94,7 +96,7 @@ class Comparison:
         return candidate
 
     def _dense(self) -> float:
-        """Perplexity of the dense model."""
+        """Return the perplexity of the dense model."""
         if not self.store.has("dense", self.scope):
             found = measure(self.subject.dense, self.text)
             facts = {"perplexity": found.perplexity, "predictions": found.losses.numel()}
@@ -102,15 +104,15 @@ class Comparison:
         return self.store.section("dense")[self.scope]["perplexity"]
 
     def _fitted(self, row: Row) -> Candidate:
-        """Of the cost that is wanted."""
+        """Return a candidate of the wanted cost."""
         first = None
-        if row.method == "rankadaptor":  # searches take long, and spend as `global` does
+        if row.method == "rankadaptor":  # a search takes long, and spends a budget as `global` does
             first = self._found(replace(row, method="global")).get("asked")
         candidate, row.asked = fit(partial(self._build, row), row.budget, self.text, first)
         return candidate
 
     def _trained(self, candidate: Candidate | None, row: Row) -> Candidate:
-        """`candidate`, or if that is of an earlier run one like it, after its training."""
+        """Train `candidate`, or one like it if that was of an earlier run."""
         before = self._found(replace(row, recovered=False))
         if before["failed"]:
             raise ValueError(before["failed"])
@@ -119,25 +121,26 @@ class Comparison:
         recovery.recover(candidate, self.subject, self.settings.recovery_steps)
         return candidate
 
-    def _build(self, row: Row, keep: float) -> Candidate:
-        return CONTENDERS[row.method](self.subject, row.scope, keep)
+    def _build(self, row: Row, cost_ratio: float) -> Candidate:
+        return CONTENDERS[row.method](self.subject, row.scope, cost_ratio)
 
     def _found(self, row: Row) -> dict[str, Any]:
         return self.store.section("rows").get(row.key, {})
 
 
 def look_closer(subject: Subject, store: Store, settings: Settings, console: Console) -> None:
-    """Kept rows over tokens, and text of another kind."""
+    """Measure live rows token by token, and another kind of text."""
     other = in_prose(subject)
-    for method, keep in SPREAD:
-        key = f"{method} at {keep:.2f}"
+    for method, cost_ratio in SPREAD:
+        key = f"{method} at {cost_ratio:.2f}"
         if method in settings.methods and not store.has("spread", key):
             with console.status(f"spread of {key}"):
-                store.put("spread", key, spread(subject, other, method, keep, settings.spread_tokens))
+                found = spread(subject, other, method, cost_ratio, settings.spread_tokens)
+                store.put("spread", key, found)
             console.print(f"spread of {key}: done", highlight=False)
 
 
 def _line(row: Row) -> str:
     if row.failed:
         return f"{row.key:32} {row.failed}"
-    return f"{row.key:32} cost {row.keep:.3f}  perplexity {row.perplexity:.3f}  {row.over_dense:+.2%}"
+    return f"{row.key:32} cost {row.cost_ratio:.3f}  perplexity {row.perplexity:.3f}  {row.over_dense:+.2%}"

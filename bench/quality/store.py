@@ -1,4 +1,4 @@
-"""Finished measurements on disk, in one JSON file that is both the result and where a run goes on from."""
+"""Finished measurements in one JSON file: it is the result, and an interrupted run goes on from it."""
 
 import hashlib
 import json
@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from bench.quality.subject import Subject
-from bench.report import write
+from bench.report.results import write
 from rana_kernels.checkpoint.resume import fingerprint
 
 
 class Store:
-    """Sections of finished entries, by key. Written whole, and moved into place, after every entry.
+    """Sections of finished entries, by key. The file is written whole after every entry.
 
-    Raises ValueError if the file is of another model or other text.
+    Raise ValueError if the file is of another model or other text.
     """
 
     def __init__(self, path: Path, subject: Subject, conditions: str) -> None:
         self.path = path
         texts = (subject.calibration, subject.evaluation)
-        digests = [hashlib.sha256(rows.long().numpy().tobytes()).hexdigest() for rows in texts]
+        digests = [hashlib.sha256(text.long().numpy().tobytes()).hexdigest() for text in texts]
         made = fingerprint(subject.dense, subject.blocks, *digests)
         self.data: dict[str, Any] = {"fingerprint": made, "conditions": []}
         if path.exists():
@@ -31,14 +31,11 @@ class Store:
         self.conditions = conditions
 
     def settle(self, name: str, value: Any) -> None:
-        """Results of different settings are not to be compared: keep `value` beside them.
-
-        Raises ValueError if they were made with another one.
-        """
-        kept = self.data.setdefault("settings", {}).setdefault(name, value)
-        if kept != value:
+        """Store a setting beside the results. Raise ValueError if they were made with another value."""
+        stored = self.data.setdefault("settings", {}).setdefault(name, value)
+        if stored != value:
             raise ValueError(
-                f"{self.path} has results of {name} {kept}, asked for {value}: ask for the same, or give "
+                f"{self.path} has results of {name} {stored}, asked for {value}: ask for the same, or give "
                 "another --output"
             )
 

@@ -1,4 +1,4 @@
-"""The model that is compressed, and its texts: what it is calibrated on, measured on, and another kind."""
+"""The model that is compressed, and its texts: for calibration, for evaluation, and prose."""
 
 import copy
 import tempfile
@@ -18,14 +18,14 @@ from rana_kernels.cli.tokens import read_token_ids
 from rana_kernels.model.architectures import Block, find_blocks
 from rana_kernels.statistics.calibration import Stats, calibrate
 
-BATCH = 4  # rows at a time: the logits of more fall out of the caches
-CHARACTERS = 8  # of prose for a token: more than any tokenizer takes
+BATCH = 4  # rows at a time; the logits of more rows exceed the caches
+CHARACTERS = 8  # of prose a token; no tokenizer takes more
 SCOPES = ("both", "mlp", "attention")
 
 
 @dataclass
 class Subject:
-    """A dense model and rows of tokens [n, T]. `prose`: of another kind than the other two, or None."""
+    """A dense model and token ids [n, T] of its texts. `prose` is another kind of text, or None."""
 
     name: str
     dense: Any
@@ -44,17 +44,17 @@ class Subject:
 
     @cached_property
     def curves(self) -> list[Ways]:
-        """What every multiply-add is worth: serves every budget of `global`."""
+        """The curves of `global`, which serve every budget."""
         return model_curves(self.stats, progress=False)
 
     @cached_property
     def searched(self) -> tuple["Subject", Tensor]:
-        """The subject with an eighth of its calibration text held out, and that: for what measures."""
-        rows, held_out = hold_out(self.calibration)
-        return replace(self, calibration=rows), held_out
+        """The subject without an eighth of its calibration text, and that eighth, for searches."""
+        rest, held_out = hold_out(self.calibration)
+        return replace(self, calibration=rest), held_out
 
     def copy(self) -> tuple[nn.Module, Stats]:
-        """A dense model to be changed, and the statistics as its own."""
+        """Return a copy of the dense model to change, and the statistics for it."""
         model = copy.deepcopy(self.dense)
         return model, replace(self.stats, model=model)
 
@@ -63,7 +63,7 @@ class Subject:
 
 
 def scoped(block: Block, scope: str) -> tuple[str, ...]:
-    """The linears of a block that a scope of `SCOPES` counts and adapts."""
+    """Return the linears of a block that a scope of `SCOPES` counts and adapts."""
     attention = tuple(filter(None, (*block.qkv, block.o)))
     mlp = tuple(filter(None, (*block.expanding, block.down)))
     return {"both": (*attention, *mlp), "mlp": mlp, "attention": attention}[scope]
@@ -72,7 +72,7 @@ def scoped(block: Block, scope: str) -> tuple[str, ...]:
 def open_subject(
     model: str, calibration: Path | None, evaluation: Path | None, tokens: int, length: int
 ) -> Subject:
-    """At most `tokens` tokens of each text, text cut into rows of `length`. Raises as the commands do."""
+    """Open a model and at most `tokens` tokens of each text. Cut text into rows of `length`."""
     dense, tokenizer = open_model(model, Dtype.auto).eval(), open_tokenizer(model)
     vocabulary = dense.config.vocab_size
 
@@ -93,11 +93,11 @@ def open_subject(
 
 
 def documentation() -> str:
-    """English prose that every Python has: its language reference, as `help()` prints it."""
+    """Return English prose that every Python carries: its language reference, as `help()` prints it."""
     return "\n".join(topics.values())
 
 
-def some_rows(rows: Tensor, tokens: int) -> Tensor:
-    """About so many tokens, in whole rows and at least one, spread over the text."""
-    count = max(1, min(len(rows), tokens // rows.shape[1]))
-    return rows[torch.linspace(0, len(rows) - 1, count).round().long()]
+def some_rows(token_ids: Tensor, tokens: int) -> Tensor:
+    """Return about so many tokens, in whole rows and at least one, spread over the text."""
+    count = max(1, min(len(token_ids), tokens // token_ids.shape[1]))
+    return token_ids[torch.linspace(0, len(token_ids) - 1, count).round().long()]

@@ -1,8 +1,10 @@
-"""The tables, in Markdown, from the results alone."""
+"""The tables in Markdown, made of nothing but the results."""
 
 from collections.abc import Iterable
 from math import log1p
 from typing import Any
+
+from bench.report.tables import table as markdown
 
 TITLES = {
     "both": "All linears of the blocks",
@@ -24,7 +26,7 @@ KINDS = {"own": "its own kind of text", "prose": "prose"}
 
 
 def page(data: dict[str, Any], name: str) -> str:
-    """Everything that was measured, as one Markdown page."""
+    """Return everything that was measured as one Markdown page."""
     rows = list(data["rows"].values())
     parts = [
         f"# {name}",
@@ -45,7 +47,7 @@ def page(data: dict[str, Any], name: str) -> str:
 
 
 def ordered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Method by method, whatever the order in which they were measured."""
+    """Sort by method, whatever the order of the measurements."""
     return sorted(rows, key=lambda row: (list(LABELS).index(row["method"]), row["recovered"]))
 
 
@@ -58,13 +60,13 @@ def budgets(rows: Iterable[dict[str, Any]]) -> list[float]:
 
 
 def quality(rows: list[dict[str, Any]]) -> str:
-    """Perplexity over dense, and the cost that was measured, for each method at each budget."""
+    """Show perplexity over dense, and the measured cost, for each method at each budget."""
     columns = budgets(rows)
     cells: dict[str, dict[float, str]] = {}
     for row in ordered(rows):
-        shown = "out of reach" if row["failed"] else f"{row['over_dense']:+.2%} ({row['keep']:.3f})"
+        shown = "out of reach" if row["failed"] else f"{row['over_dense']:+.2%} ({row['cost_ratio']:.3f})"
         cells.setdefault(label(row), {})[row["budget"]] = shown
-    table = [["Cost kept", *(f"{b:.2f}" for b in columns)]]
+    table = [["Cost", *(f"{b:.2f}" for b in columns)]]
     table += [[name, *(found.get(b, "") for b in columns)] for name, found in cells.items()]
     return _table(table)
 
@@ -72,12 +74,12 @@ def quality(rows: list[dict[str, Any]]) -> str:
 def _dense(found: dict[str, Any]) -> str:
     return (
         f"Perplexity above that of the dense model, {found['perplexity']:.3f} over {found['predictions']:,} "
-        "predictions. In brackets the cost that was measured on them."
+        "predictions. The measured cost is in brackets."
     )
 
 
 def gaps(rows: list[dict[str, Any]]) -> str:
-    """The gap of one budget to dense, as a share of the gap of the others."""
+    """Show the gap of `global` to dense, as a share of the gap of other methods."""
     over = {(label(row), row["budget"]): row["over_dense"] for row in rows if not row["failed"]}
     columns = budgets(rows)
     table = [["Gap to dense of RaNA, global ÷ that of", *(f"{b:.2f}" for b in columns)]]
@@ -92,11 +94,11 @@ def _ratio(gap: float | None, other: float | None) -> str:
 
 
 def recovered(rows: list[dict[str, Any]]) -> str:
-    """Of what a method loses, in nats, the share that its training wins back."""
+    """Show the share of each method's loss, in nats, that training recovers."""
     loss = {(row["method"], row["budget"], row["recovered"]): log1p(row["over_dense"])
             for row in rows if not row["failed"]}  # fmt: skip
     columns = budgets(rows)
-    table = [["Cost kept", *(f"{b:.2f}" for b in columns)]]
+    table = [["Cost", *(f"{b:.2f}" for b in columns)]]
     for method in LABELS:
         cells = [
             f"{1 - loss[method, b, True] / loss[method, b, False]:.0%}" if (method, b, True) in loss else ""
@@ -107,7 +109,7 @@ def recovered(rows: list[dict[str, Any]]) -> str:
 
 
 def layers(rows: list[dict[str, Any]], part: str) -> str:
-    """The share of the energy of `part`'s output that each layer loses, where all linears are compressed."""
+    """Show the share of its output's energy that `part` of each layer loses, with all linears compressed."""
     at = [row for row in ordered(rows) if row["scope"] == "both" and row["budget"] == LAYER_BUDGET]
     at = [row for row in at if row["layers"] and not row["recovered"]]
     if not at:
@@ -120,11 +122,11 @@ def layers(rows: list[dict[str, Any]], part: str) -> str:
 
 
 def texts(found: dict[str, Any]) -> str:
-    """One model's adapters read with its own kind of text and the other, and the other way round."""
-    table = [["Calibrated on", "read", "over dense", "planned", "cost", "rows kept, against the plan",
+    """Show models calibrated on either kind of text, reading either kind."""
+    table = [["Calibrated on", "read", "over dense", "planned", "cost", "live rows, against the plan",
               "cost of a token: p5", "median", "p95", "max", "loss added: median", "p95", "max"]]  # fmt: skip
     for entry in found["texts"]:
-        numbers = (entry["planned"], entry["keep"])
+        numbers = (entry["planned"], entry["cost_ratio"])
         tokens = (entry["tokens"][q] for q in ("p5", "median", "p95", "max"))
         more = (entry["more_loss"][q] for q in ("median", "p95", "max"))
         table.append([
@@ -142,17 +144,17 @@ def _spread(key: str, found: dict[str, Any]) -> list[str]:
         rows.append([f"`{' '.join(adapter['names'])}`", *(f"{adapter[c]:.0f}" for c in columns)])
     return [
         f"## {key}: over tokens, and text of another kind", texts(found),
-        "Rows that a token keeps:", _table(rows),
-        "Predictions that lose most:", _spots(found["lose_most"]),
-        "Tokens that cost most:", _spots(found["keep_most"]),
+        "Live rows of a token:", _table(rows),
+        "Predictions that lose most:", _examples(found["lose_most"]),
+        "Tokens that cost most:", _examples(found["cost_most"]),
     ]  # fmt: skip
 
 
-def _spots(spots: list[dict[str, Any]]) -> str:
+def _examples(examples: list[dict[str, Any]]) -> str:
     table = [["after", "next", "loss", "dense", "cost"]]
-    for spot in spots:
-        numbers = (spot["loss"], spot["dense_loss"], spot["cost_ratio"])
-        table.append([_code(spot["text"]), _code(spot["next"]), *(f"{x:.2f}" for x in numbers)])
+    for entry in examples:
+        numbers = (entry["loss"], entry["dense_loss"], entry["cost_ratio"])
+        table.append([_code(entry["text"]), _code(entry["next"]), *(f"{x:.2f}" for x in numbers)])
     return _table(table)
 
 
@@ -161,5 +163,4 @@ def _code(text: str) -> str:
 
 
 def _table(rows: list[list[str]]) -> str:
-    head, *body = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
+    return markdown(rows[0], rows[1:]).rstrip("\n")

@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 
 from bench.quality import recovery
 from bench.quality.contenders import CONTENDERS
-from bench.quality.fit import measured_keep
+from bench.quality.measure import measured_cost
 from tests.test_quality import command, folder, subject  # noqa: F401 - fixtures
 
 STEPS = 8
@@ -25,8 +25,8 @@ def test_a_training_follows_the_dense_model_at_the_same_cost(method, subject, mo
     before = copy.deepcopy(candidate)
     recovery.recover(candidate, subject, STEPS)
     assert {name: p.shape for name, p in candidate.model.named_parameters()} == shapes
-    cost = measured_keep(before, subject.calibration)
-    assert measured_keep(candidate, subject.calibration) == pytest.approx(cost, abs=0.01)
+    cost = measured_cost(before, subject.calibration)
+    assert measured_cost(candidate, subject.calibration) == pytest.approx(cost, abs=0.01)
     assert away(candidate.model, subject) < 0.9 * away(before.model, subject)
 
 
@@ -49,7 +49,7 @@ def test_the_command_trains_everything_once(folder, tmp_path):  # noqa: F811
         plain, trained = data["rows"][key], data["rows"][f"{key} recovered"]
         assert trained["recovered"] and trained["asked"] == plain["asked"]
         assert trained["perplexity"] != plain["perplexity"]
-        assert trained["keep"] == pytest.approx(plain["keep"], abs=0.03)
+        assert trained["cost_ratio"] == pytest.approx(plain["cost_ratio"], abs=0.03)
     assert "CATS leaves" in data["rows"]["both cats 0.40 recovered"]["failed"]
     assert data["settings"]["recovery"]["steps"] == STEPS and "mlp teal 0.56 recovered" not in data["rows"]
     assert "| RaNA, global + recovery |" in output.with_suffix(".md").read_text()
