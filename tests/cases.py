@@ -9,7 +9,7 @@ output by far more than rounding does.
 import random
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import cycle, product
 from math import prod
 
@@ -33,13 +33,14 @@ DECODE = 16
 class Case:
     """One problem: x [*lead, K], B [R, K], rows [R, N], and I neurons in an MLP.
 
-    gate: None (ungated), "shared" (the ranks of up) or a number of ranks of its own; R counts up's.
+    gate: None (ungated), "joint" (the ranks of up) or a number of ranks of its own; R counts up's.
     per_row: one threshold a row, or a 0-d one; in an MLP this is the down threshold.
     A dense `linear` has no R, density and thresholds.
     """
 
     op: str
-    R: int
+    _: KW_ONLY
+    R: int = 0
     N: int
     K: int = 0
     I: int = 0  # noqa: E741
@@ -104,19 +105,39 @@ def _zip(shapes, leads, *choices) -> Iterator[tuple]:
 def _cases(linear, lowrank, mlp, dense, leads) -> list[Case]:
     flag, cases = (True, False), []
     for ((R, N), lead), (density, bias, per_row, norms) in _zip(linear, leads, DENSITIES, flag, flag, flag):
-        cases.append(Case("masked_linear", R, N, 0, 0, None, lead, density, bias, per_row, norms))
+        cases.append(
+            Case(
+                "masked_linear", R=R, N=N, lead=lead, density=density, bias=bias, per_row=per_row, norms=norms
+            )
+        )
     for ((K, R, N), lead), (density, bias, per_row) in _zip(lowrank, leads, DENSITIES, flag, flag):
-        cases.append(Case("masked_lowrank_linear", R, N, K, 0, None, lead, density, bias, per_row))
-    gates = ("separate", "shared", None)
+        cases.append(
+            Case(
+                "masked_lowrank_linear", R=R, N=N, K=K, lead=lead, density=density, bias=bias, per_row=per_row
+            )
+        )
+    gates = ("separate", "joint", None)
     for ((K, R, neurons, N), lead), (density, bias, per_row, activation, gate) in _zip(
         mlp, leads, DENSITIES, flag, flag, ACTIVATIONS, gates
     ):
         gate = R // 2 + 2 if gate == "separate" else gate
         cases.append(
-            Case("masked_mlp", R, N, K, neurons, gate, lead, density, bias, per_row, activation=activation)
+            Case(
+                "masked_mlp",
+                R=R,
+                N=N,
+                K=K,
+                I=neurons,
+                gate=gate,
+                lead=lead,
+                density=density,
+                bias=bias,
+                per_row=per_row,
+                activation=activation,
+            )
         )
     for ((K, N), lead), (bias,) in _zip(dense, leads, flag):
-        cases.append(Case("linear", 0, N, K, lead=lead, bias=bias))
+        cases.append(Case("linear", N=N, K=K, lead=lead, bias=bias))
     return cases
 
 
@@ -126,10 +147,10 @@ FEW_CASES = [c for c in CASES if zlib.crc32(c.id.encode()) % 6 == 0]
 REAL_CASES = _cases(REAL_LINEAR, REAL_LOWRANK, REAL_MLP, REAL_DENSE, REAL_LEADS)
 # one plain problem an op, for tests about something else than shapes, and the same in other forms
 SMALL = {
-    "masked_linear": Case("masked_linear", 33, 65, lead=(3,)),
-    "masked_lowrank_linear": Case("masked_lowrank_linear", 17, 65, 33, lead=(3,)),
-    "masked_mlp": Case("masked_mlp", 17, 31, 33, 65, gate=12, lead=(3,)),
-    "linear": Case("linear", 0, 65, 33, lead=(3,)),
+    "masked_linear": Case("masked_linear", R=33, N=65, lead=(3,)),
+    "masked_lowrank_linear": Case("masked_lowrank_linear", R=17, N=65, K=33, lead=(3,)),
+    "masked_mlp": Case("masked_mlp", R=17, N=31, K=33, I=65, gate=12, lead=(3,)),
+    "linear": Case("linear", N=65, K=33, lead=(3,)),
 }
 FORMS = {
     "linear": SMALL["masked_linear"],
@@ -137,7 +158,7 @@ FORMS = {
     "lowrank": SMALL["masked_lowrank_linear"],
     "lowrank_bare": replace(SMALL["masked_lowrank_linear"], bias=False, per_row=False),
     "mlp_separate": SMALL["masked_mlp"],
-    "mlp_shared": replace(SMALL["masked_mlp"], gate="shared", bias=False, activation="gelu_tanh"),
+    "mlp_joint": replace(SMALL["masked_mlp"], gate="joint", bias=False, activation="gelu_tanh"),
     "mlp_ungated": replace(SMALL["masked_mlp"], gate=None, activation="gelu", per_row=False),
     "dense": SMALL["linear"],
     "dense_bare": replace(SMALL["linear"], bias=False),
@@ -183,8 +204,8 @@ def _lowrank(case: Case, draw) -> dict:
 
 
 def _mlp(case: Case, draw) -> dict:
-    gate = case.R if case.gate == "shared" else case.gate
-    ranks = case.R if case.gate in ("shared", None) else case.R + gate
+    gate = case.R if case.gate == "joint" else case.gate
+    ranks = case.R if case.gate in ("joint", None) else case.R + gate
     # few and small terms: the neurons are products of two or three sums
     few = {"fan": 3 if case.tokens <= DECODE else 2, "top": 1}
     x, B = draw.input(case.K, decode=3, prefill=1), draw.matrix(ranks, case.K, along=1, **few)

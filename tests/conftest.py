@@ -13,6 +13,9 @@ import torch
 import rana_kernels.ops  # noqa: F401 - defines torch.ops.rana
 from rana_kernels.backends import triton
 from rana_kernels.ops import reference
+from tests import two_processes
+
+OUTCOMES = pytest.StashKey[dict]()
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,19 @@ def pytest_configure(config) -> None:
     # the problems are small: threads would only wait for one another, and for those of other processes
     torch.set_num_threads(1)
     config.option.markexpr = config.option.markexpr or "not slow and not stacks"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run tests marked `two_processes` there: all of a file at its first one."""
+    if two_processes.inside() or not pyfuncitem.get_closest_marker("two_processes"):
+        return None
+    module, outcomes = pyfuncitem.module, pyfuncitem.config.stash.setdefault(OUTCOMES, {})
+    if module not in outcomes:
+        factory: pytest.TempPathFactory = pyfuncitem._request.getfixturevalue("tmp_path_factory")
+        outcomes[module] = two_processes.run_both(module, factory.mktemp("two_processes"))
+    two_processes.tell(pyfuncitem.name, outcomes[module])
+    return True
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -27,10 +27,10 @@ ROOT = Path(__file__).parent.parent
 TOKENS = (1, 5, 40, 200)
 # large enough for every program of a grid to have work, and to meet the others at its barriers
 LARGE = {
-    "masked_linear": Case("masked_linear", 4096, 2048),
-    "masked_lowrank_linear": Case("masked_lowrank_linear", 816, 5632, 2048),
-    "masked_mlp": Case("masked_mlp", 816, 2048, 2048, 5632, gate=800),
-    "linear": Case("linear", 0, 5632, 2048),
+    "masked_linear": Case("masked_linear", R=4096, N=2048),
+    "masked_lowrank_linear": Case("masked_lowrank_linear", R=816, N=5632, K=2048),
+    "masked_mlp": Case("masked_mlp", R=816, N=2048, K=2048, I=5632, gate=800),
+    "linear": Case("linear", N=5632, K=2048),
 }
 every_form = pytest.mark.parametrize("case", FORMS.values(), ids=FORMS)
 every_large = pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)

@@ -325,7 +325,7 @@ def test_meta_tensors_have_the_shape_of_real_ones(case, lead, dtype):
 # 5. meaning
 
 
-LOW_RANK = Case("masked_lowrank_linear", 24, 40, 32, lead=(5,), density=1.0)
+LOW_RANK = Case("masked_lowrank_linear", R=24, N=40, K=32, lead=(5,), density=1.0)
 
 
 @every_dtype
@@ -420,7 +420,7 @@ def test_ranks_may_pass_the_range_of_float16(implementation):
 
 WITH_NAN = {
     k: FORMS[k]
-    for k in ("linear", "linear_bare", "lowrank", "lowrank_bare", "mlp_separate", "mlp_shared", "dense")
+    for k in ("linear", "linear_bare", "lowrank", "lowrank_bare", "mlp_separate", "mlp_joint", "dense")
 }
 WITH_NAN |= {a: replace(FORMS["mlp_ungated"], activation=a) for a in ACTIVATIONS}
 
@@ -526,10 +526,10 @@ def test_a_row_does_not_depend_on_the_others(implementation, case, dtype, M):
 
 
 WIDE = {
-    "masked_linear": Case("masked_linear", 512, 1000),
-    "masked_lowrank_linear": Case("masked_lowrank_linear", 256, 1000, 4200),
-    "masked_mlp": Case("masked_mlp", 256, 500, 300, 1000, gate="shared"),
-    "linear": Case("linear", 0, 1000, 4200),
+    "masked_linear": Case("masked_linear", R=512, N=1000),
+    "masked_lowrank_linear": Case("masked_lowrank_linear", R=256, N=1000, K=4200),
+    "masked_mlp": Case("masked_mlp", R=256, N=500, K=300, I=1000, gate="joint"),
+    "linear": Case("linear", N=1000, K=4200),
 }
 
 

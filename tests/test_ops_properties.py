@@ -17,7 +17,7 @@ common = {
 }
 linears = st.builds(Case, op=st.just("masked_linear"), norms=st.booleans(), **common)
 lowranks = st.builds(Case, op=st.just("masked_lowrank_linear"), K=size, **common)
-gates = st.one_of(st.none(), st.just("shared"), size)
+gates = st.one_of(st.none(), st.just("joint"), size)
 mlps = st.builds(
     Case,
     op=st.just("masked_mlp"),
