@@ -13,14 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytest.importorskip("matplotlib", reason="the plots need the extra `plots`")
 
-from examples.demo.decode_step import BlockShape
+from bench.kernels.cases import Model
 from examples.demo.figures import FIGURES
 from examples.demo.run import Settings, run
 from tests.results import numbers_in
 
 ROWS, LENGTH = 8, 64
 BUDGETS = (0.3, 0.44)
-BLOCK = BlockShape("tiny", hidden=64, kv=32, neurons=176)
+BLOCKS = {"tiny": Model(hidden=64, queries=64, keys=32, neurons=176, blocks=1)}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def report(tmp_path_factory):
     _save_model(folder)
     settings = Settings(
         model=folder, output=output, budgets=BUDGETS, evaluation_rows=4,
-        blocks=(BLOCK,), linear=(64, 176), densities=(0.1, 0.5, 1.0), rounds=3,
+        blocks=BLOCKS, linear=(64, 176), densities=(0.1, 0.5, 1.0), rounds=3,
     )  # fmt: skip
     run(settings, Console(quiet=True))
     return (output / "report.html").read_text(), json.loads((output / "report.json").read_text())
@@ -89,14 +89,14 @@ def test_costs_are_those_asked_for(report):
     _, results = report
     for variant in results["quality"]["variants"]:
         asked = 1 - variant["flops_reduction"]
-        assert variant["planned_keep"] == pytest.approx(asked, abs=0.03)
-        assert variant["keep"] == pytest.approx(asked, abs=0.06)
+        assert variant["planned_cost_ratio"] == pytest.approx(asked, abs=0.03)
+        assert variant["cost_ratio"] == pytest.approx(asked, abs=0.06)
 
 
 def test_steps_cost_what_they_say(report):
     _, results = report
     for step in results["decode_steps"]:
-        assert step["keep"] == pytest.approx(0.56, abs=0.06)  # ranks come in sixteens
+        assert step["cost_ratio"] == pytest.approx(0.56, abs=0.06)  # ranks come in sixteens
         assert step["speedup"] == pytest.approx(step["dense"]["median"] / step["rana"]["median"])
 
 

@@ -31,30 +31,30 @@ def demo(
         typer.Option(
             min=0.05,
             max=0.9,
-            help="Share of the FLOPs of the blocks' linears to save; give it several times for several.",
+            help="Share of the FLOPs of the blocks' linears to save; several times for several.",
         ),
     ] = [0.3, 0.44, 0.55, 0.65],  # noqa: B006 - typer wants a list
 ) -> None:
-    """Compress a small Llama model, see what that costs, generate from it, and time real block shapes.
+    """Compress a small Llama model, measure what that costs, generate from it, and time real block shapes.
 
-    Takes about two minutes on two cores and fetches nothing. In order:
+    It takes about two minutes on two cores and fetches nothing. In order:
 
-    - calibrate the model once; then for each budget compress a copy by RaNA and one by static low rank
-      of equal cost, and measure perplexity on held-out text;
+    - calibrate the model once; for each budget compress copies by RaNA and by static low rank of equal cost,
+      and measure their perplexity on held-out text;
 
-    - save one RaNA model, load it again, and let it continue a prompt beside the dense one;
+    - save one RaNA model, load it again, and continue a prompt with it and with the dense model;
 
-    - time the linears of a Llama-3.2-1B and a Llama-2-7B block (random weights) on one token, dense
-      PyTorch against RaNA's kernels, and one linear at ten densities;
+    - time the linears of a Llama-3.2-1B and a Llama-2-7B block (random weights) on one token, by dense
+      PyTorch and by RaNA's kernels, and one linear at ten densities;
 
     - write `report.html` (tables, plots, texts; one file) and `report.json` (all numbers).
 
     With other budgets: `python -m examples.demo --budget 0.2 --budget 0.3`
     """
     console = Console()
-    logging.disable_progress_bar()  # transformers' own: ours is enough
+    logging.disable_progress_bar()  # of transformers; ours is enough
     budgets = tuple(sorted(budget))
-    # the one to look at closely: 0.44, as in the paper's tables, or what is nearest
+    # the budget to show in detail: 0.44, as in the paper's tables, or the nearest one
     show = min(budgets, key=lambda b: abs(b - 0.44))
     try:
         results = run(Settings(model, output, budgets, show), console)

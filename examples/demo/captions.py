@@ -15,17 +15,17 @@ def summary(results: Results) -> str:
 def quality(results: Results) -> str:
     return (
         f"Perplexity on {results.quality.evaluation_tokens:,} tokens of held-out text, at several costs: "
-        "with one budget for the whole model, spent by what the loss says; as published, with the same share "
-        "for every layer; and by plain low rank. "
-        f"{COST} Kept ranks and neurons are means over the adapters."
+        "with one budget for the whole model, spent where the loss gains most; as published, with the same "
+        "share for every layer; and by plain low rank. "
+        f"{COST} Live ranks and neurons are means over the adapters."
     )
 
 
 def texts(results: Results) -> str:
     return (
-        "The likeliest token at every step, after the same prompt; the compressed models at "
-        f"{results.texts.flops_reduction:.0%} fewer FLOPs. The one of RaNA was written to disk "
-        f"({results.texts.stored_megabytes:.1f} MB with its tokenizer) and read back first."
+        "Every model continues the same prompt with the likeliest token at every step. The compressed models "
+        f"have {results.texts.flops_reduction:.0%} fewer FLOPs. RaNA's model was first written to disk "
+        f"({results.texts.stored_megabytes:.1f} MB with its tokenizer) and read back."
     )
 
 
@@ -45,11 +45,11 @@ def perplexity(_: Results) -> str:
     )
 
 
-def kept_ranks(results: Results) -> str:
+def live_ranks(results: Results) -> str:
     return (
-        "Rows that each layer stores, and rows that a token keeps of them on average, on evaluation text, "
-        f"at {results.texts.flops_reduction:.0%} fewer FLOPs, for RaNA as published. Rows are ranks, and "
-        "neurons for down."
+        "Stored rows of each layer, and live rows of a token, on average on evaluation text, for RaNA as "
+        f"published at {results.texts.flops_reduction:.0%} fewer FLOPs. Rows are ranks, or for down "
+        "neurons."
     )
 
 
@@ -63,8 +63,8 @@ def spectra(_: Results) -> str:
 def output_error(_: Results) -> str:
     return (
         "Relative error of each linear's output on calibration text, mean over layers, against the cost of "
-        "the model, for the methods that treat layers alike. Within an MLP, RaNA spends where the MLP's own "
-        "output gains most."
+        "the model, for the methods that treat layers alike. Within an MLP, RaNA spends its budget where the "
+        "MLP's output gains most."
     )
 
 
@@ -79,6 +79,6 @@ def density(results: Results) -> str:
 
 
 COST = (
-    "Cost is the multiply-adds of all linears of the blocks as a fraction of the dense ones, with the rows "
-    "that are kept on evaluation text; o stays dense."
+    "Cost is the multiply-adds of all linears of the blocks as a fraction of the dense ones, with the live "
+    "rows on evaluation text; o stays dense."
 )

@@ -1,6 +1,6 @@
-"""The plots, each a function of the results, drawn once for light pages and once for dark ones.
+"""The plots, each a function of the results. Each is drawn once for light pages and once for dark ones.
 
-Colours are those of Okabe and Ito, told apart by the colour-blind; markers differ as well.
+Colours are by Okabe and Ito, made for colour-blind readers, and markers differ too.
 """
 
 import io
@@ -41,7 +41,7 @@ Draw = Callable[[Results, Theme], Figure]
 
 
 def render(draw: Draw, results: Results, theme: Theme) -> bytes:
-    """The plot as PNG, transparent, so that the page shows through."""
+    """Return the plot as a transparent PNG."""
     style = {
         "font.size": 10,
         "axes.titlesize": 10,
@@ -74,7 +74,7 @@ def perplexity(results: Results, theme: Theme) -> Figure:
         xytext=(0, -4), textcoords="offset points", va="top", color=theme.dense,
     )  # fmt: skip
     for method, variants in by_method(quality.variants):
-        cost, found = [v.keep for v in variants], [v.perplexity for v in variants]
+        cost, found = [v.cost_ratio for v in variants], [v.perplexity for v in variants]
         axes.plot(cost, found, MARKERS[method] + "-", color=theme.of(method), label=NAMES[method])
     axes.set(xlabel="cost of the block linears (fraction of dense)", ylabel="perplexity")
     axes.margins(y=0.12)
@@ -82,14 +82,14 @@ def perplexity(results: Results, theme: Theme) -> Figure:
     return figure
 
 
-def kept_ranks(results: Results, theme: Theme) -> Figure:
+def live_ranks(results: Results, theme: Theme) -> Figure:
     figure, panels = _four_panels(sharey=False)
     variant = shown_variant(results)
     for linear, axes in panels.items():
         adapters = _of(variant, linear)
         layers = [a.layer for a in adapters]
         axes.bar(layers, [a.rank for a in adapters], color=theme.grid, label="stored")
-        axes.bar(layers, [a.live for a in adapters], color=theme.paper, width=0.5, label="kept, mean")
+        axes.bar(layers, [a.live for a in adapters], color=theme.paper, width=0.5, label="live, mean")
         axes.set_xticks(layers)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("neurons" if linear == "down" else "ranks")
@@ -120,7 +120,7 @@ def output_error(results: Results, theme: Theme) -> Figure:
     uniform = [v for v in results.quality.variants if v.method != "global"]
     for linear, axes in panels.items():
         for method, variants in by_method(uniform):
-            cost = [v.keep for v in variants]
+            cost = [v.cost_ratio for v in variants]
             error = [_mean(a.output_error for a in _of(v, linear)) for v in variants]
             axes.plot(cost, error, MARKERS[method] + "-", color=theme.of(method), label=NAMES[method])
     panels["q k v"].set_ylim(bottom=0)
@@ -135,7 +135,7 @@ def density(results: Results, theme: Theme) -> Figure:
     panels = figure.subplots(1, len(sweeps), sharey=True, squeeze=False)[0]
     for axes, sweep in zip(panels, sweeps, strict=True):
         _density_panel(axes, sweep, theme)
-    # one scale for all: the panels share their axis
+    # the panels share their axis, so one scale serves all
     panels[0].set_ylim(0, 1.08 * max(sweep.dense.median for sweep in sweeps))
     panels[0].set_ylabel("time (µs)")
     _legend(figure, panels[0])
@@ -146,7 +146,11 @@ def _density_panel(axes: Axes, sweep: DensitySweep, theme: Theme) -> None:
     shares, dense = [p.density for p in sweep.points], sweep.dense.median
     axes.plot(shares, [dense] * len(shares), "--", color=theme.dense, label="dense")
     axes.plot(
-        shares, [dense * p.keep for p in sweep.points], ":", color=theme.ink, label="ideal: dense × cost"
+        shares,
+        [dense * p.cost_ratio for p in sweep.points],
+        ":",
+        color=theme.ink,
+        label="ideal: dense × cost",
     )
     axes.plot(shares, [p.rana.median for p in sweep.points], "o-", color=theme.paper, label="RaNA")
     low, high = [p.rana.p20 for p in sweep.points], [p.rana.p80 for p in sweep.points]
@@ -157,7 +161,7 @@ def _density_panel(axes: Axes, sweep: DensitySweep, theme: Theme) -> None:
 
 FIGURES: dict[str, Draw] = {
     "perplexity": perplexity,
-    "kept_ranks": kept_ranks,
+    "live_ranks": live_ranks,
     "spectra": spectra,
     "output_error": output_error,
     "density": density,
@@ -165,13 +169,13 @@ FIGURES: dict[str, Draw] = {
 
 
 def by_method(variants: list[Variant]) -> Iterator[tuple[str, list[Variant]]]:
-    """The variants of each method, by falling cost."""
-    ordered = sorted(variants, key=lambda v: (v.method, -v.keep))
+    """Yield the variants of each method, by falling cost."""
+    ordered = sorted(variants, key=lambda v: (v.method, -v.cost_ratio))
     return ((method, list(group)) for method, group in groupby(ordered, key=lambda v: v.method))
 
 
 def shown_variant(results: Results) -> Variant:
-    """The model of the per-layer plots: as published, where every layer has the same adapters."""
+    """Return the model of the per-layer plots: RaNA as published, which treats layers alike."""
     shown = results.texts.flops_reduction
     return next(v for v in results.quality.variants if (v.method, v.flops_reduction) == ("paper", shown))
 
@@ -202,6 +206,6 @@ def _label_outer(panels: dict[str, Axes], xlabel: str, ylabel: str | None = None
 
 
 def _legend(figure: Figure, axes: Axes, title: str | None = None) -> None:
-    """One legend for all panels, above them."""
+    """Draw one legend for all panels, above them."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title=title)

@@ -1,4 +1,4 @@
-"""The model folder: what `examples/train_demo_model.py` writes.
+"""The model folder, as `examples.train_demo_model` writes it.
 
 config.json, model.safetensors and the tokenizer's files, as transformers reads them, and
 calibration.safetensors and evaluation.safetensors, each with `input_ids` [n, T] int32.
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-# what a user would run, and what the stored weights are
+# the dtype of the stored weights, which a user would run too
 DTYPE = torch.bfloat16
 
 
@@ -25,10 +25,10 @@ class DemoModel:
 
 
 def load_demo_model(folder: Path) -> DemoModel:
-    """Raises FileNotFoundError, which says how to make the model, where there is none."""
+    """Load the folder. Raise FileNotFoundError, which says how to make the model, if there is none."""
     if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(
-            f"{folder} holds no model.safetensors: `python examples/train_demo_model.py train` writes one"
+            f"{folder} holds no model.safetensors: `python -m examples.train_demo_model train` writes one"
         )
     return DemoModel(
         dense=AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).eval(),

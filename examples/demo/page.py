@@ -1,4 +1,4 @@
-"""report.html: one file, images inside, nothing fetched; light or dark as the reader's system is."""
+"""report.html: one file with its images inside, which fetches nothing. It follows a dark or light system."""
 
 import base64
 from html import escape
@@ -92,7 +92,7 @@ def _sections(results: Results) -> list[str]:
             _figure("decode", decode, captions.decode(results), results),
             plots["density"],
         ),
-        _section("Inside the layers", plots["kept_ranks"], plots["spectra"], plots["output_error"]),
+        _section("Inside the layers", plots["live_ranks"], plots["spectra"], plots["output_error"]),
     ]
 
 
@@ -101,7 +101,7 @@ def _section(title: str, *figures: str) -> str:
 
 
 def _figure(name: str, content: str, caption: str, results: Results) -> str:
-    """Every figure says what produced it, since figures travel without their page."""
+    """Return a figure that says what produced it, because figures are copied without their page."""
     produced = escape(results.provenance.line())
     return (
         f'<figure id="{name}">\n{content}\n'
@@ -110,7 +110,7 @@ def _figure(name: str, content: str, caption: str, results: Results) -> str:
 
 
 def _plot(name: str, results: Results) -> str:
-    """A plot and its caption have the same name."""
+    """Return a plot with the caption of the same name."""
     light, dark = (_data_url(render(FIGURES[name], results, theme)) for theme in (LIGHT, DARK))
     caption = getattr(captions, name)(results)
     picture = (

@@ -1,9 +1,11 @@
-"""What compression costs: perplexity and kept rows of the model at several budgets, by three methods.
+"""What compression costs: perplexity and live rows of the model at several budgets, by three methods.
 
-`global` is RaNA with one budget for the whole model, `paper` RaNA as published (arXiv 2503.18216);
-`static` is plain data-aware low rank at the same cost, the baseline that says what choosing ranks by
-input is worth. Calibration runs once, and so do the curves that one budget is spent on: they do not
-depend on the budget, and each compression starts from a copy of the dense model.
+`global` is RaNA with one budget for the whole model, and `paper` is RaNA as published (arXiv 2503.18216).
+`static` is plain data-aware low rank at the same cost; comparing with it shows what choosing ranks by input
+is worth.
+
+Calibration and the curves of `global` do not depend on the budget, so both are computed once. Each
+compression starts from a copy of the dense model.
 """
 
 import copy
@@ -24,21 +26,21 @@ from rana_kernels.statistics.calibration import Stats
 
 METHODS = ("global", "paper", "static")
 Compressed = dict[tuple[str, float], nn.Module]  # by method and budget
-BATCH = 4  # rows at a time: the logits of more fall out of the caches
-LIVE_ROWS = 8  # counting runs every mask twice, and a mean over a few thousand tokens is steady enough
+BATCH = 4  # rows at a time; the logits of more rows exceed the caches
+LIVE_ROWS = 8  # counting is slow, and a mean over a few thousand tokens is steady enough
 
 
 def measure_quality(
     model: DemoModel, budgets: tuple[float, ...], rows: int, say: Callable[[str], None]
 ) -> tuple[Quality, Compressed]:
-    """Compress by each method at each budget (a `flops_reduction`), and evaluate on `rows` rows.
+    """Compress by each method at each budget (a `flops_reduction`), and evaluate on `rows` rows of text.
 
-    Returns what was found, and the compressed models.
+    Return the results, and the compressed models.
     """
     evaluation = model.evaluation[:rows].long()
     say("calibrating")
     stats = rana.calibrate(model.dense, model.calibration.split(BATCH), progress=False)
-    say("what each multiply-add is worth")
+    say("measuring what each multiply-add is worth")
     curves = model_curves(stats, progress=False)
     say("perplexity of the dense model")
     quality = Quality(
@@ -62,7 +64,7 @@ def measure_quality(
 def _compress(
     dense: nn.Module, stats: Stats, method: str, budget: float, made: Plan | None
 ) -> tuple[nn.Module, CompressReport]:
-    """A compressed copy: `compress` works in place, and wants the statistics of the model it is given."""
+    """Compress a copy. `compress` works in place, and needs the statistics to name that copy."""
     model = copy.deepcopy(dense)
     asked = {"flops_reduction": budget, "method": method} if made is None else {"plan": made}
     report = rana.compress(model, stats=replace(stats, model=model), progress=False, **asked)
@@ -71,15 +73,15 @@ def _compress(
 
 def _evaluate(model: nn.Module, report: CompressReport, evaluation: Tensor, dense: float) -> Variant:
     found = perplexity(model, evaluation, batch=BATCH, progress=False).perplexity
-    # rows apart from one another: neighbours come from the same file
+    # rows spread over the text, because neighbours come from the same file
     some = evaluation[:: -(-len(evaluation) // LIVE_ROWS)]
     counts = count_live_rows(model, some, batch=BATCH, progress=False)
     live = {name: count.mean for name, count in counts.items()}
     return Variant(
         method=report.plan.method,
         flops_reduction=report.plan.flops_reduction,
-        planned_keep=1 - report.block_flops_reduction,
-        keep=1 - _with_live(report.plan, live).reduction,
+        planned_cost_ratio=1 - report.block_flops_reduction,
+        cost_ratio=1 - _with_live(report.plan, live).reduction,
         perplexity=found,
         over_dense=found / dense - 1,
         megabytes=report.bytes_after / 1e6,

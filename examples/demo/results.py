@@ -1,18 +1,70 @@
-"""Everything the demo finds out, as plain data: `report.json` is this, and the page is drawn from it.
+"""The results of the demo as plain data. `report.json` holds them, and the page is drawn from them.
 
-`keep` is a cost as a fraction of the dense cost, over the linears of the transformer blocks (o is
-among them and stays dense). Times are microseconds.
+`cost_ratio` is a cost as a fraction of the dense cost, over the linears of the transformer blocks, of which o
+stays dense. Times are in microseconds.
 """
 
+import os
+import platform
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
 
-from examples.demo.provenance import Provenance
+import torch
+
+import rana_kernels
+from bench.report.results import revision
+from rana_kernels import backends
+from rana_kernels.system.cpu import processor_name
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The machine, versions and revision, without which numbers cannot be compared."""
+
+    date: str
+    processor: str
+    cores: int
+    instruction_set: str
+    served_by: str
+    python: str
+    torch: str
+    transformers: str
+    rana_kernels: str
+    revision: str
+
+    def line(self) -> str:
+        """Return one line for captions."""
+        kernels = f"{self.served_by} kernels" + (
+            f" ({self.instruction_set})" if self.served_by == "cpu" else ""
+        )
+        return (
+            f"{self.processor}, {self.cores} cores · {kernels} · torch {self.torch} · "
+            f"rana_kernels {self.rana_kernels}, revision {self.revision} · {self.date}"
+        )
+
+
+def provenance() -> Provenance:
+    return Provenance(
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        processor=processor_name(),
+        cores=len(os.sched_getaffinity(0)),
+        instruction_set=backends.instruction_set(),
+        served_by=backends.serving()["masked_mlp"]["cpu"],
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=version("transformers"),
+        rana_kernels=rana_kernels.__version__,
+        revision=revision(),
+    )
 
 
 @dataclass
 class Adapted:
-    """One adapter: `linear` is qkv, gate, up or down. `planned` and `live` are mean kept rows a token,
-    on the calibration sample and on evaluation text, of `rank` stored ones."""
+    """One adapter. `linear` is qkv, gate, up or down.
+
+    `planned` and `live` are mean live rows a token, on the calibration sample and on evaluation text.
+    """
 
     layer: int
     linear: str
@@ -26,13 +78,15 @@ class Adapted:
 
 @dataclass
 class Variant:
-    """The model compressed once. `keep` is counted with the rows kept on evaluation text, `over_dense`
-    is the fraction by which the perplexity exceeds that of the dense model."""
+    """One compressed model. `cost_ratio` is measured on evaluation text.
+
+    `over_dense` is the fraction by which the perplexity exceeds that of the dense model.
+    """
 
     method: str
     flops_reduction: float
-    planned_keep: float
-    keep: float
+    planned_cost_ratio: float
+    cost_ratio: float
     perplexity: float
     over_dense: float
     megabytes: float
@@ -52,7 +106,7 @@ class Quality:
 
 @dataclass
 class Text:
-    """What one model wrote after `prompt`. `same_as_dense`: leading tokens equal to the dense model's."""
+    """The continuation by one model. `same_as_dense`: leading tokens equal to the dense model's."""
 
     label: str
     continuation: str
@@ -62,7 +116,7 @@ class Text:
 
 @dataclass
 class Texts:
-    """`flops_reduction` is that of the compressed models; RaNA's was written to disk and read back."""
+    """The continuations of `prompt`. `flops_reduction` is that of the compressed models."""
 
     prompt: str
     flops_reduction: float
@@ -72,7 +126,7 @@ class Texts:
 
 @dataclass
 class Timing:
-    """Median and 20th and 80th percentile of the runs; `gbs` is the bytes that must be read ÷ median."""
+    """Median, and 20th and 80th percentile, of the runs. `gbs` is the bytes that must be read ÷ median."""
 
     median: float
     p20: float
@@ -86,7 +140,7 @@ class DecodeStep:
 
     block: str
     threads: int
-    keep: float
+    cost_ratio: float
     dense: Timing
     rana: Timing
     speedup: float
@@ -95,13 +149,13 @@ class DecodeStep:
 @dataclass
 class DensityPoint:
     density: float
-    keep: float
+    cost_ratio: float
     rana: Timing
 
 
 @dataclass
 class DensitySweep:
-    """One masked low-rank linear at several live fractions of its `rank` stored rows."""
+    """One masked low-rank linear at several live shares of its `rank` stored rows."""
 
     in_features: int
     out_features: int

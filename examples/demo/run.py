@@ -1,8 +1,8 @@
-"""The order of things: load, compress and evaluate, write texts, time, write the report."""
+"""The order of the demo: load, compress and evaluate, write texts, time, write the report."""
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,24 +10,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Plain
 
-from bench.report import write
-from examples.demo.decode_step import LLAMA_1B, LLAMA_7B, BlockShape, sweep_density, time_block
+from bench.kernels.cases import MODELS, Model
+from bench.report.results import write
+from examples.demo.decode_step import sweep_density, time_block
 from examples.demo.model import DemoModel, load_demo_model
 from examples.demo.page import page
-from examples.demo.provenance import provenance
 from examples.demo.quality import Compressed, measure_quality
-from examples.demo.results import DecodeStep, DensitySweep, Results, Texts
+from examples.demo.results import DecodeStep, DensitySweep, Results, Texts, provenance
 from examples.demo.tables import NAMES, decode_table, quality_table
 from examples.demo.texts import PROMPT, reload, write_texts
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run; the defaults are the demo.
+    """The settings of a run. The defaults are those of the demo.
 
     budgets          `flops_reduction` of each compression
-    show             the one of them to save, load, generate from and time at
-    evaluation_rows  of 512 tokens, the same ones everywhere
+    show             the budget to save, load, generate and time at
+    evaluation_rows  rows of 512 tokens, the same for every model
+    blocks           block shapes to time
+    linear           a linear K -> N to time at several densities
     rounds           runs of each contender in a timing
     """
 
@@ -36,15 +38,16 @@ class Settings:
     budgets: tuple[float, ...] = (0.3, 0.44, 0.55, 0.65)
     show: float = 0.44
     evaluation_rows: int = 200
-    blocks: tuple[BlockShape, ...] = (LLAMA_1B, LLAMA_7B)
-    linear: tuple[int, int] = (LLAMA_7B.hidden, LLAMA_7B.neurons)
+    blocks: dict[str, Model] = field(
+        default_factory=lambda: {name: MODELS[name] for name in ("Llama-3.2-1B", "Llama-2-7B")}
+    )
+    linear: tuple[int, int] = MODELS["Llama-2-7B"].linears["up"]
     densities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     rounds: int = 25
 
 
 def run(settings: Settings, console: Console) -> Results:
-    """Do all of it, showing results as they come. Writes report.html, report.json and the compressed
-    model to `settings.output`."""
+    """Run the demo and print results on the way. Write report.html, report.json and the compressed model."""
     started = time.monotonic()
     settings.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -86,6 +89,7 @@ def _side_by_side(texts: Texts) -> Table:
 
 
 def _timings(settings: Settings) -> tuple[list[DecodeStep], list[DensitySweep]]:
-    keep, rounds = 1 - settings.show, settings.rounds
-    steps = [step for shape in settings.blocks for step in time_block(shape, keep, rounds)]
-    return steps, sweep_density(*settings.linear, keep, settings.densities, rounds)
+    cost_ratio, rounds = 1 - settings.show, settings.rounds
+    blocks = settings.blocks.items()
+    steps = [step for name, shape in blocks for step in time_block(name, shape, cost_ratio, rounds)]
+    return steps, sweep_density(*settings.linear, cost_ratio, settings.densities, rounds)

@@ -1,9 +1,10 @@
-"""The tables of the report, as text: the terminal and the page show the same ones."""
+"""The tables of the report, as text. The terminal and the page show the same ones."""
 
 from dataclasses import dataclass
 
 from rich.table import Table as RichTable
 
+from bench.report.tables import terminal_table
 from examples.demo.results import DecodeStep, Quality, Variant
 
 NAMES = {"global": "RaNA, one budget", "paper": "RaNA as published", "static": "static low rank"}
@@ -11,26 +12,21 @@ NAMES = {"global": "RaNA, one budget", "paper": "RaNA as published", "static": "
 
 @dataclass
 class Table:
-    """The first column is a name; the others hold numbers."""
+    """A table whose first column is a name, and whose other columns hold numbers."""
 
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
     def __rich__(self) -> RichTable:
-        table = RichTable(title=self.title, title_justify="left", title_style="bold")
-        for place, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if place else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
+        return terminal_table(self.title, self.columns, self.rows)
 
 
 def quality_table(quality: Quality) -> Table:
     dense = ("dense", "1.00", f"{quality.perplexity:.2f}", "", "", "", f"{quality.megabytes:.1f}")
     return Table(
         f"Perplexity on {quality.evaluation_tokens:,} tokens of held-out text",
-        ("model", "cost", "perplexity", "over dense", "kept ranks", "kept neurons", "MB"),
+        ("model", "cost", "perplexity", "over dense", "live ranks", "live neurons", "MB"),
         [dense, *(_quality_row(variant) for variant in quality.variants)],
     )
 
@@ -38,17 +34,17 @@ def quality_table(quality: Quality) -> Table:
 def _quality_row(variant: Variant) -> tuple[str, ...]:
     return (
         NAMES[variant.method],
-        f"{variant.keep:.2f}",
+        f"{variant.cost_ratio:.2f}",
         f"{variant.perplexity:.2f}",
         f"{variant.over_dense:+.1%}",
-        _kept(variant, "rank"),
-        _kept(variant, "neuron"),
+        _live(variant, "rank"),
+        _live(variant, "neuron"),
         f"{variant.megabytes:.1f}",
     )
 
 
-def _kept(variant: Variant, kind: str) -> str:
-    """Means over the adapters of that kind."""
+def _live(variant: Variant, kind: str) -> str:
+    """Return the means over the adapters of that kind."""
     found = [adapter for adapter in variant.adapters if adapter.kind == kind]
     if not found:
         return ""
@@ -68,7 +64,7 @@ def _decode_row(step: DecodeStep) -> tuple[str, ...]:
     return (
         step.block,
         str(step.threads),
-        f"{step.keep:.2f}",
+        f"{step.cost_ratio:.2f}",
         f"{step.dense.median:,.0f}",
         f"{step.rana.median:,.0f}",
         f"{step.speedup:.2f}×",

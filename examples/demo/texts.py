@@ -1,4 +1,4 @@
-"""The compressed model as a file: save it, load it, and let each model continue the same prompt."""
+"""Save and load the compressed model, and let each model continue the same prompt."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 import rana_kernels as rana
 from examples.demo.results import Text
 
-# no newline at its end: the tokenizer joins a newline with the indentation that follows it
+# without a newline at its end, because the tokenizer joins a newline with the indentation after it
 PROMPT = "import os\nimport sys\n\ndef read_lines(path):"
 NEW_TOKENS = 64
 
@@ -17,7 +17,7 @@ NEW_TOKENS = 64
 def reload(model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     """Save a compressed model to `folder` and load it from there.
 
-    Raises RuntimeError if what was loaded writes other tokens than what was saved.
+    Raise RuntimeError if the loaded model writes other tokens than the saved one.
     """
     rana.save(model, folder, tokenizer)
     loaded = rana.load(folder)
@@ -38,13 +38,13 @@ def write_texts(models: dict[str, nn.Module], tokenizer: PreTrainedTokenizerBase
 
 @torch.inference_mode()
 def continuation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens after `PROMPT`, always the likeliest."""
+    """Return the tokens after `PROMPT`, each the likeliest."""
     prompt = tokenizer(PROMPT, return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
     return written[0, prompt["input_ids"].shape[1] :].tolist()
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    """Length of the longest common beginning."""
+    """Return the length of the longest common beginning."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
