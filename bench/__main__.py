@@ -44,8 +44,7 @@ def main(
         str | None, typer.Option(metavar="REV", help="Compare this revision's kernels with those of REV.")
     ] = None,
     against: Annotated[
-        bool,
-        typer.Option("--check", help="Fail if a case is slower than stored; by default on one thread."),
+        bool, typer.Option("--check", help="Fail if a case is slower than stored; by default on one thread.")
     ] = False,
 ) -> None:
     """Time the ops on this machine's processor. For a graphics card use python -m bench.gpu.

@@ -199,10 +199,7 @@ def reading_work(model: Model) -> dict[str, float]:
     """Return the work of reading a token: the linears, the moments of their inputs, and down's product."""
     moments = 3 * model.hidden**2 + model.queries**2
     linears = linear_work(model)
-    return {
-        "N·K + n²": linears["N·K"] + model.neurons * model.hidden + moments,
-        "N + K": linears["N + K"],
-    }
+    return {"N·K + n²": linears["N·K"] + model.neurons * model.hidden + moments, "N + K": linears["N + K"]}
 
 
 # estimating

@@ -43,6 +43,8 @@ INTRODUCTION = """# Performance
   take turns over copies of the weights that are larger than the cache. Times are medians.
 - Whole models have random weights (but for the demo model). They decode after 32 tokens, and ours is given in
   tokens a second of all texts together.
+- In the tables of every number, **masked in torch** is ours in torch's own operations, **parts** is an MLP in
+  separate ops, and **error** is ‖y - exact‖ / ‖exact‖ against float64.
 - The files of one processor's name may come from different machines, so compare ratios within a file.
 
 Quality at the same cost is in [quality](quality.md), and the reasons for the losses are in
@@ -162,10 +164,7 @@ def _models(rows: list[Row]) -> list[Entry]:
     found = []
     for (model, mode, prompt, batch, threads), part in settings.items():
         speed = {name: float(row["tokens/s"]) for name, row in part.items()}
-        ratios = {
-            "dense": speed["rana"] / speed["dense"],
-            "static low rank": speed["rana"] / speed["static"],
-        }
+        ratios = {"dense": speed["rana"] / speed["dense"], "static low rank": speed["rana"] / speed["static"]}
         if part["rana"].get("x dense, first"):
             ratios[FIRST] = float(part["rana"]["x dense, first"])
         case = f"{model}, {mode}, {_count(batch)} after {prompt}"
