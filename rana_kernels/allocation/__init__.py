@@ -1,1 +1,1 @@
-"""The methods of allocation, and the pieces that they share: from error curves and a budget to a Plan."""
+"""Allocation: each method turns statistics and a budget into a Plan, with parts that all methods share."""

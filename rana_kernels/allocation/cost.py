@@ -1,8 +1,7 @@
-"""The cost of an adapter in the unit of a budget: multiply-adds, or microseconds (`latency.py`).
+"""The cost of an adapter for one token in the unit of a budget: multiply-adds or microseconds (`latency.py`).
 
-The cost of a token is linear: every stored row that is read whatever the mask says has a cost, and every live
-row has one. A token reads as many bytes as it has multiply-adds, times the size of an element, so a budget of
-FLOPs is a budget of these bytes too.
+The cost is linear in the stored rows (a token reads all of B) and in the live rows. One multiply-add reads
+one element of a weight, so a budget of FLOPs also limits the bytes that a token reads.
 """
 
 from dataclasses import dataclass
@@ -10,12 +9,12 @@ from typing import Protocol
 
 from rana_kernels.model.plan import AdapterSpec, Plan
 
-ROUNDING = 1e-9  # arithmetic may carry a budget that is exactly at a limit this far past it
+ROUNDING = 1e-9  # relative: rounding must not put a budget that is exactly at a limit past it
 
 
 @dataclass(frozen=True)
 class LinearCost:
-    """The cost of a token: `fixed + stored · R + live · rows that are kept`."""
+    """The cost of one token as a line: `fixed + stored · stored rows + live · live rows`."""
 
     fixed: float
     stored: float
@@ -26,7 +25,7 @@ class LinearCost:
 
 
 class CostModel(Protocol):
-    """Costs of linears K → N in one unit, for one token."""
+    """A unit of cost: it gives the cost of one token in linears K → N, dense or adapted."""
 
     def dense(self, in_features: int, width: int) -> float: ...
 
@@ -36,7 +35,7 @@ class CostModel(Protocol):
 
 
 class MultiplyAdds:
-    """Half the FLOPs: R·K + live·N of a rank adapter, live·N of a neuron adapter, K·N dense."""
+    """Half the FLOPs: R·K + live·N for a rank adapter, live·N for a neuron adapter, K·N for a dense one."""
 
     def dense(self, in_features: int, width: int) -> float:
         return in_features * width
@@ -52,7 +51,7 @@ MULTIPLY_ADDS = MultiplyAdds()
 
 
 def cost(model: CostModel, adapter: AdapterSpec) -> float:
-    """Return what one token costs in `adapter`."""
+    """Return the cost of one token in `adapter`."""
     if adapter.kind == "dense":
         return model.dense(adapter.in_features, adapter.width)
     line = (model.rank if adapter.kind == "rank" else model.neuron)(adapter.in_features, adapter.width)
@@ -60,11 +59,11 @@ def cost(model: CostModel, adapter: AdapterSpec) -> float:
 
 
 def dense_cost(model: CostModel, adapter: AdapterSpec) -> float:
-    """Return what one token costs in the dense linears that `adapter` covers, each on its own."""
+    """Return the cost of one token in the dense linears that `adapter` covers, each run alone."""
     return sum(model.dense(adapter.in_features, width) for width in adapter.out_features)
 
 
 def reduction(model: CostModel, plan: Plan) -> float:
-    """Return what a plan saves, as a fraction of the cost of the dense linears of the blocks."""
+    """Return the saving of a plan, as a fraction of the cost of the dense linears of the blocks."""
     costs = sum(cost(model, adapter) for adapter in plan.adapters)
     return 1 - costs / sum(dense_cost(model, adapter) for adapter in plan.adapters)

@@ -1,7 +1,7 @@
-"""How long a machine's kernels take for one token: a table by shape, lines through it, and its file.
+"""The time that this machine's kernels take for one token: a table by shape, its file, and fitted lines.
 
-`stopwatch.py` measures it. Between the points that were measured, and beyond them, time is a line in the
-stored and in the live rows: so many microseconds a call, and so many for each row that is read.
+`latency_measurement.py` measures the table. The fitted time of a shape is linear: a constant for the call, a
+time for each stored row, and a time for each live row.
 """
 
 import json
@@ -21,16 +21,16 @@ from rana_kernels.model.linears import linear_of
 from rana_kernels.system.files import write_json
 
 FORMAT = 1
-SMALLEST = 1e-6  # µs of a live row: where calls hide what it takes
+SMALLEST = 1e-6  # µs a live row: the least that a fit gives, because a cost of zero would make live rows free
 
 
 @dataclass(frozen=True)
 class ShapeLatency:
-    """Microseconds of linears K → N for one token.
+    """The measured microseconds of one token in linears of one shape K → N.
 
-    dense     left as they are
-    ranks     rank adapters: (stored rows, live rows, µs) of each that was measured
-    neurons   neuron adapters: (stored rows, live rows, µs)
+    dense     the time of the dense linear
+    ranks     (stored rows, live rows, µs) of each measured rank adapter
+    neurons   (stored rows, live rows, µs) of each measured neuron adapter
     """
 
     in_features: int
@@ -51,9 +51,10 @@ class ShapeLatency:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Prices in microseconds (`methods/prices.py`), for the shapes that were measured.
+    """A CostModel in microseconds, for the shapes that were measured.
 
-    machine   where: processor or card, threads, dtype of the weights, versions
+    machine   where they were measured: processor or card, threads, dtype of the weights, version of torch
+    shapes    the measurements
     """
 
     machine: dict[str, Any]
@@ -74,7 +75,7 @@ class LatencyTable:
 
     @staticmethod
     def load(path: str | os.PathLike) -> "LatencyTable":
-        """What `save` wrote. ValueError for anything else."""
+        """Read a file that `save` wrote. Raise ValueError for any other file."""
         try:
             data = json.loads(Path(path).read_text())
             if data["format"] != FORMAT:
@@ -84,7 +85,7 @@ class LatencyTable:
             raise ValueError(f"{path} is no table of times ({error}): delete it, and measure again") from None
 
     def require(self, model: nn.Module, blocks: list[Block]) -> None:
-        """Raise ValueError unless these are times of linears like those of `model`'s blocks."""
+        """Raise ValueError unless the table has the dtype and all shapes of the blocks' linears."""
         weight = linear_of(model, blocks[0].linears[0]).weight
         dtype = str(weight.dtype).removeprefix("torch.")
         if self.machine.get("dtype") != dtype:
@@ -112,7 +113,7 @@ def _read(entry: dict[str, Any]) -> ShapeLatency:
 
 
 def sizes_of(model: nn.Module, blocks: list[Block]) -> list[tuple[int, int]]:
-    """K and N of every linear of the blocks, and of those that may share their ranks together."""
+    """Return (K, N) of every linear of the blocks, and of every group that may share an adapter."""
     sizes = set()
     for block in blocks:
         for names in block.inputs.values():
@@ -124,12 +125,15 @@ def sizes_of(model: nn.Module, blocks: list[Block]) -> list[tuple[int, int]]:
 
 @lru_cache
 def fit_cost(points: tuple[tuple[float, float, float], ...]) -> LinearCost:
-    """Of least relative error, through (stored rows, live rows, µs); no row and no call takes less than no
-    time. Of neuron adapters all rows are stored, and cost what a call does."""
+    """Fit a line to points (stored rows, live rows, µs): non-negative least squares of the relative errors.
+
+    The stored rows of neuron adapters are all equal, so their cost is part of the fixed one.
+    """
     table = torch.tensor(points, dtype=torch.float64)
     columns = torch.cat([torch.ones(len(table), 1, dtype=torch.float64), table[:, :2]], 1)
     microseconds, found = table[:, 2:], torch.zeros(3, dtype=torch.float64)
     used = [0, 1, 2] if len(table[:, 0].unique()) > 1 else [0, 2]
+    # drop the most negative coefficient until none is negative
     while used:
         scaled = columns[:, used] / microseconds
         found[used] = torch.linalg.lstsq(scaled, torch.ones_like(microseconds)).solution[:, 0]

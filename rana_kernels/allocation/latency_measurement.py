@@ -1,7 +1,8 @@
-"""Measuring `times.py`'s table here: the modules of a compressed model, one token, random weights.
+"""The measurement of a LatencyTable: the modules of a compressed model run one token, with random weights.
 
-Of each weight there are as many copies as the model has blocks (or as no cache holds), used in turn, so
-that caches help as much as they do in the model. Contenders take turns too; live rows lie in random places.
+Each weight has one copy for every block of the model, or fewer if these already exceed the caches. The copies
+are used in turn, so the caches help as much as they do in the model. The candidates are timed in turn too.
+Live rows lie in random places.
 """
 
 import math
@@ -23,16 +24,23 @@ from rana_kernels.nn.dense import DenseLinear
 from rana_kernels.system.cpu import clock, cold_bytes, processor_name
 from rana_kernels.system.huge_pages import collapse
 
-PARTS = (0.25, 0.5, 1.0)  # of all ranks that are stored, and of the stored rows that are live
-ROUNDS = 15  # the median of which counts
-SHORTEST = 1e-3  # seconds: what takes less is called several times in a row
+PARTS = (
+    0.25,
+    0.5,
+    1.0,
+)  # shares that are measured: of the ranks that can be stored, and of the stored rows that are live
+ROUNDS = 15  # the time is the median over the rounds
+SHORTEST = 1e-3  # seconds: a shorter call is repeated, and the repeats are timed together
 FAR = 1e30  # a threshold that no score reaches
 Run = Callable[[], object]
 
 
 def measure_latency(model: nn.Module, progress: bool = True) -> LatencyTable:
-    """Time every way to adapt the linears of `model`'s blocks, on its device, in its dtype, with as many
-    threads as torch has now. Takes about a second a shape, and no other work beside it."""
+    """Time every way to adapt the linears of `model`'s blocks.
+
+    The times hold for the device and dtype of `model` and for the threads that torch has now. A shape takes
+    about a second. Nothing else should run on the machine meanwhile.
+    """
     blocks = find_blocks(model)
     weight = linear_of(model, blocks[0].linears[0]).weight
     sizes = track(sizes_of(model, blocks), "timing", disable=not progress, transient=True)
@@ -54,28 +62,29 @@ def _machine(weight: Tensor) -> dict[str, Any]:
 def _measure(K: int, N: int, blocks: int, like: Tensor) -> ShapeLatency:
     copies = min(blocks, math.ceil(cold_bytes() / (K * N * like.element_size())))
     ranks = sorted({max(1, round(part * min(K, N))) for part in PARTS})
-    stored = [(R, max(1, round(part * R))) for R, part in product(ranks, PARTS)]
-    live = [max(1, round(part * K)) for part in PARTS]
-    # every number of ranks reads the first of the same ones
+    rank_sizes = [(R, max(1, round(part * R))) for R, part in product(ranks, PARTS)]
+    neuron_live = [max(1, round(part * K)) for part in PARTS]
+    # an adapter of R ranks uses the first R rows of the largest one
     B, rows, W = (_copies(like, copies, *size) for size in ((ranks[-1], K), (ranks[-1], N), (K, N)))
     x = torch.randn(1, K, dtype=like.dtype, device=like.device)
     runs = [_in_turn([_dense(w.view(N, K)) for w in W], x)]
-    for R, kept in stored:
-        made = (_rank(b[:R], r[:R], _threshold(R, kept, like)) for b, r in zip(B, rows, strict=True))
+    for R, live in rank_sizes:
+        made = (_rank(b[:R], r[:R], _threshold(R, live, like)) for b, r in zip(B, rows, strict=True))
         runs.append(_in_turn(list(made), x))
-    runs += [_in_turn([_neuron(w, _threshold(K, kept, like)) for w in W], x) for kept in live]
+    runs += [_in_turn([_neuron(w, _threshold(K, live, like)) for w in W], x) for live in neuron_live]
     dense, *found = _medians(runs, like.device)
+    ranks_us, neurons_us = found[: len(rank_sizes)], found[len(rank_sizes) :]
     return ShapeLatency(
         K, N, dense,
-        tuple((float(R), float(kept), us) for (R, kept), us in zip(stored, found, strict=False)),
-        tuple((float(K), float(kept), us) for kept, us in zip(live, found[len(stored) :], strict=True)),
+        tuple((float(R), float(live), us) for (R, live), us in zip(rank_sizes, ranks_us, strict=True)),
+        tuple((float(K), float(live), us) for live, us in zip(neuron_live, neurons_us, strict=True)),
     )  # fmt: skip
 
 
 def _copies(like: Tensor, count: int, *size: int) -> list[Tensor]:
     first = torch.randn(size, dtype=like.dtype, device=like.device) / size[-1] ** 0.5
     made = [first, *(first.clone() for _ in range(count - 1))]
-    collapse(made)  # as a compressed model's weights lie
+    collapse(made)  # the weights of a compressed model lie in huge pages too
     return made
 
 
@@ -106,18 +115,18 @@ def _in_turn(modules: list[nn.Module], x: Tensor) -> Run:
 
 
 def _medians(runs: list[Run], device: torch.device) -> list[float]:
-    """Microseconds of each; in every round all of them run."""
+    """Return the median microseconds of each run. Every round times all of them."""
     calls = [math.ceil(SHORTEST / min(_seconds(run, run, device) for _ in range(3))) for run in runs]
     turns = [_in_a_row(run, count, device) for run, count in zip(runs, calls, strict=True)]
     rounds = [
         [_seconds(run, turn, device) / count for run, turn, count in zip(runs, turns, calls, strict=True)]
         for _ in range(ROUNDS)
     ]
-    return [1e6 * statistics.median(taken) for taken in zip(*rounds, strict=True)]
+    return [1e6 * statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
 
 
 def _in_a_row(run: Run, calls: int, device: torch.device) -> Run:
-    """So many calls; on a card as one graph, where it would wait for Python between them otherwise."""
+    """Return a function that makes `calls` calls. On a card they are one graph, so Python adds no time."""
 
     def turn() -> None:
         for _ in range(calls):
@@ -132,7 +141,7 @@ def _in_a_row(run: Run, calls: int, device: torch.device) -> Run:
 
 
 def _seconds(run: Run, turn: Run, device: torch.device) -> float:
-    """Of a turn, after a call that brings back what others displaced."""
+    """Return the seconds of `turn`. A call of `run` first refills the caches, which other runs have used."""
     on_card = device.type == "cuda"
     run()
     now = time.perf_counter if on_card else clock(torch.get_num_threads())

@@ -1,10 +1,11 @@
-"""A model of how the loss depends on where a budget goes, learnt from a few measurements.
+"""A regression that predicts the loss of an allocation from a few measured ones.
 
-An allocation gives every input (of the linears that read it) a number: the power of e by which its errors
-count more than in the reference, whose numbers are all zero. RankAdaptor (arXiv 2406.15734) trains a small
-network to predict the loss of an allocation. Near an optimum that function is quadratic, so a regression does
-here: its coefficients depend on the kind of input and on its depth. It needs fewer measurements than there
-are inputs, knows how sure it is, and carries over to models of other depths.
+An allocation has one number a for each input of each block: the errors of the linears that read this input
+count e^a times. In the reference allocation every number is 0. RankAdaptor (arXiv 2406.15734) trains a small
+network to predict the loss. Near an optimum the loss is quadratic in the allocation, so a Bayesian linear
+regression is enough here. Its coefficients depend on the kind of input and on the depth of the block.
+Therefore it needs fewer measurements than there are inputs, and it applies to models of other depths. It also
+says how uncertain a prediction is.
 """
 
 from dataclasses import dataclass
@@ -14,20 +15,23 @@ from torch import Tensor
 
 from rana_kernels.statistics.calibration import INPUTS
 
-SLOPES, CURVES = 3, 2  # coefficients for each kind of input: powers of the depth
+SLOPES, CURVES = (
+    3,
+    2,
+)  # coefficients of each kind of input, one for each power of the depth: linear and quadratic ones
 SIZE = len(INPUTS) * (SLOPES + CURVES) + 1
-CURVATURE = 0.3  # expected before anything is measured: to leave the reference costs
-NOISE = 0.03  # of an outcome, mostly what a quadratic leaves out
-EARLIER = 0.1  # what a measurement of another run weighs: another model is another function
+CURVATURE = 0.3  # the prior mean of the quadratic coefficients: leaving the reference raises the loss
+NOISE = 0.03  # standard deviation of an outcome around the quadratic
+EARLIER = 0.1  # the weight of a measurement of another run, whose model may behave differently
 
 
 @dataclass(frozen=True)
 class InputShare:
-    """Linears that read one input, as a run on another model can know them.
+    """One input of one block, described so that a run on another model can use its measurements.
 
-    input   the linears' input: "qkv", "o", "mlp" or "down"
-    depth   of the block, from 0 to 1
-    share   of what the reference loses (or costs) there; all sites together 1
+    input   "qkv", "o", "mlp" or "down"
+    depth   the position of the block, from 0 (first) to 1 (last)
+    share   the part of the reference's total error (or cost) that belongs to this input; all shares sum to 1
     """
 
     input: str
@@ -36,9 +40,9 @@ class InputShare:
 
 
 def features(inputs: list[InputShare], allocations: Tensor) -> Tensor:
-    """Return [n, SIZE] float64 for allocations [n, inputs].
+    """Return the regressors [n, SIZE] float64 of allocations [n, inputs].
 
-    Adding one number to all of an allocation changes nothing.
+    Adding one constant to all numbers of an allocation changes nothing.
     """
     share = torch.tensor([own.share for own in inputs], dtype=torch.float64)
     depth = torch.tensor([own.depth for own in inputs], dtype=torch.float64)
@@ -59,10 +63,10 @@ def _standardised(share: Tensor) -> Tensor:
 
 
 class LossModel:
-    """Predicts outcomes: the loss over that of the reference, in units that the caller keeps to.
+    """Bayesian linear regression of outcomes: the loss minus that of the reference, in the caller's unit.
 
-    The outcome of the reference is 0. Coefficients are normally distributed, before any measurement
-    around those of a function that has its minimum there.
+    The outcome of the reference is 0. The prior of the coefficients is normal. Its mean is a function whose
+    minimum is at the reference.
     """
 
     def __init__(self) -> None:
@@ -71,13 +75,13 @@ class LossModel:
         self.weighted[1 + SLOPES :: SLOPES + CURVES] = CURVATURE
 
     def learn(self, seen: Tensor, outcomes: Tensor, weight: float = 1.0) -> None:
-        """Take in measurements: features [n, SIZE] and outcomes [n]."""
+        """Update the coefficients with measurements: features [n, SIZE] and outcomes [n]."""
         scaled = weight / NOISE**2 * seen.T
         self.precision += scaled @ seen
         self.weighted += scaled @ outcomes.double()
 
     def predict(self, asked: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [n] of the outcomes of features [n, SIZE]."""
+        """Return mean and standard deviation [n] of the outcomes of features [n, SIZE]."""
         factor = torch.linalg.cholesky(self.precision)
         mean = torch.cholesky_solve(self.weighted[:, None], factor)[:, 0]
         spread = torch.linalg.solve_triangular(factor, asked.T, upper=False).norm(dim=0)

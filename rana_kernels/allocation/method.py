@@ -1,4 +1,4 @@
-"""What every method of allocation is: statistics that it needs, and a decision for each block."""
+"""The interface of a method of allocation: the statistics that it needs, and its decision for each block."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,18 +13,18 @@ from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats
 
-# Decides what the linears of one block become, in the order in which the model calls them.
+# Returns the adapters of one block, in the order in which the model calls its linears.
 Chooser = Callable[[CalibratedBlock], list[AdapterSpec]]
 
 
 class Method(ABC):
     """One way to spend a budget.
 
-    name           what `method=` and `--method` call it
-    summary        one line about it for people
-    needs          the arguments of `calibrate` that collect what it reads
-    any_budget     whether it takes budgets other than FLOPs: `time_reduction` and `max_memory`
-    searches       whether it measures plans, and so wants a `Search`
+    name           its name for `method=` and `--method`
+    summary        a few words for the help text
+    needs          the arguments of `calibrate` that collect its statistics
+    any_budget     whether it accepts `time_reduction` and `max_memory` besides `flops_reduction`
+    searches       whether it measures plans, and so needs a `Search`
     """
 
     name: str
@@ -34,7 +34,7 @@ class Method(ABC):
     searches = False
 
     def check(self, model: nn.Module, blocks: list[Block], request: Request) -> None:
-        """Raise ValueError for a request out of reach, if that can be told before anything is measured."""
+        """Raise ValueError for a request out of reach, if this is known before calibration."""
         if request.latency:
             request.latency.require(model, blocks)
 
@@ -42,11 +42,11 @@ class Method(ABC):
     def prepare(
         self, stats: Stats, request: Request, store: ResumeDir | None = None, progress: bool = True
     ) -> Chooser:
-        """Do what has to be done for the whole model first, and return what decides block by block.
+        """Do the work that concerns the whole model, and return the function that decides block by block.
 
-        store   keeps measurements, for the same call after an interruption
+        store   keeps measurements, so that the same call continues after an interruption
 
-        Raises ValueError for a request out of reach, or statistics that lack what the method needs.
+        Raises ValueError for a request out of reach, or if statistics are missing.
         """
 
 

@@ -1,4 +1,4 @@
-"""The methods of allocation in one table, and the way from statistics and a budget to a Plan."""
+"""The table of all methods of allocation, and `plan`, which makes a Plan from statistics and a budget."""
 
 from typing import Any
 
@@ -34,20 +34,20 @@ def plan(
     store: ResumeDir | None = None,
     progress: bool = True,
 ) -> Plan:
-    """Decide what each linear becomes, so that the linears of the blocks lose `flops_reduction`
-    (a fraction of their FLOPs; linears that stay dense count).
+    """Decide the adapter of every linear of the blocks, for a budget. Give exactly one reduction.
 
-    time_reduction   instead of FLOPs: the fraction to save of the time that these linears take for one token
-    times            the measured times that `time_reduction` is counted by
-    max_memory       bytes that these linears may store (weights, biases, thresholds and norms). A budget of
-                     FLOPs alone does not limit them
+    flops_reduction  the fraction to save of the FLOPs of these linears; the ones that stay dense count too
+    time_reduction   the fraction to save of the time that these linears take for one token
+    times            the measured times that `time_reduction` refers to
+    max_memory       the bytes that these linears may store (weights, biases, thresholds and norms). A budget
+                     of FLOPs alone does not limit them
     method           a name in `METHODS`
-    search           what `rankadaptor` measures with, and wants. Afterwards it says what was found
-    store            keeps what the search measured, for the same call after an interruption
+    search           the settings of the search, for `rankadaptor` only. The measured losses are stored in it
+    store            keeps the measurements of the search, so that the same call goes on after an interruption
 
-    Works block by block and holds the factors of one block at a time (`rankadaptor`: of all). Raises
-    ValueError for an unknown method, statistics that lack what it needs, or a reduction out of reach
-    (it says what is in reach).
+    The factors of one block are in memory at a time (`rankadaptor`: those of all blocks). Raises ValueError
+    for an unknown method, if statistics are missing, or for a reduction out of reach (the message says
+    what is in reach).
     """
     request = make_request(
         method, flops_reduction=flops_reduction, time_reduction=time_reduction, latency=times,
@@ -63,7 +63,7 @@ def plan(
 
 
 def make_request(method: str, *, search: Search | None = None, **asked: Any) -> Request:
-    """Return the request for one of the `METHODS`. Raise ValueError if method and budget do not fit."""
+    """Return the request for a method of `METHODS`. Raise ValueError if it cannot serve the budget."""
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, wanted one of {', '.join(METHODS)}")
     chosen = METHODS[method]

@@ -1,9 +1,9 @@
-"""The paper's allocation, and the baseline it is compared with: the same share for every layer.
+"""The allocation of the paper and its baseline: both give every adapted linear the same cost ratio.
 
-paper     RaNA, arXiv 2503.18216, algorithms 1 and 2: q, k, v jointly, up and gate get rank
-          adapters, down a neuron adapter, o stays dense; within an MLP the shares of up, gate and
-          down minimise the MLP's own output error
-static    the plain data-aware low-rank baseline: the same linears and budget, all ranks always on
+paper     RaNA (arXiv 2503.18216, algorithms 1 and 2): q, k and v share a rank adapter, up and gate get one
+          each, down gets a neuron adapter, and o stays dense. The MLP's budget is shared among up, gate and
+          down so that the error of the MLP's output is least
+static    plain low rank fitted to the data: the same linears and the same budget, but all ranks are always on
 """
 
 import math
@@ -27,17 +27,17 @@ from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats
 from rana_kernels.statistics.thresholds import evenly, threshold_for
 
-# the search of algorithm 2: shares of gate, up and down in an MLP's budget, in eighteenths; where one
-# linear is both gate and up, or there is no gate, of that linear and down
+# Algorithm 2 tries these shares of an MLP's budget, in eighteenths: (gate, up, down), or (up, down) where one
+# linear is both gate and up or there is no gate.
 SHARES = {
     3: tuple(s for s in product(range(3, 10), repeat=3) if sum(s) == 18),
     2: tuple((s, 18 - s) for s in range(5, 16)),
 }
-MLP_TOKENS = 1024  # of the sample: the search runs the MLP once for each combination
+MLP_TOKENS = 1024  # of the sample: the search runs the MLP once for each combination of shares
 
 
 class Uniform(Method):
-    """Every adapted linear keeps the same share of its cost, and o stays dense."""
+    """A method that gives every adapted linear the same cost ratio. o stays dense."""
 
     def check(self, model: nn.Module, blocks: list[Block], request: Request) -> None:
         super().check(model, blocks, request)
@@ -97,9 +97,10 @@ class Static(Uniform):
 
 
 def uniform_cost_ratio(model: nn.Module, blocks: Iterable[Block], request: Request) -> float:
-    """Return the share of their dense cost that the adapted linears cost_ratio, the same for all of them.
+    """Return the one cost ratio of all adapted linears that meets the request.
 
-    They save what the linears that stay dense do not. Raises ValueError for a request out of reach.
+    The adapted linears make the whole saving, because o stays dense. Raises ValueError for a request out of
+    reach.
     """
     total = adapted = 0
     smallest = 0.0
@@ -121,27 +122,27 @@ def uniform_cost_ratio(model: nn.Module, blocks: Iterable[Block], request: Reque
 
 
 def rank_spec(calibrated: CalibratedBlock, names: tuple[str, ...], cost_ratio: float) -> AdapterSpec:
-    """The best rank adapter for `names` (several: decomposed jointly) at `keep` of their dense cost."""
-    K, width = calibrated.weight(names).shape[1], sum(calibrated.linear(name).out_features for name in names)
-    split = Splits(calibrated.rank_values(names), MULTIPLY_ADDS.rank(K, width)).exact(cost_ratio * K * width)
+    """Return the best rank adapter for `names` (several are decomposed jointly) at `cost_ratio`."""
+    N, K = calibrated.weight(names).shape
+    split = Splits(calibrated.rank_values(names), MULTIPLY_ADDS.rank(K, N)).exact(cost_ratio * K * N)
     return make_spec(calibrated, "rank", names, split.rank, split.live, split.threshold)
 
 
 def static_spec(calibrated: CalibratedBlock, names: tuple[str, ...], cost_ratio: float) -> AdapterSpec:
-    """Store as many ranks as `cost_ratio` of the dense cost pays for, all of them always on."""
-    K, width = calibrated.weight(names).shape[1], sum(calibrated.linear(name).out_features for name in names)
-    rank = max(1, int(cost_ratio * K * width / (K + width)))
+    """Return the adapter with as many ranks as `cost_ratio` pays for, all of them always on."""
+    N, K = calibrated.weight(names).shape
+    rank = max(1, int(cost_ratio * K * N / (K + N)))
     return make_spec(calibrated, "rank", names, rank, rank, 0.0)
 
 
 def neuron_spec(calibrated: CalibratedBlock, name: str, live: float, x: Tensor) -> AdapterSpec:
-    """A neuron adapter that keeps `live` of the inputs `x` [T, K] on average."""
-    threshold, kept = threshold_for(x.abs() * calibrated.neuron_norms(name), live)
-    return make_spec(calibrated, "neuron", (name,), x.shape[1], kept, threshold)
+    """Return a neuron adapter that keeps `live` of the inputs `x` [T, K] on average."""
+    threshold, found = threshold_for(x.abs() * calibrated.neuron_norms(name), live)
+    return make_spec(calibrated, "neuron", (name,), x.shape[1], found, threshold)
 
 
 def _paper_mlp(calibrated: CalibratedBlock, cost_ratio: float) -> list[AdapterSpec]:
-    """Algorithm 2: try every way to share the MLP's budget, and keep the one with the least output error."""
+    """Run algorithm 2: try all SHARES of the MLP's budget and return the adapters of least output error."""
     block = calibrated.block
     some = evenly(len(calibrated.sample("mlp")), MLP_TOKENS)
     linears = (*block.expanding, block.down)
@@ -167,8 +168,11 @@ def _paper_mlp(calibrated: CalibratedBlock, cost_ratio: float) -> list[AdapterSp
 
 
 class _Expanded:
-    """One of gate and up (or both in one) at every share of the MLP's budget, of `unit` multiply-adds
-    each: its split, and its output on `some` tokens."""
+    """Adapters of gate or up (or of one linear that is both) for different shares of the MLP's budget.
+
+    unit   the multiply-adds of a share of 1
+    some   the tokens of the sample that `output` computes
+    """
 
     def __init__(self, calibrated: CalibratedBlock, name: str, unit: float, some: slice) -> None:
         self.calibrated, self.name, self.unit, self.some = calibrated, name, unit, some
@@ -179,6 +183,7 @@ class _Expanded:
         self._outputs: dict[int, Tensor] = {}
 
     def affords(self, share: int) -> bool:
+        """Say whether the share pays for the smallest adapter, and for no more than the dense linear."""
         least = smallest_budget(self.line) * (1 - ROUNDING)
         return least <= share * self.unit <= self.K * self.N
 
@@ -187,7 +192,7 @@ class _Expanded:
         return make_spec(self.calibrated, "rank", (self.name,), split.rank, split.live, split.threshold)
 
     def output(self, share: int) -> Tensor:
-        """[tokens, N] float32, bias included."""
+        """Return the outputs [tokens, N] float32 of the adapter, bias included."""
         if share not in self._outputs:
             split, bias = self._split(share), self.calibrated.bias((self.name,))
             h, threshold = self.h[self.some, : split.rank], split.threshold or 0.0

@@ -1,11 +1,12 @@
-"""`method="rankadaptor"`: one budget for the model, and measurements of where it does the most.
+"""`method="rankadaptor"`: one budget for the model, and a search that measures the loss of several plans.
 
-`global` (`whole_model.py`) knows what an error costs where it is made, but not what later layers make of it.
-Here every curve gets a weight for its errors, the budget is spent by the weighted errors, and the plan is put
-in place to measure its loss on held-out rows. Weights of 1 are `global`. `search.py` chooses the others.
+`global` (`whole_model.py`) estimates the errors of all linears one by one. It does not know how later blocks
+change the effect of an error. Here the errors of every input get a weight, the budget is spent by the
+weighted errors, and the plan is installed to measure its loss on held-out token ids. With all weights 1 the
+plan is that of `global`; `search.py` chooses the other weights.
 
-Memory: the model, the factors of all its linears, alone and together (for a Llama two to three times the
-weights of its blocks), and one set of modules. Everything is decomposed once.
+Memory: the model, the factors of all its linears, alone and joint (for a Llama two to three times the weights
+of its blocks), and one set of modules. Every decomposition is computed once.
 """
 
 import math
@@ -91,7 +92,7 @@ def _weighted(ways: Ways, weight: float) -> Ways:
 def _error_shares(
     calibrated: list[CalibratedBlock], curves: list[list[Ways]], reference: Plan
 ) -> list[InputShare]:
-    """Return one entry for each input: its share of the errors of the reference plan."""
+    """Return an InputShare for each input: `share` is its part of the errors of the reference plan."""
     errors = [[_error(ways, reference) for ways in block] for block in curves]
     total = math.fsum(map(math.fsum, errors))
     deepest = max(1, len(calibrated) - 1)
@@ -103,7 +104,7 @@ def _error_shares(
 
 
 def _error(ways: Ways, plan: Plan) -> float:
-    """Return the error of the choices that the plan has made."""
+    """Return the error that `ways` has for the adapters in `plan`."""
     adapters = set(plan.adapters)
     curves = [curve for way in ways for curve in way]
     return sum(next((c.error for c in curve if c.adapter in adapters), 0.0) for curve in curves)
@@ -111,12 +112,12 @@ def _error(ways: Ways, plan: Plan) -> float:
 
 @contextmanager
 def installed(calibrated: list[CalibratedBlock], plan: Plan) -> Iterator[None]:
-    """Put the modules of `plan` into the model within the block, and its linears back after it."""
+    """Replace the model's linears by the modules of `plan`, and put the linears back at the end."""
     model, choose = calibrated[0].model, chooser_of(plan)
     dense: dict[str, nn.Module] = {}
     try:
         for own in calibrated:
-            # The tensors of a block are made from its linears, so all of them come before any replacement.
+            # All tensors of a block are made before a linear is replaced: they are made from the linears.
             block, adapters = own.block, [with_threshold(own, adapter) for adapter in choose(own)]
             tensors = block_tensors(own, adapters)
             names = (*([block.mlp] if block.mlp else []), *block.linears)

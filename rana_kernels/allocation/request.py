@@ -1,4 +1,4 @@
-"""What is asked of a plan: how much of what to save, and how much it may store."""
+"""The request for a plan: a reduction of FLOPs or of time, and the bytes that the plan may store."""
 
 from dataclasses import dataclass, field
 
@@ -10,12 +10,13 @@ from rana_kernels.model.plan import AdapterSpec, Plan
 
 @dataclass(frozen=True)
 class Request:
-    """Exactly one reduction, of the linears of the blocks against the same linears left dense.
+    """A budget for the linears of the blocks, with exactly one reduction.
 
-    flops_reduction   share of their FLOPs to save
-    time_reduction    share of their time for one token to save, counted by `latency`
-    max_memory        bytes that they may store: weights, biases, thresholds and norms
-    search            what a method that searches measures with
+    flops_reduction   the fraction to save of the FLOPs of these linears
+    time_reduction    the fraction to save of the time that these linears take for one token
+    latency           the measured times, if there is a `time_reduction`
+    max_memory        the bytes that these linears may store: weights, biases, thresholds and norms
+    search            the settings of the search, for a method that searches
     """
 
     method: str
@@ -44,7 +45,7 @@ class Request:
 
     @property
     def unit(self) -> str:
-        """The name of the reduction that is asked for."""
+        """The name of the reduction that was given."""
         return "flops_reduction" if self.time_reduction is None else "time_reduction"
 
     @property

@@ -1,8 +1,8 @@
-"""RankAdaptor's search (arXiv 2406.15734): measure, learn from it, measure what promises most, keep the best.
+"""The search of RankAdaptor (arXiv 2406.15734): measure an allocation, learn from it, choose the next one.
 
-The performance model starts from what earlier runs measured, on whatever models (the offline phase), and
-learns from each measurement of this one (the online phase). The reference allocation is measured first, so
-what is returned is never worse than it on what was measured.
+The loss model first learns from the measurements of earlier runs, on any models (the offline phase), and then
+from each measurement of this run (the online phase). The reference allocation is measured first, and the
+allocation of least measured loss is returned, so it is never worse than the reference on the held-out text.
 """
 
 import hashlib
@@ -21,22 +21,22 @@ from rana_kernels.checkpoint.resume import ResumeDir
 from rana_kernels.system.files import write_json
 
 FORMAT = 2
-CANDIDATES = 512  # of which the most promising is measured
-EXPLORED = 4  # one in so many measurements is a random one, at the start, where no earlier run says more
+CANDIDATES = 512  # for each measurement; the most promising one is measured
+EXPLORED = 4  # without earlier runs, the first 1 / EXPLORED of the measurements are of random allocations
 JOURNAL = "search"
 
 
 @dataclass
 class Search:
-    """What to measure with, and what was measured.
+    """The settings of a search, and its results.
 
-    held_out      rows of tokens [n, T] that neither the calibration nor the training has
-    evaluations   how many allocations are measured, the reference included
-    seed          of the allocations that are tried
-    history       a directory of earlier runs, to learn from and to add this one to; None: neither.
-                  `own_history()` is the user's
-    losses        filled in: nats a token of each measured allocation, the reference first
-    baseline_loss   filled in: the loss that the reference is compared with (of the dense model)
+    held_out        token ids [n, T] that are in neither the calibration nor the training
+    evaluations     how many allocations are measured, the reference included
+    seed            the seed of the random allocations
+    history         a directory of records of earlier runs: the search learns from them and adds its own.
+                    None: no records. `own_history()` is the user's directory
+    losses          result: nats a token of each measured allocation, the reference first
+    baseline_loss   result: the loss that the reference is compared with, such as that of the dense model
     """
 
     held_out: Tensor
@@ -51,7 +51,7 @@ class Search:
             raise ValueError(f"Search: evaluations is {self.evaluations}, wanted at least 1")
 
     def summary(self, reference: str, baseline: str) -> str:
-        """What measuring gained, in a line."""
+        """Return one line that compares the best allocation with the reference and the baseline."""
         return (
             f"{len(self.losses)} allocations measured: the loss of the best is {min(self.losses):.4f}, "
             f"{reference} {self.losses[0]:.4f}, {baseline} {self.baseline_loss:.4f}"
@@ -64,7 +64,7 @@ class Search:
 
 
 def own_history() -> Path:
-    """Where the user's runs are kept."""
+    """Return the directory that keeps the records of the user's searches."""
     home = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
     return home / "rana_kernels" / "searches"
 
@@ -77,11 +77,11 @@ def best_allocation(
     store: ResumeDir | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """The allocation [inputs] of least measured loss; `search` has the losses then.
+    """Return the allocation [inputs] of least measured loss, and fill in `search.losses`.
 
-    kind       of budget: runs learn from earlier ones of their kind
-    measure    the loss of an allocation, in nats a token
-    store      measured ones are kept here, and are not measured again
+    kind       the kind of budget: a run learns only from earlier runs of its kind
+    measure    returns the loss of an allocation, in nats a token
+    store      keeps the measurements, so that a repeated call does not measure them again
     """
     search.losses.clear()
     journal = (store.load_json(JOURNAL) if store else None) or []
@@ -99,7 +99,7 @@ def best_allocation(
             search.losses.append(journal[i]["loss"])
             bar.update(task, advance=1, description=f"searching, {_gain(search)}")
     if search.history is not None:
-        _keep(kind, inputs, tried, search)
+        _record(kind, inputs, tried, search)
     return tried[search.losses.index(min(search.losses))]
 
 
@@ -108,13 +108,13 @@ def _gain(search: Search) -> str:
 
 
 def _outcomes(losses: list[float], baseline_loss: float) -> Tensor:
-    """The losses over that of the reference, in units of the reference's distance from the baseline_loss."""
+    """Return losses minus that of the reference, in units of |reference - baseline|."""
     found = torch.tensor(losses, dtype=torch.float64)
     return (found - found[0]) / (found[0] - baseline_loss).abs().clamp_min(1e-9)
 
 
 def _propose(inputs: list[InputShare], tried: Tensor, search: Search, earlier: list[dict]) -> Tensor:
-    """The reference first, then some random ones, then what the model expects most of."""
+    """Return the next allocation: the reference, then random ones, then the most promising candidate."""
     if len(tried) == 0:
         return torch.zeros(len(inputs), dtype=torch.float64)
     generator = torch.Generator().manual_seed(search.seed * 10_007 + len(tried))
@@ -134,8 +134,10 @@ def _propose(inputs: list[InputShare], tried: Tensor, search: Search, earlier: l
 
 
 def _candidates(inputs: list[InputShare], best: Tensor, generator: torch.Generator) -> Tensor:
-    """Steps [n, inputs] from the best one known (the first half) and from the reference: smooth ones, by
-    kind of input and depth, and a little of each input's own."""
+    """Return random allocations [CANDIDATES, inputs]: half of them around `best`, half around the reference.
+
+    A step is smooth in the kind of input and in the depth, plus a smaller independent part for each input.
+    """
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -151,7 +153,7 @@ def _candidates(inputs: list[InputShare], best: Tensor, generator: torch.Generat
     return step
 
 
-# earlier runs
+# records of earlier runs
 
 
 def _earlier(kind: str, history: Path | None) -> list[dict]:
@@ -179,7 +181,7 @@ def _read(path: Path) -> dict:
     return run
 
 
-def _keep(kind: str, inputs: list[InputShare], tried: Tensor, search: Search) -> None:
+def _record(kind: str, inputs: list[InputShare], tried: Tensor, search: Search) -> None:
     assert search.history is not None
     pairs = zip(tried.tolist(), search.losses, strict=True)
     run = {

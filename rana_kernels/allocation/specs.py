@@ -1,10 +1,11 @@
-"""Adapters of a plan, with their sizes taken from the linears that they are for."""
+"""Construction of AdapterSpecs with the sizes of the linears that they cover."""
 
 from rana_kernels.model.plan import AdapterSpec
 from rana_kernels.statistics.block import CalibratedBlock
 
 
 def dense_spec(calibrated: CalibratedBlock, name: str) -> AdapterSpec:
+    """Return the AdapterSpec of a linear that stays dense."""
     return make_spec(calibrated, "dense", (name,), 0, 0.0, None)
 
 
@@ -17,7 +18,7 @@ def make_spec(
     threshold: float | None,
     metric: str = "output",
 ) -> AdapterSpec:
-    """An adapter with the sizes of the layer's linears `names`."""
+    """Return an AdapterSpec with the sizes of the linears `names` of the block."""
     linears = [calibrated.linear(name) for name in names]
     return AdapterSpec(
         kind=kind,

@@ -1,9 +1,10 @@
-"""Spending a budget: of every curve the point that loses least, all together.
+"""The spending of a budget: one choice for every linear, so that the sum of the errors is least.
 
-At a price for what is budgeted, each linear takes what is cheapest in error plus cost, and the price is the
-one at which the model fits. (A Lagrange multiplier finds points on the convex hulls of all curves at once:
-Shoham and Gersho, "Efficient bit allocation", 1988.) A cap on memory is a second price, a rent for each
-stored byte: at every rent the price is found anew.
+Every unit of cost gets a price. At a given price each linear takes the choice of least error + price · cost.
+A bisection finds the lowest price at which the whole model is within the budget. The price is a Lagrange
+multiplier, which finds points on the convex hulls of all curves at once (Shoham and Gersho, "Efficient bit
+allocation", 1988). A limit on memory adds a second multiplier, the rent of a stored byte; the price is found
+again for every rent.
 """
 
 import math
@@ -19,7 +20,7 @@ from rana_kernels.model.plan import AdapterSpec
 
 @dataclass(frozen=True)
 class Choice:
-    """One adapter: what a token costs, the bytes that it stores, and its error in the metric of the loss."""
+    """One adapter, its cost a token, the bytes that it stores, and its error in the metric of the loss."""
 
     cost: float
     bytes: int
@@ -28,15 +29,19 @@ class Choice:
 
 
 Curve = list[Choice]
-Ways = list[list[Curve]]  # for linears that read one input: each way takes a choice of each of its curves
-# powers of two between which a price and a rent are sought: errors span many orders of magnitude
+# The ways to adapt the linears that read one input, such as each alone or all jointly. Exactly one way is
+# taken, with one choice from each of its curves.
+Ways = list[list[Curve]]
+# The bisections run between these powers of two, because errors span many orders of magnitude.
 PRICES, RENTS = (-200.0, 200.0), (-200.0, 100.0)
-STEPS = 60  # halvings of a range
+STEPS = 60  # of a bisection
 
 
 def spend(curves: list[Ways], budget: float, max_memory: float | None = None) -> list[Choice] | None:
-    """Choices of least error together, at a cost of at most `budget` and, if there is a cap, with at most
-    `max_memory` bytes to store; None if there are none."""
+    """Return the choices of least total error within `budget` and, if given, `max_memory` bytes.
+
+    Returns None if no choices are within both limits.
+    """
     offers, budget = _Offers(curves), budget * (1 + ROUNDING)
     room = math.inf if max_memory is None else max_memory
     taken = _at_rent(offers, budget, 0.0)
@@ -48,18 +53,19 @@ def spend(curves: list[Ways], budget: float, max_memory: float | None = None) ->
 
 
 def least_cost(curves: list[Ways]) -> float:
-    """What is cheapest costs."""
+    """Return the cost of the cheapest choices for all groups of linears."""
     return sum(min(sum(min(c.cost for c in curve) for curve in way) for way in ways) for ways in curves)
 
 
 def least_memory(curves: list[Ways], budget: float) -> int | None:
-    """Bytes that have to be stored at a cost of at most `budget`; None if that cannot be met."""
+    """Return the fewest bytes stored at a cost of at most `budget`, or None if nothing costs so little."""
     offers = _Offers(curves)
     taken = _at_rent(offers, budget * (1 + ROUNDING), 2.0 ** RENTS[1])
     return None if taken is None else int(offers.bytes_of(taken))
 
 
 def _at_rent(offers: "_Offers", budget: float, rent: float) -> Tensor | None:
+    """Return what is taken at the lowest price that meets the budget, at a given rent."""
     return _lowest(
         lambda price: offers.taken(price, rent), lambda taken: offers.cost_of(taken) <= budget, PRICES
     )
@@ -68,7 +74,7 @@ def _at_rent(offers: "_Offers", budget: float, rent: float) -> Tensor | None:
 def _lowest(
     taken_at: Callable[[float], Tensor | None], fits: Callable[[Tensor], bool], powers: tuple[float, float]
 ) -> Tensor | None:
-    """What is taken at the lowest price at which it fits; None if it fits at none."""
+    """Bisect for the lowest price at which `taken_at(price)` fits and return that; None if none fits."""
     low, high = powers
     best = taken_at(2.0**high)
     if best is None or not fits(best):
@@ -84,7 +90,7 @@ def _lowest(
 
 
 def _spend_rest(offers: "_Offers", taken: Tensor, budget: float, room: float) -> Tensor:
-    """What one price leaves over, on points between those of the hulls: the largest gain that fits first."""
+    """Spend the rest of the budget on choices between the points of the hulls, the largest gain first."""
     while True:
         curve, choice, gain = offers.best_step(
             taken, budget - offers.cost_of(taken), room - offers.bytes_of(taken)
@@ -95,9 +101,12 @@ def _spend_rest(offers: "_Offers", taken: Tensor, budget: float, room: float) ->
 
 
 class _Offers:
-    """All choices as tensors [curves, choices], short curves filled up with what nobody takes.
+    """All choices as tensors [curves, choices]. Short curves are padded with choices of infinite error.
 
-    What is taken is a tensor [curves]: the index of a choice, or -1 where another way is gone.
+    The taken choices are a tensor [curves]: the index of a choice, or -1 for a curve of a way not taken.
+
+    way    [curves]: the number of the way that a curve belongs to
+    ways   [groups, ways]: the numbers of each group's ways, padded with a number that no way has
     """
 
     def __init__(self, curves: list[Ways]) -> None:
@@ -118,8 +127,9 @@ class _Offers:
         )
 
     def taken(self, price: float, rent: float) -> Tensor:
+        """Return the choices of least error + price · cost + rent · bytes, of the best way of every group."""
         value, choice = (self.error + price * self.cost + rent * self.bytes).min(1)
-        # one more way, that nobody goes, where a group has fewer than another
+        # the last total belongs to the padding of `ways`, which must never be the best
         total = torch.zeros(int(self.way[-1]) + 2, dtype=torch.float64).index_add(0, self.way, value)
         total[-1] = math.inf
         best = self.ways.gather(1, total[self.ways].argmin(1, keepdim=True))
@@ -132,7 +142,7 @@ class _Offers:
         return self._sum(self.bytes, taken)
 
     def best_step(self, taken: Tensor, rest: float, room: float) -> tuple[int, int, float]:
-        """Curve, choice and gain of the step that lowers the error most, within what is left over."""
+        """Return curve, choice and gain of the change that lowers the error most within `rest` and `room`."""
         now = taken.clamp_min(0)[:, None]
         fits = (self.cost - self.cost.gather(1, now) <= rest) & (
             self.bytes - self.bytes.gather(1, now) <= room

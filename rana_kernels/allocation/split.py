@@ -1,8 +1,8 @@
-"""How a rank adapter spends its budget: few ranks that are mostly on, or many that are mostly off.
+"""The split of a rank adapter's budget: few ranks that are mostly on, or many that are mostly off.
 
-RaNA (arXiv 2503.18216, algorithm 1): of all pairs (stored ranks R, mean live ranks) that a budget of
-R·K + live·N multiply-adds allows, take the one whose mask captures the most energy, Σ of the kept h². The
-same in any other unit: a stored rank has a price, and a live one.
+RaNA (arXiv 2503.18216, algorithm 1) considers all pairs (stored ranks R, mean live ranks) that a budget of
+R·K + live·N multiply-adds allows, and takes the pair whose mask captures the most energy, Σ h² over the live
+ranks. The same holds in any other unit, where a stored rank and a live rank have other costs.
 """
 
 from dataclasses import dataclass, replace
@@ -14,15 +14,20 @@ from rana_kernels.allocation.cost import ROUNDING, LinearCost
 from rana_kernels.statistics.thresholds import threshold_for
 
 RANK_STEP = 16
-PARTS = 4  # between few ranks that are always on and those of the best split: where `frontier` looks
+PARTS = 4  # steps of `frontier` between few ranks that are always on and the ranks of the best split
 _BINS = 2048
-_OCTAVES = 64  # of h², below its largest value: more than float32 squares resolve
+_OCTAVES = 64  # of the histogram, below the largest h²: smaller values add nothing that float32 can show
 
 
 @dataclass(frozen=True)
 class Split:
-    """Stored ranks, and the live ones of a mean token. `dropped`: the mean over tokens of the energy that
-    is not kept, to about a hundredth of itself. `threshold`: None until one is found for the sample."""
+    """How many ranks an adapter stores, and how many of them are live.
+
+    rank        stored ranks
+    live        mean live ranks a token
+    dropped     the energy of the ranks that are not live, mean over tokens, to about one percent
+    threshold   None until it is found for the sample
+    """
 
     rank: int
     live: float
@@ -31,43 +36,48 @@ class Split:
 
 
 def smallest_budget(line: LinearCost) -> float:
-    """What the smallest rank adapter costs that is worth storing: one live rank of 16."""
+    """Return the cost of the smallest rank adapter: 16 stored ranks, one of them live."""
     return line.at(RANK_STEP, 1)
 
 
 class Splits:
-    """The best split of any budget, for rank values `h` [T, F] of the token sample, counted once.
+    """The best split of any budget. The histogram of the sample is made once, in the constructor.
 
-    line   what stored and live ranks cost, in the unit of the budgets
+    h      rank values [T, F] of the token sample
+    line   the cost of stored and live ranks, in the unit of the budgets
     """
 
     def __init__(self, h: Tensor, line: LinearCost) -> None:
         self.h, self.tokens, self.line = h, len(h), line
         counts, self._value = _histogram(h)
         self._energy = float((counts * self._value).sum())
-        # ranks after the last block of 16 are never stored
+        # ranks after the last multiple of 16 are never stored, but their energy counts as dropped
         self._energy += float(h[:, len(counts) * RANK_STEP :].square().sum(dtype=torch.float64))
         self._counts = counts.cumsum(0).double()
         self._ranks = torch.arange(1, len(counts) + 1, device=h.device, dtype=torch.float64) * RANK_STEP
 
     def best(self, budget: float) -> Split:
-        """The split that loses least at a cost of `budget` a token. ValueError if even the smallest adapter
-        costs more."""
+        """Return the split that drops the least energy at a cost of `budget` a token.
+
+        Raises ValueError if the smallest adapter costs more.
+        """
         live, captured = self._captured(budget)
         return self._split(live, captured, len(captured))
 
     def frontier(self, budget: float) -> list[Split]:
-        """The best split last, and before it some that store fewer ranks, and lose more. Raises as `best`."""
+        """Return splits that store more and more ranks and drop less; the best is last. Raises as `best`."""
         live, captured = self._captured(budget)
         most = int(captured.argmax()) + 1
-        # with fewer than can all be live at once, some of the budget would be left over
+        # with fewer stored ranks, all could be live and some of the budget would be left over
         few = min(most, max(1, int((live == self._ranks).sum())))
         limits = sorted({few + (most - few) * i // PARTS for i in range(PARTS + 1)})
         return list({s.rank: s for s in (self._split(live, captured, limit) for limit in limits)}.values())
 
     def _captured(self, budget: float) -> tuple[Tensor, Tensor]:
-        """For 16, 32, … stored ranks: the live ones that `budget` pays for, and the energy that these keep;
-        -1 where that is none."""
+        """Return, for 16, 32, … stored ranks, the live ranks that `budget` pays for and the energy in them.
+
+        The energy is -1 where the budget does not pay for one live rank.
+        """
         counts, ranks, line = self._counts, self._ranks, self.line
         live = ((budget - line.fixed - ranks * line.stored) / line.live).minimum(ranks)
         if len(ranks) == 0 or live[0] < 1 - ROUNDING:
@@ -75,28 +85,31 @@ class Splits:
                 f"a rank adapter has a budget of {budget:.6g}, wanted at least {smallest_budget(line):.6g}, "
                 "for one live rank of 16: ask for a smaller reduction"
             )
-        # of each bin, largest values first, what is left of the `live` share once the bins before are in
+        # bins go from the largest values down: a bin gets the live values that the bins before it leave
         room = live[:, None] * self.tokens - (counts.cumsum(1) - counts)
         captured = (counts.minimum(room.clamp_min(0)) * self._value).sum(1)
         captured[live < 1 - ROUNDING] = -1
         return live, captured
 
     def _split(self, live: Tensor, captured: Tensor, limit: int) -> Split:
-        """The best one of at most `limit` times 16 ranks."""
+        """Return the best split with at most `limit` times 16 stored ranks."""
         best = int(captured[:limit].argmax())
         dropped = max(0.0, self._energy - float(captured[best])) / max(1, self.tokens)
         return Split(RANK_STEP * (best + 1), float(live[best]), dropped)
 
     def exact(self, budget: float) -> Split:
-        """The best split with its threshold, and the live ranks that this keeps."""
+        """Return the best split with its threshold, and with the live ranks that the threshold gives."""
         split = self.best(budget)
-        threshold, kept = threshold_for(self.h[:, : split.rank].abs(), split.live)
-        return replace(split, live=kept, threshold=threshold)
+        threshold, live = threshold_for(self.h[:, : split.rank].abs(), split.live)
+        return replace(split, live=live, threshold=threshold)
 
 
 def _histogram(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts [F / 16, bins] of h² by block of 16 ranks, on a log scale from the largest down, and the
-    value of each bin. Counting instead of sorting makes every R cost one pass over the sample together."""
+    """Return a histogram [F / 16, bins] of h² for each 16 ranks, and the value [bins] of each bin.
+
+    Bins are logarithmic, the largest values first. A histogram serves every R with one pass over the sample,
+    where sorting would need one pass for each.
+    """
     blocks = h.shape[1] // RANK_STEP
     square = h[:, : blocks * RANK_STEP].float().square()
     top = (

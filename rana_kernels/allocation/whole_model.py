@@ -1,12 +1,12 @@
-"""One budget for a whole model: where a multiply-add, or a microsecond, saves the most loss.
+"""`method="global"`: one budget for the whole model, spent where it saves the most loss.
 
-Every way to adapt a linear, at every cost, has an error: what its output is off by, each output
-weighed by how the loss depends on it, so that errors of all linears are in one currency. Which kind of
-adapter a linear gets, whether q, k and v or up and gate share their ranks, and what stays dense is not
-decided by a rule: `spend.py` finds what loses least together.
+Every adapter has an estimated error: the squared error of its outputs, each output weighted by how strongly
+the loss depends on it. Therefore the errors of different linears can be compared and added. No rule decides
+which kind of adapter a linear gets, whether linears share their ranks, or which linears stay dense:
+`spending.py` finds the choices of least total error.
 
-Errors of rank adapters are dropped energies, which is what they are. A neuron adapter's are measured,
-because the neurons it drops add up: their scores leave the cross terms out and flatter it.
+The error of a rank adapter is exactly the energy that it drops. The error of a neuron adapter is measured,
+because the errors of dropped neurons add up: a sum of their scores leaves out the cross terms.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats
 from rana_kernels.statistics.thresholds import evenly
 
-SHARES = tuple(i / 48 for i in range(1, 48))  # of the dense cost: where the curves are taken
-ERROR_TOKENS = 1024  # of the sample, for errors that are measured
+SHARES = tuple(i / 48 for i in range(1, 48))  # cost ratios at which a curve has its choices
+ERROR_TOKENS = 1024  # of the sample, to measure the errors of neuron adapters
 
 
 class WholeModel(Method):
@@ -44,8 +44,10 @@ class WholeModel(Method):
 
 
 def model_curves(stats: Stats, cost_model: CostModel = MULTIPLY_ADDS, progress: bool = True) -> list[Ways]:
-    """The curves of every block, which serve any budget in the unit of `cost_model`. Holds the factors of one
-    block at a time."""
+    """Return the curves of all blocks, for any budget in the unit of `cost_model`.
+
+    The factors of one block are in memory at a time.
+    """
     curves: list[Ways] = []
     for block in track(stats.blocks, "planning", disable=not progress, transient=True):
         curves += block_curves(CalibratedBlock(stats.model, block, stats), cost_model)
@@ -53,8 +55,8 @@ def model_curves(stats: Stats, cost_model: CostModel = MULTIPLY_ADDS, progress: 
 
 
 def plan_curves(stats: Stats, curves: list[Ways], request: Request) -> Plan:
-    """`curves` of all blocks, in the unit of the request."""
-    # the first way is each linear on its own, and its first choice dense
+    """Return the plan of least total error. `curves` are those of all blocks, in the unit of the request."""
+    # the first way adapts each linear alone, and the first choice of a curve is the dense linear
     dense = sum(curve[0].cost for ways in curves for curve in ways[0])
     budget = (1 - request.reduction) * dense
     chosen = spend(curves, budget, request.max_memory)
@@ -77,7 +79,7 @@ def _out_of_reach(curves: list[Ways], request: Request, budget: float, dense: fl
 
 
 def block_curves(calibrated: CalibratedBlock, cost_model: CostModel = MULTIPLY_ADDS) -> list[Ways]:
-    """The curves of one block: of q, k and v apart or together, o, up and gate apart or together, down."""
+    """Return the ways to adapt each input's linears: each linear alone, or all of them jointly."""
     curves: list[Ways] = []
     for names in calibrated.block.inputs.values():
         apart = [_single(calibrated, name, cost_model) for name in names]
@@ -87,7 +89,7 @@ def block_curves(calibrated: CalibratedBlock, cost_model: CostModel = MULTIPLY_A
 
 
 def _single(calibrated: CalibratedBlock, name: str, cost_model: CostModel) -> Curve:
-    """What one linear can become: dense, its first choice, or adapted alone."""
+    """Return the choices for one linear: dense first, then its rank and neuron adapters."""
     dense = _choice(calibrated, cost_model, dense_spec(calibrated, name), 0.0)
     return [dense, *_ranks(calibrated, (name,), cost_model), *_neurons(calibrated, name, cost_model)]
 
@@ -98,7 +100,7 @@ def _choice(calibrated: CalibratedBlock, cost_model: CostModel, adapter: Adapter
 
 
 def _ranks(calibrated: CalibratedBlock, names: tuple[str, ...], cost_model: CostModel) -> Iterator[Choice]:
-    """Rank adapters at each cost at which there is one: the best, and some that store less."""
+    """Yield rank adapters of each cost that pays for one: some that store little, then the best."""
     N, K = calibrated.weight(names).shape
     line = cost_model.rank(K, N)
     splits = Splits(calibrated.rank_scores(names, "loss"), line)
@@ -112,7 +114,7 @@ def _ranks(calibrated: CalibratedBlock, names: tuple[str, ...], cost_model: Cost
 
 
 def _neurons(calibrated: CalibratedBlock, name: str, cost_model: CostModel) -> Iterator[Choice]:
-    """Neuron adapters, their errors measured on some tokens."""
+    """Yield neuron adapters of each cost. Their errors are measured on some tokens."""
     x, norms = calibrated.sample(calibrated.input_of((name,))), calibrated.neuron_norms(name, "loss")
     x = x[evenly(len(x), ERROR_TOKENS)]
     weight = _narrowed(calibrated.weighted((name,), "loss"))
@@ -122,10 +124,10 @@ def _neurons(calibrated: CalibratedBlock, name: str, cost_model: CostModel) -> I
         threshold = ordered[min(round(share * len(ordered)), len(ordered) - 1)]
         error = torch.where(scores < threshold, x, 0) @ weight.T
         adapter = make_spec(calibrated, "neuron", (name,), x.shape[1], share * x.shape[1], None, "loss")
-        mean = float(error.square().sum(dtype=torch.float64)) / len(x)
-        yield _choice(calibrated, cost_model, adapter, mean)
+        mean_error = float(error.square().sum(dtype=torch.float64)) / len(x)
+        yield _choice(calibrated, cost_model, adapter, mean_error)
 
 
 def _narrowed(weight: Tensor) -> Tensor:
-    """[min(N, K), K]: makes outputs of the same length as `weight` [N, K]."""
+    """Return [min(N, K), K]: its outputs have the same norms as those of `weight` [N, K]."""
     return torch.linalg.qr(weight, mode="r").R if len(weight) > weight.shape[1] else weight
