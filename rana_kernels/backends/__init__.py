@@ -1,7 +1,7 @@
-"""Who serves the ops: compiled libraries, else Triton (for CUDA tensors), else the PyTorch reference.
+"""The backends that serve the ops: compiled libraries, else Triton (CUDA only), else the PyTorch reference.
 
-State is asked of torch's dispatcher, never remembered: a library is loaded or it is not. A library
-that is absent leaves its device to the next in line; one that is present and does not load raises.
+torch's dispatcher holds the state: no variable here remembers which library is loaded. If a library is
+absent, the next backend serves its device. If a library is present and does not load, the import fails.
 """
 
 import os
@@ -20,9 +20,9 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def instruction_set() -> str:
-    """The best instruction set of this processor that the CPU library is compiled for.
+    """Return the best instruction set of this processor for which a CPU library was built.
 
-    `RANA_CPU_ISA` names a lesser one, for tests and comparisons.
+    For tests and comparisons, `RANA_CPU_ISA` chooses another instruction set.
     """
     forced = os.environ.get("RANA_CPU_ISA")
     if forced is not None:
@@ -34,7 +34,7 @@ def instruction_set() -> str:
 
 
 def library(device: str) -> Path:
-    """Where the compiled ops for `device` ("cpu" or "cuda") are, if they were built."""
+    """Return where the compiled ops for `device` ("cpu" or "cuda") are, if they were built."""
     return _cpu_library(instruction_set()) if device == "cpu" else _PACKAGE / "_cuda.abi3.so"
 
 
@@ -43,12 +43,12 @@ def _cpu_library(name: str) -> Path:
 
 
 def installed(name: str) -> bool:
-    """Whether the backend of that name could serve: its library was built, its package is there."""
+    """Return whether the backend `name` can serve: its library was built, or its package is installed."""
     return library(name).exists() if name in ("cpu", "cuda") else name != "triton" or triton.available()
 
 
 def load_libraries() -> None:
-    """Load the compiled ops that are there. Called once, when the package is imported."""
+    """Load the compiled ops that were built. The package calls this once, when it is imported."""
     for device in ("cpu", "cuda"):
         if installed(device):
             _load(library(device))
@@ -67,14 +67,14 @@ def _load(path: Path) -> None:
 
 
 class use_backend:
-    """Choose who serves the ops: `"auto"`, `"reference"` (plain PyTorch), `"cpu"`, `"cuda"` or `"triton"`.
+    """Choose the backend: `"auto"`, `"reference"` (plain PyTorch), `"cpu"`, `"cuda"` or `"triton"`.
 
-    Takes effect at once, for the whole process; as a context manager, until the block ends. A backend
-    takes over its own device and leaves the other as it is: `"triton"` serves CUDA tensors, and under
-    `TRITON_INTERPRET=1` CPU tensors as well. For debugging, tests and comparisons. `RANA_BACKEND`
-    chooses at import.
+    The choice takes effect at once, for the whole process. As a context manager, it ends with the block.
+    A backend takes over its own device and does not change the other: `"triton"` serves CUDA tensors, and
+    under `TRITON_INTERPRET=1` CPU tensors as well. Use it for debugging, tests and comparisons. The
+    environment variable `RANA_BACKEND` makes the same choice at import.
 
-    Raises ValueError for an unknown name, RuntimeError where that backend is not installed.
+    Raises ValueError for an unknown name, and RuntimeError if that backend is not installed.
     """
 
     def __init__(self, name: str):
@@ -116,38 +116,38 @@ def _register_triton() -> torch.library.Library:
     return triton.register(ops.SCHEMAS, *keys)
 
 
-def _register_the_rest() -> torch.library.Library | None:
-    """Triton, where no compiled library serves CUDA tensors."""
-    absent = not installed("cuda") and installed("triton")
-    return triton.register(ops.SCHEMAS, "CUDA") if absent else None
+def _register_default() -> torch.library.Library | None:
+    """Register Triton for CUDA tensors if no compiled library serves them."""
+    needed = not installed("cuda") and installed("triton")
+    return triton.register(ops.SCHEMAS, "CUDA") if needed else None
 
 
-# The backends in Python hide the compiled ones while they are registered.
+# While a backend in Python is registered, it hides the compiled ones.
 _OVERRIDES = {"reference": _register_reference, "triton": _register_triton}
 
 
 class _InPython:
-    """The one registration from Python that lives: older versions of torch refuse a second for one device."""
+    """The only registration from Python. Older versions of torch refuse a second one for the same device."""
 
     current: str | None = None
     _library: torch.library.Library | None = None
 
     @classmethod
     def install(cls, name: str | None) -> None:
-        """That of `name`, or what the compiled libraries leave to be served."""
+        """Register the backend `name`. None: register a backend only for what no compiled library serves."""
         if cls._library is not None:
             if name == cls.current:
                 return
             cls._library._destroy()
         with warnings.catch_warnings():
-            # torch warns of an overridden kernel; overriding it is what was asked for
+            # torch warns that a kernel is overridden, which is the purpose here
             warnings.simplefilter("ignore", UserWarning)
-            cls._library = (_register_the_rest if name is None else _OVERRIDES[name])()
+            cls._library = (_register_default if name is None else _OVERRIDES[name])()
         cls.current = name
 
 
 def serving() -> dict[str, dict[str, str]]:
-    """What serves each op on each device, asked of the dispatcher: {op: {device: backend}}."""
+    """Ask the dispatcher which backend serves each op on each device: {op: {device: backend}}."""
     return {
         name: {device: _server(f"rana::{name}", key) for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))}
         for name in ops.SCHEMAS
@@ -155,7 +155,7 @@ def serving() -> dict[str, dict[str, str]]:
 
 
 def _server(op: str, key: str) -> str:
-    """The backend behind a dispatch key, from the file that registered it."""
+    """Return the backend behind a dispatch key, recognised by the file that registered the kernel."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
         return "reference"
     table = torch._C._dispatch_dump(op)

@@ -1,4 +1,4 @@
-"""What runs here: which backend serves each op on each device, and with what it was built."""
+"""A report on this machine: which backend serves each op on each device, and how the package was built."""
 
 import os
 import platform
@@ -18,11 +18,15 @@ from rana_kernels.version import __version__
 
 @dataclass(repr=False)
 class Report:
-    """The answer of `report()`. Prints as tables; `to_dict` is for programs.
+    """The result of `report()`. It prints as tables; `to_dict` is for programs.
 
     serving           {op: {device: backend}}, as torch's dispatcher has it now
-    instruction_set   what the compiled CPU ops use; None if they were not built
-    features          the vector extensions that the CPU ops ask about, and whether this processor has them
+    instruction_set   the instruction set that the compiled CPU ops use; None if they were not built
+    threads           CPU threads that torch uses
+    processors        processors of the machine
+    cards             names of the graphics cards
+    versions          {package: version}; None for a package that is not installed
+    features          {vector extension that the CPU ops can use: whether this processor has it}
     build             compiler, torch and instruction sets of the build; None without the optional module `_C`
     """
 
@@ -50,7 +54,7 @@ class Report:
 
 
 def report() -> Report:
-    """Say what serves each op on each device, with instruction set, threads, versions and build facts."""
+    """Report which backend serves each op on each device, and the facts about the machine and the build."""
     host = _host_module()
     return Report(
         serving=backends.serving(),
@@ -86,7 +90,7 @@ def _version(package: str) -> str | None:
 
 def _serving_table(serving: dict[str, dict[str, str]]) -> Table:
     devices = list(next(iter(serving.values())))
-    table = Table("op", *devices, title="Who serves the ops", title_justify="left")
+    table = Table("op", *devices, title="Backend of each op", title_justify="left")
     for op, servers in serving.items():
         table.add_row(op, *(servers[device] for device in devices))
     return table

@@ -1,6 +1,6 @@
-"""The ops in Triton. This file needs no triton: the kernels are imported at the first call.
+"""The ops in Triton. This file does not import triton: the kernels are imported at the first call.
 
-`import rana_kernels` must work on machines without triton, and without a card.
+`import rana_kernels` must work on machines that have no triton or no graphics card.
 """
 
 import os
@@ -12,17 +12,17 @@ import torch
 
 
 def available() -> bool:
-    """Whether the triton package is installed."""
+    """Return whether the triton package is installed."""
     return find_spec("triton") is not None
 
 
 def interpreted() -> bool:
-    """Whether kernels run in triton's interpreter, which serves CPU tensors (slowly: for tests)."""
+    """Return whether kernels run in triton's interpreter. It serves CPU tensors, slowly, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def register(names: Iterable[str], *keys: str) -> torch.library.Library:
-    """Register the ops of these names for the dispatch keys "CUDA", "CPU" or both."""
+    """Register the named ops for the dispatch keys "CUDA", "CPU" or both."""
     library = torch.library.Library("rana", "IMPL")
     for name in names:
         for key in keys:

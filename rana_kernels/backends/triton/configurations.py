@@ -1,7 +1,7 @@
-"""How a problem is cut up into programs and blocks: a table where one was measured, else a rule.
+"""The configurations that divide a problem into programs and blocks: from a measured table, or by a rule.
 
-Nothing is tried out while a model runs. `rana tune` measures on a card and writes its table; none comes
-with the package, because none was measured yet.
+No configuration is tried out while a model runs. `rana tune` measures on a GPU and writes its table. The
+package contains no table, because none was measured yet.
 """
 
 import json
@@ -18,18 +18,18 @@ import triton
 from torch import Tensor
 
 _WIDTHS = (2048, 1024, 512, 256, 128, 64)
-_MOST_SHARES = 64
+_MAX_SHARES = 64
 _tried: dict[str, dict] = {}
 
 
 @dataclass(frozen=True)
 class Decode:
-    """A resident grid.
+    """The configuration of a decode kernel, whose grid is resident on the GPU as a whole.
 
-    warps        of a program
+    warps        warps of a program
     residents    programs on a multiprocessor
-    in_flight    bytes of weights that a thread asks for at a time
-    columns      of a tile, at most
+    in_flight    bytes of weights that a thread requests at a time
+    columns      the most columns of a tile
     """
 
     warps: int
@@ -39,22 +39,22 @@ class Decode:
 
     @property
     def registers(self) -> int:
-        """What a thread may use, so that the residents fit on a multiprocessor, which has 65,536."""
+        """Return how many registers a thread may use so that the residents fit (65,536 a multiprocessor)."""
         return min(255, 65536 // (self.residents * self.warps * 32))
 
     def blocks(self, width: int, itemsize: int) -> tuple[int, int]:
-        """(rows, columns) of one block of weights of rows of `width`: as wide as wastes little of it."""
+        """Return (rows, columns) of a block of weights: as wide as possible with little waste of `width`."""
         weights = self.warps * 32 * self.in_flight // itemsize
         fits = [c for c in _WIDTHS if c <= min(self.columns, weights // 16)]
         columns = next((c for c in fits if _waste(width, c) <= 0.125), fits[-1])
         return weights // columns, columns
 
     def seats(self, device: torch.device) -> int:
-        """How many programs run at the same time. The interpreter runs one."""
+        """Return how many programs run at the same time. The interpreter runs one."""
         return self.residents * _properties(device).multi_processor_count if device.type == "cuda" else 1
 
     def cut(self, R: int, N: int, itemsize: int, device: torch.device) -> "Cut":
-        """How R rows of N are dealt out, so that tiles × shares keep every program busy."""
+        """Divide R rows of N columns so that tiles × shares keep every program busy."""
         rows, columns = self.blocks(N, itemsize)
         tiles, programs = max(1, triton.cdiv(N, columns)), self.seats(device)
 
@@ -62,12 +62,18 @@ class Decode:
             rounds = triton.cdiv(tiles * shares, programs)
             return tiles * shares / (rounds * programs) - 0.002 * shares
 
-        shares = max(range(1, max(1, min(_MOST_SHARES, triton.cdiv(R, rows))) + 1), key=busy)
+        shares = max(range(1, max(1, min(_MAX_SHARES, triton.cdiv(R, rows))) + 1), key=busy)
         return Cut(rows, columns, shares, tiles * shares)
 
 
 class Cut(NamedTuple):
-    """Tiles of `columns` by interleaved `shares` of the rows, read `rows` at a time: `items` of work."""
+    """A division of a matrix into pieces of work.
+
+    rows      rows that a program reads at a time
+    columns   columns of a tile
+    shares    number of shares into which the rows are interleaved
+    items     pieces of work: tiles × shares
+    """
 
     rows: int
     columns: int
@@ -77,7 +83,10 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefill:
-    """A tiled product. `cublas`: the second of two products goes to torch, the first has the mask."""
+    """The configuration of a tiled product.
+
+    cublas   torch computes the products that have no mask to apply; Triton computes the others
+    """
 
     block_m: int
     block_n: int
@@ -93,30 +102,31 @@ def _waste(width: int, columns: int) -> float:
 
 
 def decodes(M: int, dtype: torch.dtype) -> bool:
-    """Whether a resident grid streams the weights past the tokens; more are for tiled products.
+    """Return whether M tokens are few enough for a decode kernel. More tokens use tiled products.
 
-    Without tensor cores the multiplications of float32 take as long as its bytes from 16 tokens on.
+    float32 runs without tensor cores, so from 16 tokens on its multiplications take as long as its bytes.
     """
     most = 16 if dtype == torch.float32 else 64
     return most >= M
 
 
 def decode(op: str, x: Tensor, *matrices: Tensor | None) -> Decode:
-    """For an op on so few tokens x [M, K] and these weights."""
+    """Return the configuration of an op for few tokens x [M, K] and these weights."""
     found = table(x.device).get(key(op, len(x), size(*matrices), x.dtype))
     return Decode(**found) if found else decode_rule(len(x), x.dtype)
 
 
 def prefill(op: str, x: Tensor, *matrices: Tensor | None) -> Prefill:
-    """For more tokens."""
+    """Return the configuration of an op for many tokens x [M, K] and these weights."""
     found = table(x.device).get(key(op, len(x), size(*matrices), x.dtype))
     return Prefill(**found) if found else prefill_rule(x.dtype)
 
 
 def decode_rule(M: int, dtype: torch.dtype) -> Decode:
-    """What arithmetic suggests: 256 threads on a multiprocessor, 32 KB of weights under way to it.
+    """Return the configuration that arithmetic suggests: 256 threads and 32 KB in flight a multiprocessor.
 
-    Several tokens need registers for their sums, float32 (no tensor cores) most of all: less under way.
+    Several tokens need registers for their sums, float32 (without tensor cores) the most, so fewer bytes
+    are in flight.
     """
     if M == 1:
         return Decode(warps=4, residents=2, in_flight=128, columns=512)
@@ -124,24 +134,24 @@ def decode_rule(M: int, dtype: torch.dtype) -> Decode:
 
 
 def prefill_rule(dtype: torch.dtype) -> Prefill:
-    """Tiles that fit the shared memory of every card from sm_80 on."""
+    """Return tiles that fit the shared memory of every GPU from sm_80 on."""
     if dtype == torch.float32:
         return Prefill(64, 64, 32, warps=4, stages=2, cublas=True)
     return Prefill(128, 128, 32, warps=8, stages=3, cublas=True)
 
 
 def padded(M: int) -> int:
-    """The number of token columns that a kernel is compiled for."""
+    """Return the number of token columns that a kernel is compiled for."""
     return 1 if M == 1 else max(16, triton.next_power_of_2(M))
 
 
 def size(*matrices: Tensor | None) -> int:
-    """Weights of a problem, by which it is looked up."""
+    """Return the number of weights of a problem, by which its configuration is looked up."""
     return sum(m.numel() for m in matrices if m is not None)
 
 
 def key(op: str, M: int, weights: int, dtype: torch.dtype) -> str:
-    """The bucket of a problem: tokens and weights to the next power of two, and the dtype's bytes."""
+    """Return the key of a problem: tokens and weights to the next power of two, and the dtype's bytes."""
     tokens = padded(M) if decodes(M, dtype) else min(4096, triton.next_power_of_2(M))
     return f"{op} M{tokens} weights2^{max(1, weights - 1).bit_length()} bytes{dtype.itemsize}"
 
@@ -152,14 +162,14 @@ def _properties(device: torch.device):
 
 
 def table(device: torch.device) -> dict[str, dict]:
-    """The measured configurations for a card, {key: fields}, and before them those being tried."""
+    """Return the measured configurations of a GPU, {key: fields}. A configuration on trial comes first."""
     measured = tables(gpu_name(device)) if device.type == "cuda" else {}
     return {**measured, **_tried} if _tried else measured
 
 
 @contextmanager
 def trying(key: str, configuration: Decode | Prefill) -> Iterator[None]:
-    """Within the block, this configuration comes before any table: for measuring it."""
+    """Use this configuration within the block, whatever the table says, to measure it."""
     _tried[key] = asdict(configuration)
     try:
         yield
@@ -168,24 +178,25 @@ def trying(key: str, configuration: Decode | Prefill) -> Iterator[None]:
 
 
 def gpu_name(device: torch.device) -> str:
-    """The name of a card, as its table's file has it: nvidia-h200."""
+    """Return the name of a GPU as in the file name of its table: nvidia-h200."""
     return "-".join(_properties(device).name.lower().split())
 
 
 @cache
 def tables(name: str) -> dict[str, dict]:
+    """Return the table of the GPU `name`, read once; {} if there is none."""
     path = own_table(name)
     return read(path) if path.exists() else {}
 
 
 def own_table(name: str) -> Path:
-    """Where `rana tune` puts the table of a card."""
+    """Return where `rana tune` puts the table of a GPU."""
     home = Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config"))
     return home / "rana_kernels" / f"{name}.json"
 
 
 def read(path: Path) -> dict[str, dict]:
-    """The configurations of a table, checked field by field: a bad file is an error, not a guess."""
+    """Return the configurations of a table. Raise RuntimeError if a field of the file is not valid."""
     try:
         found = json.loads(path.read_text())["configurations"]
         for fields in found.values():
@@ -208,7 +219,7 @@ def _check(configuration: Decode | Prefill) -> None:
 
 
 def candidates(M: int, dtype: torch.dtype) -> Iterator[Decode | Prefill]:
-    """What `rana tune` tries for M tokens, the rule's own choice first."""
+    """Yield the configurations that `rana tune` tries for M tokens. The rule's own choice comes first."""
     if decodes(M, dtype):
         yield (rule := decode_rule(M, dtype))
         for warps, residents in ((4, 2), (4, 4), (8, 1), (8, 2)):

@@ -1,4 +1,4 @@
-"""What every decode kernel needs to run: scratch memory, the state of its barrier, a resident grid."""
+"""The launch of a decode kernel: its scratch memory, the state of its barrier, and its resident grid."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -13,32 +13,36 @@ from torch import Tensor
 from rana_kernels.backends.triton import interpreted
 from rana_kernels.backends.triton.configurations import Decode
 
-# Rows that a program lists at a time before it streams those it keeps.
+# A program lists the kept rows among so many, then streams them.
 CHUNK = 1024
-# int32 of a barrier: arrived, generation, and room to 32 bytes. Triton compiles again for a pointer that does
-# not lie on 16, and must not while a launch is captured.
+# A barrier's state has 8 int32: arrived, generation, and padding to 32 bytes. For a pointer that is not
+# aligned to 16 bytes, Triton would compile the kernel again, which must not happen during a capture.
 _STATE = 8
 _STATES = 1 << 16
-# Barrier states: a supply of zeroed ones for each device, and those that each (device, stream) took of it.
+# Each device has a supply of zeroed barrier states, and each (device, stream) has taken one of them.
 _supplies: dict[int, "_Supply"] = {}
 _of_stream: dict[tuple[int, int], Tensor] = {}
-_one_at_a_time = Lock()  # no two threads may be given the same state
+_one_at_a_time = Lock()  # two threads must never get the same state
 
 
 class _Supply:
-    """Zeroed states, each given out once. They are never freed: a graph knows no more than where they lie."""
+    """A supply of zeroed states that gives out each state once.
+
+    The states are never freed, because a CUDA graph holds only their addresses.
+    """
 
     def __init__(self) -> None:
         self.sheets: list[Tensor] = []
-        self.left = 0  # of the last sheet
+        self.left = 0  # states of the last sheet that nobody took yet
 
     def refill(self, device: torch.device) -> None:
-        """To be called outside of a capture, for the next one."""
+        """Prepare states for the next capture. Call this outside of a capture."""
         if self.left < _STATES / 2:
             self.sheets.append(_filled(device))
             self.left = len(self.sheets[-1])
 
     def take(self, device: torch.device) -> Tensor:
+        """Return a zeroed state that nobody else has."""
         if self.left == 0:
             return torch.zeros(_STATE, dtype=torch.int32, device=device)
         self.left -= 1
@@ -46,12 +50,12 @@ class _Supply:
 
 
 def barrier_state(device: torch.device) -> Tensor:
-    """A zeroed int32 [8] that no launch in flight uses, without filling memory on the way.
+    """Return an int32 [8] state, without filling memory, that no other launch in flight uses.
 
-    A barrier leaves its state as it found it, but for the generation, so launches that follow one
-    another on a stream share one. A captured launch may be replayed next to anything: it gets a state
-    of its own, from a supply that was filled before any capture (a kernel has to be compiled by a
-    first call before it can be captured, anyhow).
+    A barrier changes only the generation of its state, so launches on one stream, which follow one another,
+    share a state. A captured launch may be replayed at the same time as any other, so it gets its own state
+    from a supply that was filled before the capture. (A kernel is always called once before a capture,
+    because that call compiles it.)
     """
     if device.type == "cpu":
         return torch.zeros(_STATE, dtype=torch.int32)
@@ -67,15 +71,15 @@ def barrier_state(device: torch.device) -> Tensor:
 
 
 def _filled(device: torch.device) -> Tensor:
-    """Zeroed states that outlive every graph.
+    """Return zeroed states that outlive every CUDA graph.
 
-    By a thread of their own: while torch.compile warms up for a CUDA graph, what this thread allocates
-    counts as the graph's.
+    Another thread allocates them: while torch.compile warms up for a CUDA graph, memory that the current
+    thread allocates belongs to the graph.
     """
 
     def fill() -> Tensor:
         states = torch.zeros(_STATES, _STATE, dtype=torch.int32, device=device)
-        torch.cuda.synchronize(device)  # any stream may take one
+        torch.cuda.synchronize(device)  # any stream may take one, so the zeros must be there
         return states
 
     with ThreadPoolExecutor(1) as thread:
@@ -83,39 +87,39 @@ def _filled(device: torch.device) -> Tensor:
 
 
 def scratch(device: torch.device, *sizes: int) -> list[Tensor]:
-    """Uninitialised float32 vectors of these sizes, from one allocation; each starts on 128 bytes."""
+    """Allocate uninitialised float32 vectors of these sizes at once. Each is aligned to 128 bytes."""
     ends = list(accumulate(triton.cdiv(size, 32) * 32 for size in sizes))
     memory = torch.empty(ends[-1], dtype=torch.float32, device=device)
     return [memory[end - triton.cdiv(size, 32) * 32 :][:size] for size, end in zip(sizes, ends, strict=True)]
 
 
 def tokens_of(op: str, name: str, x: Tensor) -> Tensor:
-    """x [..., K] as a contiguous [M, K]; float64, which only the reference computes in, is refused."""
+    """Return x [..., K] as a contiguous [M, K]. Raise RuntimeError for float64: only the reference has it."""
     if x.dtype == torch.float64:
         raise RuntimeError(f"rana::{op}: {name} has dtype {x.dtype}, wanted float32, bfloat16 or float16")
     return x.reshape(prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
 def packed(vector: Tensor | None) -> Tensor | None:
-    """An optional vector, its elements side by side."""
+    """Return an optional vector as a contiguous one."""
     return None if vector is None else vector.contiguous()
 
 
 def list_size(M: int, programs: int) -> int:
-    """Elements of scratch for the lists of kept rows, which only single tokens have."""
+    """Return the scratch elements for the lists of kept rows. Only single tokens have such lists."""
     return programs * CHUNK if M == 1 else 0
 
 
 def seated(config: Decode, items: int, device: torch.device) -> int:
-    """How many programs to launch when no phase has more than `items` pieces of work."""
+    """Return how many programs to launch when no phase has more than `items` pieces of work."""
     return max(1, min(config.seats(device), items))
 
 
 def run(kernel, phases: int, programs: int, config: Decode, device: torch.device, *args, **constants) -> None:
-    """Launch `kernel` once, all its programs resident together.
+    """Launch `kernel` once, with all its programs resident at the same time.
 
-    The interpreter runs one program after another, so there each phase of a larger grid is a launch
-    of its own.
+    The interpreter runs one program after another. With several programs, it therefore gets one launch for
+    each phase.
     """
     at_once = not interpreted() or programs == 1
     with on(device):
@@ -128,5 +132,5 @@ def run(kernel, phases: int, programs: int, config: Decode, device: torch.device
 
 
 def on(device: torch.device):
-    """Triton launches on the current device, whatever its arguments are on."""
+    """Make `device` current: Triton launches on the current device, wherever its arguments are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -16,7 +16,7 @@ def kernel(
     M_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, THREADS: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
-    """The one phase that there is."""
+    """Compute y in a single phase."""
     project(x, weight, bias, y, M, K, N, stride_weight, M_PAD, BLOCK_N, BLOCK_K)
 
 

@@ -18,7 +18,7 @@ def kernel(
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, THREADS: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
-    """All phases, or the one that PHASE numbers."""
+    """Run all phases (PHASE 0), or only phase number PHASE."""
     if PHASE == 0 or PHASE == 1:
         expand(
             h, rows, threshold, norms, sums, kept_r, kept_h, M, R, N, R, stride_rows,

@@ -18,7 +18,7 @@ def kernel(
     SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, THREADS: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
-    """All phases, or the one that PHASE numbers."""
+    """Run all phases (PHASE 0), or only phase number PHASE."""
     if PHASE == 0 or PHASE == 1:
         project(x, B, None, h, M, K, R, stride_B, M_PAD, PROJECT_R, PROJECT_K)
     if PHASE == 0:

@@ -22,7 +22,7 @@ def kernel(
     DOWN_SHARES: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, THREADS: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
-    """All phases, or the one that PHASE numbers."""
+    """Run all phases (PHASE 0), or only phase number PHASE."""
     if PHASE == 0 or PHASE == 1:
         project(x, B, None, h, M, K, S, stride_B, M_PAD, PROJECT_R, PROJECT_K)
     if PHASE == 0:
@@ -33,7 +33,7 @@ def kernel(
             True, SHARES, M_PAD, BLOCK_R, BLOCK_I, CHUNK, THREADS,
         )  # fmt: skip
         if gate_rows is not None:
-            # shared ranks: gate reads the h that up reads; separate ranks: those after it
+            # with joint ranks gate reads the same h as up, otherwise the last R_GATE values of h
             expand(
                 h + S - R_GATE, gate_rows, threshold + S - R_GATE, None, gate_sums, kept_r, kept_h,
                 M, R_GATE, I, S, stride_gate,

@@ -1,15 +1,15 @@
-"""The phases that the decode kernels are made of, and the barrier between them.
+"""The phases of the decode kernels, and the barrier between them.
 
 A decode kernel is one launch of a grid that stays resident. Its programs work through a phase, wait
-for one another, and go on to the next: what one phase leaves in scratch memory the next one reads.
+for one another, and start the next phase, which reads the results from scratch memory.
 
     project   h = x Bᵀ                                        scratch h [M, R], or y
     expand    the kept rows times their h, in tiles of        scratch sums [SHARES, M, N]
               columns × interleaved shares of the rows
     finish    sums over the shares, in order; bias; dtype     y [M, N]
 
-All sums are float32, and how they are grouped depends on the shapes and on the token's own mask
-alone, so that a token's result has the same bits whatever the others contain.
+All sums are float32. Their grouping depends only on the shapes and on the token's own mask, so the other
+tokens of the batch do not change a token's result.
 """
 
 import triton
@@ -17,18 +17,18 @@ import triton.language as tl
 
 from rana_kernels.backends.triton import interpreted
 
-# the name of a constant that kernels may read
+# kernels may read a global only if it is a constexpr
 INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
 def grid_barrier(state):
-    """Wait until every program of the grid is here. `state`: int32 [2], [arrived, generation].
+    """Wait until every program of the grid has arrived. `state` is int32 [2]: [arrived, generation].
 
-    The last program to arrive clears the count for the next barrier and opens the gate by counting
-    up the generation, so the state never needs filling. Needs a grid that is resident as a whole
-    (a cooperative launch). Every atomic orders the memory of its whole program: the barriers before
-    and after it pass that on to, and from, the program's other threads.
+    The last program to arrive sets the count to 0 for the next barrier and increments the generation, for
+    which the others wait. The state therefore never needs filling. The whole grid must be resident (a
+    cooperative launch). Each atomic orders the memory of its program as a whole, because the barriers
+    before and after the atomics synchronise the program's threads.
     """
     tl.debug_barrier()
     generation = tl.atomic_add(state + 1, 0, sem="acquire", scope="gpu")
@@ -46,7 +46,7 @@ def grid_barrier(state):
 def project(
     x, B, bias, h, M, K, R, stride_B, M_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """h [M, R] = x [M, K] Bᵀ + bias. Each program takes blocks of BLOCK_R rows of B and streams them once."""
+    """Compute h [M, R] = x [M, K] Bᵀ + bias. Each program streams blocks of BLOCK_R rows of B once."""
     m = tl.arange(0, M_PAD)
     for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
@@ -59,7 +59,7 @@ def project(
                 b = _stream(row + k[None, :], (r < R)[:, None] & (k < K)[None, :])
                 token = tl.load(x + k, mask=k < K, other=0)
                 products = b.to(tl.float32) * token.to(tl.float32)[None, :]
-                # the elements of one load are one thread's: adding them up needs no other thread
+                # one thread holds all elements of one load, so this sum needs no other thread
                 parts += tl.sum(tl.reshape(products, [BLOCK_R, BLOCK_K // VECTOR, VECTOR]), 2)
             sums = tl.sum(parts, 1)[:, None]
         else:
@@ -87,10 +87,10 @@ def expand(
     M_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """sums [SHARES, M, N]: for each share of the rows, the kept ones times their h [M, R].
+    """Compute sums [SHARES, M, N]: for each share of the rows, the sum of the kept rows times their h [M, R].
 
-    A share is every SHARES-th row. Ranks are sorted by energy, so consecutive shares would differ in
-    how many rows they keep, by far.
+    A share is every SHARES-th row. Ranks are sorted by energy, so shares of consecutive rows would keep
+    very different numbers of rows.
     """
     tiles = tl.cdiv(N, BLOCK_N)
     for item in range(tl.program_id(0), tiles * SHARES, tl.num_programs(0)):
@@ -119,8 +119,8 @@ def _expand_one(
     PER_ROW: tl.constexpr, SHARES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """One token: list the kept rows of a chunk in their order, then stream only those."""
-    # rows that the program covers when each thread loads 16 bytes
+    """Handle one token: list the kept rows of a chunk in order, then stream only these rows."""
+    # the number of rows that the program covers when each thread loads 16 bytes
     LANES: tl.constexpr = (THREADS * 128 // rows.dtype.element_ty.primitive_bitwidth + BLOCK_N - 1) // BLOCK_N
     sums = tl.zeros([LANES, BLOCK_N], tl.float32)
     for first in range(share, R, SHARES * CHUNK):
@@ -129,7 +129,7 @@ def _expand_one(
         keep = (r < R) & keeps(value, r, threshold, norms, R, PER_ROW)
         place = tl.cumsum(keep.to(tl.int32), 0) - 1
         kept = tl.sum(keep.to(tl.int32), 0)
-        tl.debug_barrier()  # the list of the chunk before has been read
+        tl.debug_barrier()  # every thread has read the list of the previous chunk
         tl.store(kept_r + place, r, mask=keep)
         tl.store(kept_h + place, value, mask=keep)
         tl.debug_barrier()
@@ -140,7 +140,7 @@ def _expand_one(
             pointers = rows + row[:, None].to(tl.int64) * stride_rows + n[None, :]
             w = _stream(pointers, (i < kept)[:, None] & (n < N)[None, :])
             products = z[:, None] * w.to(tl.float32)
-            # every LANES-th row is loaded by the same threads: adding those up needs no others
+            # the same threads load every LANES-th row, so the sum of these rows needs no other threads
             sums += tl.sum(tl.reshape(products, [BLOCK_R // LANES, LANES, BLOCK_N]), 0)
     return tl.sum(sums, 0)
 
@@ -151,10 +151,10 @@ def _expand_many(
     PER_ROW: tl.constexpr, SHARES: tl.constexpr,
     M_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Several tokens: blocks of rows at fixed places, of which those that no token keeps are not read.
+    """Handle several tokens: go through blocks of rows at fixed places, and skip rows that no token keeps.
 
-    Compacting the union of the masks would let one token's mask decide with which other products a
-    second token's are added up, and so its last bits.
+    The kept rows are not compacted: one token's mask would then change the grouping of another token's sum,
+    and thus its last bits.
     """
     total = tl.zeros([M_PAD, BLOCK_N], tl.float32)
     for first in range(share, R, SHARES * BLOCK_R):
@@ -175,7 +175,7 @@ def _expand_many(
 
 @triton.jit
 def finish(sums, bias, y, M, N, SHARES: tl.constexpr, BLOCK: tl.constexpr = 128):
-    """y [M, N] = the shares' sums [SHARES, M, N], added in order, plus the bias."""
+    """Compute y [M, N]: add the sums of the shares [SHARES, M, N] in order, then the bias."""
     for first in range(tl.program_id(0) * BLOCK, M * N, tl.num_programs(0) * BLOCK):
         e = first + tl.arange(0, BLOCK)
         total = _add_shares(sums, bias, e, M, N, SHARES)
@@ -187,7 +187,7 @@ def finish_neurons(
     up_sums, gate_sums, up_bias, gate_bias, g, M, N,
     SHARES: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr = 128,
 ):  # fmt: skip
-    """g [M, N] float32 = act(gate) · up, or act(up) where there is no gate."""
+    """Compute g [M, N] float32 = act(gate) · up, or act(up) without a gate."""
     for first in range(tl.program_id(0) * BLOCK, M * N, tl.num_programs(0) * BLOCK):
         e = first + tl.arange(0, BLOCK)
         up = _add_shares(up_sums, up_bias, e, M, N, SHARES)
@@ -210,7 +210,7 @@ def _add_shares(sums, bias, e, M, N, SHARES: tl.constexpr):
 
 @triton.jit
 def keeps(value, r, threshold, norms, R, PER_ROW: tl.constexpr):
-    """The mask of the package: keep unless |h|·norms < threshold, so that NaN is kept."""
+    """Return the mask: false where |h|·norms < threshold. NaN is therefore kept."""
     score = tl.abs(value)
     if norms is not None:
         score *= tl.load(norms + r, mask=r < R, other=0)
@@ -221,14 +221,14 @@ def keeps(value, r, threshold, norms, R, PER_ROW: tl.constexpr):
 
 @triton.jit
 def _stream(pointers, mask):
-    """A weight is read once: let it leave the cache first."""
+    """Load weights. Each is read once, so it may leave the cache first."""
     return tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
 def dot(a, b, total):
-    """total + a b, where a product of two elements is exact in float32 (it is, below 32 bits)."""
-    # the interpreter has no products of bfloat16, and float32 would be rounded to TF32 unless told not to
+    """Return total + a b. The product of two 16-bit elements is exact in float32."""
+    # the interpreter cannot multiply bfloat16, and "ieee" keeps float32 from being rounded to TF32
     if INTERPRETED or a.dtype == tl.float32:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total)
@@ -236,7 +236,7 @@ def dot(a, b, total):
 
 @triton.jit
 def dot_exact(z, w, total):
-    """total + z w for a float32 z. A 16-bit w fits TF32 as it is; z is taken apart into terms that do."""
+    """Return total + z w for a float32 z. A 16-bit w fits TF32; "tf32x3" splits z into terms that fit."""
     if w.dtype == tl.float32:
         return tl.dot(z, w, total, input_precision="ieee")
     return tl.dot(z, w.to(tl.float32), total, input_precision="tf32x3")
@@ -244,8 +244,8 @@ def dot_exact(z, w, total):
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
-    """A float32 value in `dtype`, rounded to nearest even."""
-    # the interpreter cuts off what bfloat16 has no room for: round first what it will cut (NaN has no next)
+    """Convert a float32 value to `dtype`, rounded to nearest even."""
+    # the interpreter truncates to bfloat16, so round before it does (but not NaN, whose bits could overflow)
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -262,5 +262,5 @@ def activate(value, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu_tanh":
         inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
         return value / (1 + tl.exp(-2 * inner))
-    kept = tl.where(value < 0, 0, value)  # NaN stays
-    return kept if ACTIVATION == "relu" else kept * kept
+    positive = tl.where(value < 0, 0, value)  # NaN stays
+    return positive if ACTIVATION == "relu" else positive * positive

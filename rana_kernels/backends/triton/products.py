@@ -1,6 +1,6 @@
-"""Tiled products for many tokens, with the masks in the first one's epilogue (or in the prologue).
+"""Tiled products for many tokens. The masks are applied where a tile is loaded or stored.
 
-product   y = (m ⊙ a) b + bias, then masked, as far as there are thresholds and a bias
+product   y = m_out ⊙ ((m_in ⊙ a) b + bias); both masks and the bias are optional
 neurons   g = m ⊙ (act(z gate_rows + bias) · (z up_rows + bias))
 """
 
@@ -56,7 +56,7 @@ def neurons_kernel(
 
 @triton.jit
 def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The rows and columns of this program's tile; neighbours share columns, which are the weights."""
+    """Return the rows and columns of this program's tile. Neighbours read the same columns of the weights."""
     tile = tl.program_id(0)
     m = (tile % tl.cdiv(M, BLOCK_M)) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tile // tl.cdiv(M, BLOCK_M)) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -68,7 +68,7 @@ def _tile(
     a, b, threshold, norms, m, n, M, K, N, stride_a, stride_bk, stride_bn,
     PER_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A float32 tile of (m ⊙ a) b, for a [M, K] and b [K, N]."""
+    """Compute a float32 tile of (m ⊙ a) b, for a [M, K] and b [K, N]."""
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -105,17 +105,17 @@ def _store(y, value, m, n, M, N):
 
 
 def project(x: Tensor, B: Tensor, threshold: Tensor, config: Prefill) -> Tensor:
-    """x [M, K] · B [R, K] -> m ⊙ (x Bᵀ) in x's dtype, the mask decided in float32."""
+    """Compute x [M, K] · B [R, K] -> m ⊙ (x Bᵀ) in x's dtype. The mask is decided in float32."""
     z = x.new_empty(len(x), len(B))
     _launch(x, B, z, None, None, None, threshold, (1, B.stride(0)), config)
     return z
 
 
 def expand(z: Tensor, rows: Tensor, bias: Tensor | None, config: Prefill) -> Tensor:
-    """z [M, R] masked already · rows [R, N], in any layout -> z rows + bias.
+    """Compute z [M, R], masked already · rows [R, N], in any layout -> z rows + bias.
 
-    Where the table says cuBLAS, with the sums that `torch.backends.cuda.matmul` allows it, as any product of
-    torch's: TF32 if that is switched on, and parts of sums in 16 bits unless that is switched off.
+    With `config.cublas`, this is a product of torch like any other, and `torch.backends.cuda.matmul` decides
+    its precision: TF32 if it is switched on, and partial sums in 16 bits unless they are switched off.
     """
     if config.cublas:
         return torch.mm(z, rows) if bias is None else torch.addmm(bias, z, rows)
@@ -127,7 +127,7 @@ def expand(z: Tensor, rows: Tensor, bias: Tensor | None, config: Prefill) -> Ten
 def masked_product(
     h: Tensor, rows: Tensor, threshold: Tensor, norms: Tensor | None, bias: Tensor | None, config: Prefill
 ) -> Tensor:
-    """h [M, R] · rows [R, N] -> (m ⊙ h) rows + bias."""
+    """Compute h [M, R] · rows [R, N] -> (m ⊙ h) rows + bias."""
     y = h.new_empty(len(h), rows.shape[1])
     _launch(h, rows, y, threshold, norms, bias, None, (rows.stride(0), 1), config)
     return y
@@ -137,10 +137,10 @@ def neurons(
     z_up: Tensor, z_gate: Tensor, up_rows: Tensor, gate_rows: Tensor | None, up_bias: Tensor | None,
     gate_bias: Tensor | None, threshold: Tensor, norms: Tensor, activation: str, config: Prefill,
 ) -> Tensor:  # fmt: skip
-    """z_up [M, R_up], z_gate [M, R_gate] · rows [R, I] -> the masked neurons [M, I], in z's dtype."""
+    """Compute z_up [M, R_up], z_gate [M, R_gate] · rows [R, I] -> the masked neurons [M, I], in z's dtype."""
     M, N = len(z_up), up_rows.shape[1]
     g = z_up.new_empty(M, N)
-    # two sums a tile: half the columns
+    # a tile holds two sums, so it has half the columns
     BLOCK_N = max(16, config.block_n // 2)
     with on(g.device):
         neurons_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, BLOCK_N),)](

@@ -1,8 +1,8 @@
-"""Which configuration is fastest on this card, for the calls that a model makes.
+"""The search for the fastest configurations on this GPU, for the calls that a model makes.
 
-The model runs once for each number of tokens, and its op calls are kept with their arguments: real
-weights, thresholds and masks. Layers that are alike make copies of one problem, and taking turns on
-them keeps the weights out of the cache, as in the model.
+The model runs once for each number of tokens, and its op calls are recorded with their arguments: real
+weights, thresholds and masks. Layers of the same sizes give several calls of one problem. A measurement
+makes all of them in turn, which keeps their weights out of the cache, as in the model.
 """
 
 import json
@@ -21,12 +21,17 @@ from triton.errors import TritonError
 from triton.testing import do_bench_cudagraph
 
 from rana_kernels.backends.triton import configurations
+from rana_kernels.system.files import write_whole
 
 Call = tuple[str, tuple]  # an op's name and its arguments
 
 
 class Choice(NamedTuple):
-    """The best configuration of one problem, and the microseconds a call of it and of the rule's."""
+    """The best configuration of one problem.
+
+    microseconds   a call takes with it
+    rule           microseconds that a call takes with the configuration of the rule
+    """
 
     configuration: configurations.Decode | configurations.Prefill
     microseconds: float
@@ -34,7 +39,7 @@ class Choice(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the calls of the package's ops."""
+    """Records the calls of the package's ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +52,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def record(model: nn.Module, input_ids: Tensor) -> dict[str, list[Call]]:
-    """The op calls of one forward pass over input_ids [1, M], by the key of their configuration."""
+    """Return the op calls of one forward pass over input_ids [1, M], by the key of their configuration."""
     with torch.inference_mode(), _Recorder() as recorder:
         model(input_ids=input_ids, use_cache=False)
     found: dict[str, list[Call]] = {}
@@ -60,16 +65,16 @@ def record(model: nn.Module, input_ids: Tensor) -> dict[str, list[Call]]:
 
 
 def microseconds(calls: list[Call]) -> float:
-    """Median microseconds a call, in a CUDA graph that makes all of them."""
+    """Return the median microseconds of a call, measured in a CUDA graph that makes all of them."""
     functions = [
         (getattr(import_module(f"rana_kernels.backends.triton.{op}"), op), args) for op, args in calls
     ]
 
-    def all_of_them() -> None:
+    def call_all() -> None:
         for function, args in functions:
             function(*args)
 
-    return 1e3 * do_bench_cudagraph(all_of_them, rep=20, return_mode="median") / len(calls)
+    return 1e3 * do_bench_cudagraph(call_all, rep=20, return_mode="median") / len(calls)
 
 
 @torch.inference_mode()
@@ -81,9 +86,11 @@ def tune(
     time: Callable[[list[Call]], float] = microseconds,
     progress: bool = True,
 ) -> dict[str, Choice]:
-    """Measure every candidate for every problem that `model` has on input_ids [1, T]; {key: choice}.
+    """Measure every candidate for every problem of `model` on input_ids [1, T], and return {key: choice}.
 
-    tokens    how many tokens a step may have, each at most T
+    tokens     numbers of tokens that a step may have, each at most T
+    time       measures the microseconds of a call
+    progress   show a progress bar
     """
     problems = {key: calls for M in tokens for key, calls in record(model, input_ids[:, :M]).items()}
     return {
@@ -97,27 +104,25 @@ def _best(key: str, calls: list[Call], time: Callable[[list[Call]], float]) -> C
     measured: dict[configurations.Decode | configurations.Prefill, float] = {}
     for candidate in configurations.candidates(x.numel() // x.shape[-1], x.dtype):
         with configurations.trying(key, candidate):
-            # a card may lack the registers or the shared memory for one: then it is no choice there
+            # a GPU may lack the registers or the shared memory for a candidate, which then is no choice
             try:
                 measured[candidate] = time(calls)
             except (RuntimeError, TritonError):
                 if not measured:
-                    raise  # the rule's own, the first, must run
+                    raise  # the first candidate is the rule's own, which must run everywhere
     best = min(measured, key=lambda candidate: measured[candidate])
     return Choice(best, measured[best], next(iter(measured.values())))
 
 
-def write(path: Path, card: str, choices: dict[str, Choice]) -> None:
-    """Add the choices to the table of a card, replaced in one step."""
+def write(path: Path, gpu_name: str, choices: dict[str, Choice]) -> None:
+    """Add the choices to the table of a GPU. The file is replaced in one step."""
     before = configurations.read(path) if path.exists() else {}
     table: dict[str, Any] = {
-        "card": card,
+        "card": gpu_name,
         "torch": torch.__version__,
         "triton": version("triton"),
         "configurations": {**before, **{key: asdict(c.configuration) for key, c in choices.items()}},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(table, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, lambda part: part.write_text(json.dumps(table, indent=1) + "\n"))
     configurations.tables.cache_clear()
