@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -180,9 +181,38 @@ def test_a_receiver_wants_the_tensor_its_owner_had(x):
 def test_a_handoff_holds_nothing_after_the_pass(x):
     module = make_attention()
     module(x)
-    assert module.q.handoff.held is None
+    assert not x.__dict__
     with pytest.raises(RuntimeError, match="call it first"):
         module.v(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_many_threads_call_one_model(x, compiled):
+    module = make_attention()
+    run = torch.compile(module, fullgraph=True) if compiled else module
+    inputs = [x + i for i in range(8)]
+    with torch.inference_mode():
+        wanted = [run(each) for each in inputs]
+
+    def call(i: int) -> bool:
+        with torch.inference_mode():
+            return all(torch.equal(run(inputs[i]), wanted[i]) for _ in range(1000))
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(call, range(8)))
+
+
+def test_a_call_within_a_call_keeps_the_outputs_of_both(x):
+    module, other = make_attention(), x + 1
+    wanted, inner = module(x), []
+    wanted_inner = module(other)
+
+    def call_again(*_) -> None:
+        hook.remove()
+        inner.append(module(other))
+
+    hook = module.q.register_forward_hook(call_again)
+    assert torch.equal(module(x), wanted) and torch.equal(inner[0], wanted_inner)
 
 
 def test_mlp_refuses_unknown_activations_and_unequal_shared_ranks():

@@ -15,6 +15,7 @@ would continue with freshly initialised weights.
 """
 
 from collections.abc import Sequence
+from threading import get_ident
 from typing import TypeVar
 
 import torch
@@ -124,12 +125,14 @@ class AdaptedLinear(AdapterModule):
 class Handoff:
     """Carries outputs from the RanaLinear that computed them to the receivers that return them.
 
-    A handoff holds outputs only during a forward pass: the last receiver empties it. A copy or a pickle
-    is therefore a new, empty handoff. Modules that are copied in one call still share one.
+    The outputs lie on the input tensor itself, under a name of this handoff and this thread. Threads that call
+    one model at once, and calls within calls, therefore never meet, and an input that is dropped takes its
+    outputs with it. A copy or a pickle of a handoff is a new one. Modules that are copied in one call still
+    share one.
     """
 
     def __init__(self) -> None:
-        self.held: tuple[Tensor, dict[int, Tensor]] | None = None
+        self.traced: tuple[Tensor, dict[int, Tensor]] | None = None
 
     def __reduce__(self):
         return Handoff, ()
@@ -137,23 +140,38 @@ class Handoff:
     def share(self, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
         """Return the first output for `x`, and hold the others for their receivers."""
         first, *rest = outputs
-        self.held = (x, dict(enumerate(rest)))
+        held = dict(enumerate(rest))
+        if torch.compiler.is_compiling():  # a trace has no attributes of tensors, and no threads
+            self.traced = (x, held)
+        else:
+            setattr(x, self._name(), held)
         return first
 
     def take(self, x: Tensor, index: int) -> Tensor:
         """Return the output of receiver `index`. Raise RuntimeError if it was not computed for this `x`."""
-        held = self.held
-        if held is None or held[0] is not x or index not in held[1]:
+        if torch.compiler.is_compiling():
+            held = self.traced[1] if self.traced is not None and self.traced[0] is x else {}
+        else:
+            held = getattr(x, self._name(), {})
+        if index not in held:
             raise RuntimeError(
-                "RanaReceiver: called "
-                + ("before" if held is None else "with another input than")
-                + " the linear it was decomposed with. That one computes the outputs of both: call it"
-                " first, with the same tensor, once for each call of this one"
+                "RanaReceiver: called before the linear it was decomposed with, or with another input. That "
+                "linear computes the outputs of both: call it first, with the same tensor, once for each call "
+                "of this one"
             )
-        output = held[1].pop(index)
-        if not held[1]:
-            self.held = None
+        output = held.pop(index)
+        if not held:
+            self._forget(x)
         return output
+
+    def _forget(self, x: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            self.traced = None
+        else:
+            delattr(x, self._name())
+
+    def _name(self) -> str:
+        return f"_rana_{id(self)}_{get_ident()}"
 
 
 class RanaLinear(AdaptedLinear):
