@@ -1,7 +1,7 @@
-"""One block at work: its weights, its statistics, and their factors, each computed once.
+"""A calibrated block: the weights of a transformer block, its statistics, and factors that are computed once.
 
-Allocation and compression both ask for factors. Going through a model block by block with one
-`Layer` for each decomposes every linear once and holds the factors of one block at a time.
+Allocation and compression both need factors. One CalibratedBlock at a time, used for both, decomposes every
+linear once and holds the factors of one block only.
 """
 
 import torch
@@ -17,7 +17,7 @@ from rana_kernels.statistics.decomposition import Factors, decompose
 
 
 class CalibratedBlock:
-    """`names` are full module names of linears that read the same input, in the order of their rows."""
+    """In all methods, `names` are linears that read the same input, in the order of their rows."""
 
     def __init__(self, model: nn.Module, block: Block, stats: Stats) -> None:
         self.model, self.block, self.stats = model, block, stats
@@ -28,12 +28,12 @@ class CalibratedBlock:
         return linear_of(self.model, name)
 
     def weight(self, names: tuple[str, ...]) -> Tensor:
-        """[N, K], the weights stacked, in their own dtype."""
+        """Return the stacked weights [N, K] in their own dtype."""
         weights = [self.linear(name).weight.detach() for name in names]
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
     def bias(self, names: tuple[str, ...]) -> Tensor | None:
-        """[N], zeros for a linear without one; None if none has one."""
+        """Return the biases [N], with zeros for a linear without one, or None if no linear has one."""
         linears = [self.linear(name) for name in names]
         if all(linear.bias is None for linear in linears):
             return None
@@ -41,9 +41,9 @@ class CalibratedBlock:
         return torch.cat(parts)
 
     def sample(self, name: str) -> Tensor:
-        """[T, K] float32: the sampled tokens of an input of this block ("qkv", "o", "mlp", "down").
+        """Return the sampled tokens [T, K] float32 of an input of this block ("qkv", "o", "mlp" or "down").
 
-        What down reads follows from what the MLP reads, and is computed rather than collected.
+        The input of down is computed from that of the MLP, so its sample need not be collected.
         """
         if name not in self._samples:
             found = self._down_input() if name == "down" else self.stats.of(self.block.index, name).sample
@@ -51,10 +51,11 @@ class CalibratedBlock:
         return self._samples[name]
 
     def input_of(self, names: tuple[str, ...]) -> str:
+        """Return which input `names` read: "qkv", "o", "mlp" or "down"."""
         return next(key for key, readers in self.block.inputs.items() if set(names) <= set(readers))
 
     def factors(self, names: tuple[str, ...], metric: str = "output") -> Factors:
-        """Decomposed in a metric of `Adapter.metric`."""
+        """Return the factors of the stacked weights for a metric, "output" or "loss"."""
         if (names, metric) not in self._factors:
             moment = self.stats.of(self.block.index, self.input_of(names)).moment
             weight = self.weight(names)
@@ -65,48 +66,49 @@ class CalibratedBlock:
         return self._factors[names, metric]
 
     def metric(self, names: tuple[str, ...]) -> Tensor:
-        """[N] float64: by what to multiply errors of outputs so that their squares count in the loss."""
+        """Return the weights [N] float64 of the outputs' errors: weighted squared errors estimate the loss."""
         missing = [name for name in names if name not in self.stats.gradients]
         if missing:
             raise ValueError(
                 f"the statistics have no gradients of {missing[0]}: calibrate with gradients=True"
             )
         squares = torch.cat([self.stats.gradients[name] for name in names])
-        # an output that the loss never saw still counts a little: its errors must not be free
+        # an output without any gradient still counts a little, because its errors must not be free
         return squares.clamp_min(1e-4 * float(squares.mean()) or 1.0).sqrt().to(self.weight(names[:1]).device)
 
     def rank_values(self, names: tuple[str, ...], metric: str = "output") -> Tensor:
-        """h [T, F] float32 of the sample, from B as it will be stored."""
+        """Return h [T, F] float32 of the sample, computed from B in the dtype in which it will be stored."""
         return self.sample(self.input_of(names)) @ self.factors(names, metric).B.float().T
 
     def rank_scores(self, names: tuple[str, ...], metric: str = "output") -> Tensor:
-        """[T, F] float32: what each rank value of the sample weighs in the metric."""
+        """Return the scores [T, F] float32 of the rank values of the sample in the metric."""
         return self.rank_values(names, metric) / self.factors(names, metric).norms
 
     def neuron_norms(self, name: str, metric: str = "output") -> Tensor:
-        """‖W_:,i‖₂ of each input, [K] float32: what a unit of that input weighs in the metric."""
+        """Return the norms [K] float32: ‖W_:,i‖₂ of every input feature, with W weighted by the metric."""
         return self.weighted((name,), metric).norm(dim=0)
 
     def weighted(self, names: tuple[str, ...], metric: str) -> Tensor:
-        """[N, K] float32: the weights, each output multiplied by what its errors count."""
+        """Return the weights [N, K] float32, each output multiplied by the weight of its errors."""
         weight = self.weight(names).float()
         return weight if metric == "output" else self.metric(names).float()[:, None] * weight
 
     def act(self, h: Tensor) -> Tensor:
+        """Apply the activation of the block's MLP."""
         if self.block.act:
             return self.model.get_submodule(self.block.act)(h)
         assert self.block.activation is not None, "find_blocks and describe see to it"
         return reference.activate(h, self.block.activation)
 
     def neurons(self, *expanded: Tensor) -> Tensor:
-        """Return what down reads, from the outputs of `block.expanding`."""
+        """Return the input of down for the outputs of `block.expanding`."""
         gate, up = expanded if len(expanded) == 2 else (None, expanded[0])
         if gate is None and self.block.gate:
             gate, up = up.chunk(2, dim=-1)
         return combine(up, gate, self.act)
 
     def dense(self, name: str, x: Tensor) -> Tensor:
-        """The linear as it is, in float32."""
+        """Return the outputs of the original linear, in float32."""
         bias = self.bias((name,))
         return F.linear(x, self.weight((name,)).float(), None if bias is None else bias.float())
 

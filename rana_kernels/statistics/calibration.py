@@ -1,9 +1,9 @@
-"""Calibration: what the linears of a model read, as second moments and a sample of tokens.
+"""Calibration: the inputs of a model's linears as second moments and a sample of tokens.
 
-Streams: memory is O(K²) for each distinct input (q, k and v share one, up and gate share one) plus
-the sample, whatever the number of tokens. RaNA (arXiv 2503.18216, algorithm 1) keeps the tokens
-themselves; the second moment Σ x xᵀ is all that its decomposition needs of them. Several processes can
-share the work (`pool.py`), and find the same.
+The text is streamed: memory is O(K²) for each distinct input (q, k and v share one, up and gate share one)
+plus the sample, for any number of tokens. RaNA (arXiv 2503.18216, algorithm 1) keeps all tokens, but its
+decomposition needs only their second moment Σ x xᵀ. Several processes can share the work (`processes.py`) and
+get the same statistics as one.
 """
 
 import hashlib
@@ -27,8 +27,11 @@ INPUTS = ("qkv", "o", "mlp", "down")
 
 @dataclass
 class InputStats:
-    """One distinct input of a layer: `sample` [T, K] has some tokens, `moment` float64 is Σ x xᵀ [K, K];
-    or, where fewer features come out of its reader than go in, Σ y yᵀ [N, N] of y = Wx."""
+    """The statistics of one distinct input of a block.
+
+    moment   Σ x xᵀ [K, K] float64 over all tokens; or Σ y yᵀ [N, N] of y = Wx if its only reader has N < K
+    sample   the sampled tokens [T, K]
+    """
 
     moment: Tensor
     sample: Tensor
@@ -36,15 +39,16 @@ class InputStats:
 
 @dataclass
 class Stats:
-    """What calibration found. `inputs` is keyed by (layer, "qkv" | "o" | "mlp" | "down").
+    """The result of a calibration.
 
-    model     the model it was taken from: plans need its weights too
-    blocks    the blocks of that model, found once for all that follows
-    tokens    tokens that were read, padding left out
-    seed      of the sample
-    digest    of the token ids, and of which were sampled: two equal runs have the same
-    gradients [N] float64 by full name of a linear: the mean over tokens of the squared derivative of
-              the loss by each output (`sensitivity.py`). Empty unless asked for
+    model       the calibrated model, because plans need its weights too
+    blocks      the blocks of that model
+    tokens      the number of tokens read, without padding
+    seed        the seed of the sample
+    digest      a digest of the token ids and of the sampler's settings: equal runs have equal digests
+    inputs      InputStats by (index of the block, "qkv" | "o" | "mlp" | "down")
+    gradients   [N] float64 by full name of a linear: the mean over tokens of the squared derivative of the
+                loss by each output (`fisher.py`). Empty unless `calibrate` was called with gradients=True
     """
 
     model: nn.Module
@@ -55,51 +59,51 @@ class Stats:
     inputs: dict[tuple[int, str], InputStats] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
-    def of(self, layer: int, name: str) -> InputStats:
-        """Raises ValueError where that input was not collected."""
-        if (layer, name) not in self.inputs:
+    def of(self, index: int, name: str) -> InputStats:
+        """Return the statistics of an input of block `index`. Raise ValueError if it was not collected."""
+        if (index, name) not in self.inputs:
             raise ValueError(
-                f"the statistics have nothing of the input {name!r} of layer {layer}: "
+                f"the statistics have nothing of the input {name!r} of layer {index}: "
                 f"calibrate with inputs=(..., {name!r})"
             )
-        return self.inputs[layer, name]
+        return self.inputs[index, name]
 
     def require(self, names: Iterable[str]) -> None:
-        """Raise as `of` does unless each of `names` was collected in every block."""
+        """Raise ValueError unless each input in `names` was collected for every block that has it."""
         for block in self.blocks:
             for name in set(names) & set(block.inputs):
                 self.of(block.index, name)
 
 
 class _Sampler:
-    """A uniform sample of a stream of tokens: those with the smallest hash of their position.
+    """A uniform sample of a stream of tokens: the tokens whose positions have the smallest hashes.
 
-    The choice depends on position and seed only, so it is the same however the stream is cut up.
+    The choice depends on positions and seed only, not on how the stream is split into batches.
     """
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed, self.seen = size, seed, 0
-        self.positions = torch.empty(0, dtype=torch.int64)  # of the held ones, ascending
+        self.positions = torch.empty(0, dtype=torch.int64)  # of the tokens in the sample, ascending
 
     def skip(self, count: int) -> None:
         """Leave the next `count` tokens to another process."""
         self.seen += count
 
     def select(self, count: int) -> tuple[Tensor, Tensor]:
-        """For the next `count` tokens: indices of the held ones to keep, and of the new ones to take."""
+        """Read `count` tokens. Return the indices of old sampled tokens to keep and of new tokens to add."""
         positions = torch.cat([self.positions, torch.arange(self.seen, self.seen + count)])
         chosen, held = self.choose(positions), len(self.positions)
         self.positions, self.seen = positions[chosen], self.seen + count
         return chosen[chosen < held], chosen[chosen >= held] - held
 
     def choose(self, positions: Tensor) -> Tensor:
-        """Indices of those of `positions` that are sampled, ascending."""
+        """Return the ascending indices of the entries of `positions` that are sampled."""
         count = min(self.size, len(positions))
         return _hash(positions, self.seed).topk(count, largest=False).indices.sort().values
 
 
 def _hash(positions: Tensor, seed: int) -> Tensor:
-    """splitmix64; int64 products wrap around, as wanted."""
+    """Return the splitmix64 hash of every position. int64 products wrap around, as the hash needs."""
 
     def signed(constant: int) -> int:
         return constant - (1 << 64) if constant >= 1 << 63 else constant
@@ -114,9 +118,15 @@ def _hash(positions: Tensor, seed: int) -> Tensor:
 
 
 class _Batch:
-    """What the hooks need to know of the batch that is running."""
+    """The facts about the running batch that the hooks read.
 
-    tokens: Tensor  # bool, [batch · T]: which are not padding
+    tokens   bool [batch · T]: which tokens are not padding
+    keep     indices of sampled tokens that stay in the sample
+    take     indices of tokens of this batch that enter the sample
+    paused   whether the hooks do nothing
+    """
+
+    tokens: Tensor
     keep: Tensor
     take: Tensor
     paused: bool = False
@@ -133,23 +143,24 @@ def calibrate(
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> Stats:
-    """Run `calibration` through the blocks of `model` and collect what their linears read.
+    """Run `calibration` through the blocks of `model` and collect statistics of the inputs of their linears.
 
     calibration     an iterable, read once, of `input_ids` ([T] or [batch, T], integers) or of dicts
                     of model inputs; tokens whose `attention_mask` is 0 are left out
     sample_tokens   size of the token sample, uniform over all tokens
     inputs          which distinct inputs to collect: "qkv", "o", "mlp" (up and gate) and "down"
-    gradients       also collect how the loss depends on each output, on the first tokens. This takes one
-                    backward pass for each of their rows, and a model with a language-model head
-    group           processes that share the work. Each calls this with the same model and calibration,
-                    runs every P-th item, and returns the statistics of all, the same bits as one process
+    gradients       also collect the squared derivatives of the loss by each output, on the first tokens. This
+                    takes one backward pass for each sequence, and a model with a language-model head
+    group           processes that share the work. Each of the P processes calls this function with the same
+                    model and calibration, runs every P-th item, and returns the statistics of all items, the
+                    same bits as one process alone
 
-    The defaults serve every method. `rana_kernels.allocation.methods.METHODS[method].needs` says what one
-    method needs.
+    The defaults serve every method. `rana_kernels.allocation.methods.METHODS[method].needs` has the arguments
+    that one method needs.
 
-    The model is left as it was. Raises ValueError for an unknown architecture, an empty or ill-typed
-    calibration, activations that are not finite (it names the linear that reads them), or a group whose
-    processes have different calibrations.
+    The model is unchanged afterwards. Raises ValueError for an unknown architecture, an empty or ill-typed
+    calibration, activations that are not finite (the message names the linear that reads them), or a group
+    whose processes have different calibrations.
     """
     return calibrate_blocks(
         model, find_blocks(model), calibration, sample_tokens=sample_tokens, seed=seed, inputs=inputs,
@@ -169,7 +180,7 @@ def calibrate_blocks(
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> Stats:
-    """Do what `calibrate` does, for a model whose blocks have been found."""
+    """Do what `calibrate` does, for a model whose blocks are already known."""
     wanted = _wanted(inputs)
     if sample_tokens < 1:
         raise ValueError(f"calibrate: sample_tokens is {sample_tokens}, wanted at least 1")
@@ -182,11 +193,8 @@ def calibrate_blocks(
     fisher = FisherDiagonal(model, blocks) if gradients else None
     with _collecting(model, blocks, wanted, batch, stats), torch.no_grad():
         for items, kwargs in enumerate(_batches(calibration, progress and sums.rank == 0), 1):
-            ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-            batch.tokens = (
-                torch.ones(ids.numel(), dtype=torch.bool) if mask is None else mask.flatten().bool().cpu()
-            )
-            digest.update(ids.flatten()[batch.tokens.to(ids.device)].to("cpu", torch.int64).numpy().tobytes())
+            batch.tokens = _unpadded(kwargs)
+            digest.update(_bytes(kwargs["input_ids"].flatten(), batch.tokens))
             count, own = int(batch.tokens.sum()), sums.owns(items - 1)
             kwargs = {key: _to(value, device) for key, value in kwargs.items()}
             if own:
@@ -208,8 +216,18 @@ def calibrate_blocks(
     return stats
 
 
+def _unpadded(kwargs: dict) -> Tensor:
+    """Return which tokens of a batch are not padding, bool [batch · T] on the CPU."""
+    ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+    return torch.ones(ids.numel(), dtype=torch.bool) if mask is None else mask.flatten().bool().cpu()
+
+
+def _bytes(ids: Tensor, chosen: Tensor) -> bytes:
+    return ids[chosen.to(ids.device)].to("cpu", torch.int64).numpy().tobytes()
+
+
 def _sum_over_processes(stats: Stats, sampler: _Sampler, sums: ProcessGroupSums) -> None:
-    """Sum the moments, and sample from the samples, of all processes."""
+    """Sum the moments of all processes, and merge their samples into one."""
     held = torch.full((sums.size, sampler.size), -1)
     held[sums.rank, : len(sampler.positions)] = sampler.positions
     positions = sums.reduce(held, dist.ReduceOp.MAX).flatten().sort().values
@@ -251,7 +269,7 @@ def _batches(calibration: Iterable, progress: bool) -> Iterator[dict]:
 
 
 def _batch(item: object, i: int) -> dict:
-    """One item of the calibration as keyword arguments of the decoder."""
+    """Return one item of the calibration as keyword arguments of the decoder, its tensors [batch, T]."""
     kwargs: dict = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
     kwargs.pop("labels", None)
     ids = kwargs.get("input_ids")
@@ -268,13 +286,13 @@ def _batch(item: object, i: int) -> dict:
             f"calibrate: attention_mask of item {i} has shape {list(mask.shape)}, wanted {list(ids.shape)}, "
             "that of input_ids"
         )
-    rows = {key: v[None] if isinstance(v, Tensor) and v.dim() == 1 else v for key, v in kwargs.items()}
-    return {**rows, "input_ids": rows["input_ids"].long()}
+    batched = {key: v[None] if isinstance(v, Tensor) and v.dim() == 1 else v for key, v in kwargs.items()}
+    return {**batched, "input_ids": batched["input_ids"].long()}
 
 
 @contextmanager
 def _collecting(model: nn.Module, blocks: list[Block], wanted: tuple[str, ...], batch: _Batch, stats: Stats):
-    """Hooks on the first reader of every wanted input; taken off again whatever happens."""
+    """Hold collecting hooks on the first reader of every wanted input, and set the model to eval mode."""
     hooks, training = [], [module for module in model.modules() if module.training]
     try:
         for block in blocks:
@@ -293,7 +311,7 @@ def _collecting(model: nn.Module, blocks: list[Block], wanted: tuple[str, ...], 
 
 
 def _narrows(module: nn.Module) -> bool:
-    """Whether fewer features come out than go in: then the outputs' moment is smaller, and says as much."""
+    """Say whether N < K. Then the moment of the outputs is smaller, and the decomposition needs no more."""
     return isinstance(module, nn.Linear) and module.out_features < module.in_features
 
 
@@ -311,11 +329,11 @@ def _hook(key: tuple[int, str], reader: str, narrows: bool, batch: _Batch, stats
             moment = torch.zeros(size, size, dtype=torch.float64, device=x.device)
             stats.inputs[key] = InputStats(moment, x[:0])
         found = stats.inputs[key]
-        # products in float32, sums of them in float64, without rounding: the same in every order
+        # float32 products are summed in float64 without rounding, so the order of batches does not matter
         for chunk in wide.split(2048):
             seen = F.linear(chunk, module.weight.float()) if narrows else chunk
             found.moment += exact(seen.T @ seen)
-        kept = found.sample[batch.keep.to(x.device)]
-        found.sample = torch.cat([kept, x[batch.take.to(x.device)]])
+        old = found.sample[batch.keep.to(x.device)]
+        found.sample = torch.cat([old, x[batch.take.to(x.device)]])
 
     return collect

@@ -1,9 +1,9 @@
-"""The decomposition of a linear for its inputs: leading left singular vectors of W X, streamed.
+"""The decomposition of a linear for its inputs: the leading left singular vectors of W X.
 
-RaNA (arXiv 2503.18216, algorithm 1) takes the singular value decomposition of W X, one column of X a
-token. Its left vectors are the eigenvectors of W Σ Wᵀ with Σ = X Xᵀ, so the second moment suffices.
-The eigenproblem is solved on the smaller side of W, in float64: the spectrum of Σ spans many orders
-of magnitude, and its square root only half as many.
+RaNA (arXiv 2503.18216, algorithm 1) takes the singular value decomposition of W X, where X has one column for
+each token. The left singular vectors are the eigenvectors of W Σ Wᵀ with Σ = X Xᵀ, so the second moment is
+enough. The eigenproblem is solved on the smaller side of W. It is solved in float64, because the spectrum of
+Σ spans twice as many orders of magnitude as the singular values.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,14 @@ from torch import Tensor
 
 @dataclass
 class Factors:
-    """W ≈ A B at every number of ranks: `rows` [F, N] = Aᵀ orthonormal, `B` [F, K] = Aᵀ W.
+    """W ≈ A B for every number of ranks: the first R rows of Aᵀ and of B are the best R ranks.
 
-    F = min(N, K) ranks by falling energy, in the dtype of W. `norms` [F] float32: a rank weighs
-    (h / norms)² in the error that was decomposed for; all 1 where that is the error of the output.
-    `energy` [F] float64 = Σ (h / norms)² over all calibration tokens.
+    There are F = min(N, K) ranks, by falling energy. `rows` and `B` have the dtype of W.
+
+    rows     Aᵀ [F, N], rows of length 1 (orthonormal in the metric "output")
+    B        [F, K]; it is Aᵀ W in the metric "output"
+    norms    [F] float32: dropping a rank value h adds (h / norms)² to the error. All 1 in the metric "output"
+    energy   [F] float64: Σ (h / norms)² over all calibration tokens
     """
 
     rows: Tensor
@@ -28,13 +31,14 @@ class Factors:
 
 
 def decompose(weight: Tensor, moment: Tensor, metric: Tensor | None = None) -> Factors:
-    """Factors of `weight` [N, K] for inputs of second moment `moment` [K, K] (any positive scale), or,
-    where N < K, for outputs of second moment [N, N].
+    """Return the factors of `weight` [N, K] for the inputs of a calibration.
 
-    metric [N] float64: how much an error of each output counts, as a factor of it. The ranks are then
-    those of diag(metric) W, whose dropped energy is the weighted error; rows have length 1 all the same.
+    moment   the second moment [K, K] of the inputs, times any positive number. If N < K, it may be the second
+             moment [N, N] of the outputs instead
+    metric   [N] float64: a factor for the error of each output. The ranks are then those of diag(metric) W,
+             whose dropped energy is the weighted error. `rows` still have length 1
 
-    Works for any number of calibration tokens: directions that no token had come last.
+    It works for any number of calibration tokens: directions that no token had come last.
     """
     d = torch.ones(len(weight), dtype=torch.float64, device=weight.device) if metric is None else metric
     wide = d[:, None] * weight.double()
@@ -46,6 +50,7 @@ def decompose(weight: Tensor, moment: Tensor, metric: Tensor | None = None) -> F
 
 
 def _directions(W: Tensor, d: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the left singular vectors [N, F] of W X and their energies [F], largest first."""
     N, K = W.shape
     if N >= K:
         return _tall(W, moment)
@@ -53,16 +58,16 @@ def _directions(W: Tensor, d: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _narrow(outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """N < K: the eigenvectors of W Σ Wᵀ [N, N], the second moment of the outputs, themselves."""
+    """For N < K, return the eigenvectors of W Σ Wᵀ [N, N], the second moment of the outputs."""
     energy, A = torch.linalg.eigh(outputs)
     return A.flip(1), energy.flip(0).clamp_min(0)
 
 
 def _tall(W: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """N >= K: with Σ = S Sᵀ and V the eigenvectors of Sᵀ Wᵀ W S [K, K], the directions are W S V.
+    """For N >= K, return the directions W S V, with Σ = S Sᵀ and V the eigenvectors of Sᵀ Wᵀ W S [K, K].
 
-    Their norms are the singular values; QR divides by them and keeps the small ones orthogonal to the
-    large, where a plain division would lose half the digits.
+    The norms of the directions are the singular values. QR divides by them and keeps the directions of small
+    ones orthogonal to those of large ones; a plain division would lose half the digits.
     """
     S = _square_root(moment)
     energy, V = torch.linalg.eigh(S.T @ (W.T @ W) @ S)
@@ -71,10 +76,9 @@ def _tall(W: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _square_root(moment: Tensor) -> Tensor:
-    """Lower triangular S with S Sᵀ = Σ + jitter.
+    """Return a lower triangular S with S Sᵀ = Σ + jitter, the jitter as small as the factorisation allows.
 
-    The jitter, as small as the factorisation allows, lets directions that no token had take part:
-    with next to no energy, ordered by what W makes of them.
+    The jitter gives a very small energy to directions that no token had, so W decides their order.
     """
     size = moment.shape[0]
     mean = moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
@@ -87,6 +91,6 @@ def _square_root(moment: Tensor) -> Tensor:
 
 
 def _fix_signs(rows: Tensor) -> Tensor:
-    """Make the largest entry of every row positive: an eigenvector's sign is arbitrary."""
+    """Make the largest entry of every row positive, because the sign of an eigenvector is arbitrary."""
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
     return rows * torch.where(largest < 0, -1.0, 1.0)

@@ -1,10 +1,10 @@
-"""How the loss depends on what each linear puts out: mean squared derivatives, by a few backward passes.
+"""The sensitivity of the loss to each output of each linear: mean squared derivatives.
 
-To second order the loss rises by the error of an output times the curvature there, for which the mean
-squared derivative stands in: the Fisher information, diagonal. It weighs errors of different linears, and
-of the outputs of one, against each other. The tokens whose loss is differentiated are drawn from the
-model's own predictions, as the Fisher information has it: those of the text say as much about where the
-model is wrong as about how it bends (Kunstner et al., 2019, arXiv 1905.12558).
+To second order the loss rises by the squared error of an output times the curvature. The diagonal Fisher
+information, a mean squared derivative, approximates the curvature. It makes the errors of different outputs
+and linears comparable. The labels of the loss are drawn from the model's own predictions, as the Fisher
+information is defined. With the labels of the text, the derivatives would also measure where the model is
+wrong (Kunstner et al., 2019, arXiv 1905.12558).
 """
 
 from contextlib import contextmanager
@@ -18,11 +18,11 @@ from torch import distributed as dist
 from rana_kernels.model.architectures import Block, is_described
 from rana_kernels.statistics.processes import ProcessGroupSums
 
-TOKENS = 32768  # how many of the calibration's first tokens are differentiated: the means settle soon
+TOKENS = 32768  # the loss is differentiated on so many first tokens: more hardly change the means
 
 
 class FisherDiagonal:
-    """Sums over tokens, collected batch by batch."""
+    """The sums over tokens of the squared derivatives, collected batch by batch."""
 
     def __init__(self, model: nn.Module, blocks: list[Block]) -> None:
         self.model, self.tokens = model, 0
@@ -30,18 +30,20 @@ class FisherDiagonal:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, kwargs: dict[str, Any], run: bool = True) -> None:
-        """Differentiate the loss of next tokens drawn for one batch of model inputs, row by row.
+        """Differentiate the loss on one batch of model inputs, one sequence at a time.
 
-        run   False: another process does, and its tokens are counted here
+        run   False: another process does this, and only the tokens are counted here
         """
         for i in range(len(kwargs["input_ids"])):
             if self.tokens >= TOKENS:
                 return
-            self._row({k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in kwargs.items()}, run)
+            self._add_sequence(
+                {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in kwargs.items()}, run
+            )
 
     def means(self, sums: ProcessGroupSums) -> dict[str, Tensor]:
-        """Of all processes; empty where there was no row with a loss."""
-        # a process that had no row does not know how wide the outputs are
+        """Return the means over the tokens of all processes. Empty if no sequence had a loss."""
+        # a process that ran no sequence does not know the widths of the outputs
         widths = torch.tensor([self.sums[name].numel() if name in self.sums else 0 for name in self.names])
         means = {}
         for name, width in zip(self.names, sums.reduce(widths, dist.ReduceOp.MAX).tolist(), strict=True):
@@ -50,14 +52,14 @@ class FisherDiagonal:
                 means[name] = sums.reduce(total) / self.tokens
         return means
 
-    def _row(self, kwargs: dict[str, Any], run: bool) -> None:
+    def _add_sequence(self, kwargs: dict[str, Any], run: bool) -> None:
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         follows = torch.ones_like(ids[0, 1:]) if mask is None else mask[0, 1:]
         if not follows.any():
             return
         if run:
             with torch.enable_grad(), self._differentiating():
-                # a sum: then a token's derivative does not depend on how many others there are
+                # with a sum, the derivative of a token does not depend on the number of tokens
                 logits = self._logits(kwargs)[0, :-1].float()
                 labels = drawn(logits.detach(), self.tokens).masked_fill(follows == 0, -100)
                 F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").backward()
@@ -83,7 +85,7 @@ class FisherDiagonal:
 
     @contextmanager
     def _differentiating(self):
-        """Derivatives of outputs and of no weight: weights need no memory for theirs."""
+        """Collect derivatives by outputs. Derivatives by weights are off, which saves their memory."""
         wanted = [p for p in self.model.parameters() if p.requires_grad]
         hooks = [self._embeddings().register_forward_hook(_start)]
         hooks += [self.model.get_submodule(n).register_forward_hook(self._collector(n)) for n in self.names]
@@ -100,14 +102,15 @@ class FisherDiagonal:
     def _collector(self, name: str):
         def collect(gradient: Tensor) -> None:
             squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0, dtype=torch.float64)
-            # float32 summed in float64: no rounding, so no order, unless rows differ by seven orders
+            # float64 sums of float32 values do not round, so their order does not matter, unless the values
+            # of two sequences differ by seven orders of magnitude
             self.sums[name] = self.sums.get(name, 0) + squares.float().double()
 
         return lambda _module, _args, output: output.register_hook(collect) and None
 
 
 def drawn(logits: Tensor, seed: int) -> Tensor:
-    """A token [T] for each row of `logits` [T, V], as likely as the model says, the same for a seed."""
+    """Draw a token [T] from each distribution of `logits` [T, V]. A seed always gives the same tokens."""
     share = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(seed)).to(logits.device)
     sums = logits.softmax(-1).cumsum(-1)
     return (sums <= share * sums[:, -1:]).sum(-1).clamp(max=logits.shape[1] - 1)

@@ -1,7 +1,7 @@
-"""Calibration by several processes: each runs its share of the items, then all hold the statistics of all.
+"""Calibration by several processes: each runs a part of the items, and then all have the same statistics.
 
-Every process is given the same items and reads them all, since a token's place in the stream decides whether
-it is sampled; item i is run by process i mod P. Sums are exact (`exact`): P changes no bit.
+Every process reads all items, because the position of a token in the stream decides whether it is sampled.
+Process i mod P runs item i. Sums are exact (`exact`), so the number P of processes changes no bit.
 """
 
 import torch
@@ -17,10 +17,11 @@ class ProcessGroupSums:
         self.size, self.rank = (1, 0) if group is None else (group.size(), group.rank())
 
     def owns(self, item: int) -> bool:
+        """Say whether this process runs item `item`."""
         return item % self.size == self.rank
 
     def reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """The sum (or `op`) over all processes, in place."""
+        """Replace `tensor` by its sum (or `op`) over all processes, in place, and return it."""
         if self.size > 1:
             moved = tensor.to(self.device)
             dist.all_reduce(moved, op, self.group)
@@ -43,9 +44,12 @@ class ProcessGroupSums:
 
 
 def exact(product: Tensor) -> Tensor:
-    """A float32 matrix Σ x xᵀ [K, K] as float64, on a grid so wide that sums of them need no rounding and are
-    the same in every order: 2^-27 of what the diagonal allows an entry. Products err by 2^-24 as it is."""
-    # 2^power_i is at least the square root of entry (i, i): entry (i, j) is at most 2^(power_i + power_j)
+    """Return a float32 matrix Σ x xᵀ [K, K] as float64, rounded so that sums of such matrices are exact.
+
+    The grid step is 2^-27 of the largest value that the diagonal allows for an entry; float32 products
+    already err by 2^-24. Sums on this grid need no rounding, so they are the same in every order.
+    """
+    # 2^power_i is at least the square root of entry (i, i), so entry (i, j) is at most 2^(power_i + power_j)
     power = (torch.frexp(product.diagonal()).exponent + 1).div(2, rounding_mode="floor").double()
     unit = torch.exp2(-power)
     steps = product.double().mul_(unit[:, None] * 2**27).mul_(unit).round_()

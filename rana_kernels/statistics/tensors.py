@@ -1,4 +1,4 @@
-"""The tensors of one block's adapters by their state-dict names, from its weights and statistics."""
+"""The tensors of one block's adapters, by state-dict name, made from the block's weights and statistics."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from rana_kernels.statistics.thresholds import threshold_for
 
 
 def with_threshold(calibrated: CalibratedBlock, adapter: AdapterSpec) -> AdapterSpec:
-    """Return the adapter with a threshold: its own, or the one that keeps its `live` rows of the sample."""
+    """Return the adapter with a threshold. If it has none, choose the one that keeps `live` rows a token."""
     if adapter.kind == "dense" or adapter.threshold is not None:
         return adapter
     if adapter.kind == "rank":
@@ -25,7 +25,7 @@ def with_threshold(calibrated: CalibratedBlock, adapter: AdapterSpec) -> Adapter
 
 
 def block_tensors(calibrated: CalibratedBlock, adapters: list[AdapterSpec]) -> dict[str, Tensor]:
-    """Return every tensor of the modules of `install.build_block`, except for the empty `weight` of each."""
+    """Return all tensors of the modules of `install.build_block`, except for the empty `weight` of each."""
     block = calibrated.block
     tensors: dict[str, Tensor] = {}
     fused = {*block.expanding, block.down} if is_fused(block, adapters) else set()
@@ -40,7 +40,7 @@ def block_tensors(calibrated: CalibratedBlock, adapters: list[AdapterSpec]) -> d
 
 
 def _rank_thresholds(calibrated: CalibratedBlock, adapter: AdapterSpec) -> Tensor:
-    """Return one threshold a rank. The adapter's own is of scores, these are of rank values."""
+    """Return a threshold of rank values for each rank, from the adapter's one threshold of scores."""
     assert adapter.threshold is not None, "compress fills thresholds in first"
     return adapter.threshold * calibrated.factors(adapter.names, adapter.metric).norms[: adapter.rank]
 
@@ -53,7 +53,7 @@ def _biases(calibrated: CalibratedBlock, owner: str, names: tuple[str, ...]) -> 
 def _rank_tensors(calibrated: CalibratedBlock, adapter: AdapterSpec) -> dict[str, Tensor]:
     owner, factors = adapter.names[0], calibrated.factors(adapter.names, adapter.metric)
     return {
-        # Clones, because a slice would keep the ranks that are not stored alive.
+        # These are clones, because a slice would hold the memory of the ranks that are not stored.
         f"{owner}.B": factors.B[: adapter.rank].clone(),
         f"{owner}.rows": factors.rows[: adapter.rank].clone(),
         f"{owner}.threshold": _rank_thresholds(calibrated, adapter),

@@ -1,19 +1,20 @@
-"""Thresholds: which scores of a token sample an adapter keeps."""
+"""The choice of a threshold: an adapter keeps the rows whose score reaches it."""
 
 from torch import Tensor
 
 
 def threshold_for(score: Tensor, live: float) -> tuple[float, float]:
-    """The threshold that keeps `live` of the R scores [T, R] of a token on average, and what it keeps.
+    """Return the threshold that keeps `live` of the R scores [T, R] a token, and the mean that it keeps.
 
-    One threshold for all ranks and tokens: the share of a token or of a rank varies.
+    There is one threshold for all ranks and tokens, so one token or rank can have more live rows than
+    another.
     """
-    flat, keep = score.flatten(), round(live * len(score))
-    if keep >= flat.numel():
+    flat, count = score.flatten(), round(live * len(score))
+    if count >= flat.numel():
         return 0.0, float(score.shape[1])
-    threshold = flat.max() * 2 if keep < 1 else flat.kthvalue(flat.numel() - keep + 1).values
+    threshold = flat.max() * 2 if count < 1 else flat.kthvalue(flat.numel() - count + 1).values
     if threshold == 0 and (flat > 0).any():
-        threshold = flat[flat > 0].min()  # exact zeros (ReLU) add nothing: never keep them
+        threshold = flat[flat > 0].min()  # exact zeros (of ReLU) add nothing, so never keep them
     return float(threshold), float((flat >= threshold).sum()) / len(score)
 
 
