@@ -1,4 +1,4 @@
-"""A model calibrated by several processes and compressed by the first: the same files as one process writes.
+"""Calibrate a model in several processes, and compress it in the first. One process writes the same files.
 
     torchrun --nproc-per-node 2 examples/parallel_calibration.py MODEL TOKENS.safetensors OUTPUT
 
@@ -21,7 +21,7 @@ def main() -> None:
     arguments.add_argument("model", help="a directory, or a name on the hub")
     arguments.add_argument("tokens", help="a safetensors file of input_ids [rows, T]")
     arguments.add_argument("output")
-    arguments.add_argument("--rows", type=int, help="read at most so many; all, if not given")
+    arguments.add_argument("--rows", type=int, help="read at most so many rows of text; default: all")
     arguments.add_argument("--method", default="global")
     arguments.add_argument("--flops-reduction", type=float, default=0.44)
     asked = arguments.parse_args()
@@ -30,10 +30,10 @@ def main() -> None:
     device = torch.device("cpu" if card is None else f"cuda:{card}")
     dist.init_process_group("gloo" if card is None else "nccl", device_id=None if card is None else device)
     model = AutoModelForCausalLM.from_pretrained(asked.model).to(device)
-    rows = load_file(asked.tokens)["input_ids"][: asked.rows]
-    stats = rana.calibrate(model, rows.split(8), group=dist.group.WORLD)
+    token_ids = load_file(asked.tokens)["input_ids"][: asked.rows]
+    stats = rana.calibrate(model, token_ids.split(8), group=dist.group.WORLD)
     rank = dist.get_rank()
-    dist.destroy_process_group()  # the others are done, and need not wait
+    dist.destroy_process_group()  # the other processes are done
     if rank == 0:
         rana.compress(model, stats=stats, flops_reduction=asked.flops_reduction, method=asked.method)
         rana.save(model, asked.output)

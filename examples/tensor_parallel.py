@@ -1,8 +1,8 @@
-"""A compressed model that several processes share, each of which holds and reads its part of every layer.
+"""Share a compressed model between processes. Each holds and reads its part of every layer.
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py build/compressed
 
-On cards each process takes one, otherwise they are processes of the CPU. Needs accelerate.
+Each process takes a card, or runs on the CPU without cards. This needs accelerate.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import rana_kernels  # noqa: F401  (before from_pretrained: it registers the for
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    arguments.add_argument("directory", help="what rana.save wrote")
+    arguments.add_argument("directory", help="a directory that rana.save wrote")
     arguments.add_argument("--prompt", default="import os\nimport sys\n\ndef read_lines(path):")
     arguments.add_argument("--tokens", type=int, default=32)
     asked = arguments.parse_args()
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def bytes_held(model: torch.nn.Module) -> int:
-    """Of the parameters and buffers in this process; a DTensor has its own part alone."""
+    """Return the bytes of parameters and buffers in this process. Of a DTensor only its own part counts."""
     tensors = {*model.parameters(), *model.buffers()}
     return sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)
 

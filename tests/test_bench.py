@@ -1,4 +1,4 @@
-"""The benchmarks on tiny problems: what is timed is right, and noise does not look like a regression."""
+"""The benchmarks on tiny problems: timed code is correct, and noise does not look like a regression."""
 
 import random
 import subprocess
@@ -39,7 +39,7 @@ every_tiny = pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Small copies, a small buffer, and nothing compiled."""
+    """Make copies and the buffer small, and compile nothing."""
     monkeypatch.setattr(weights, "cold_bytes", lambda: 2**16)
     monkeypatch.setattr(stream, "cold_bytes", lambda: 2**20)
     monkeypatch.setattr(timing, "PEAK_SIZE", 64)
@@ -58,14 +58,14 @@ def test_a_case_is_what_it_says(case):
     assert 0 < found.error() < tolerance
     shapes = {call().shape for call in found.calls.values()}
     assert len(shapes) == 1, shapes
-    if case.M == 1:  # then the rows that some token wants are those that are live
+    if case.M == 1:  # then the rows read are the live ones
         assert found.flops / found.bytes == 2 / baselines.DTYPES[case.dtype].itemsize
     first, second = (found.calls["rana"]() for _ in range(2))
     assert not torch.equal(first, second), "the copies are one"
 
 
 def test_contenders_compute_the_same():
-    """Dense and packed ones on weights of one seed; the low ranks and the masks of each are its own."""
+    """Packed products agree with plain ones."""
     x, w = torch.randn(4, 64).bfloat16(), weights.weight(96, 64, torch.bfloat16)
     if can_pack(torch.bfloat16):
         y = baselines.packed_linear(x, baselines.packed(w, 4))
@@ -168,7 +168,7 @@ STORED = [{"case": case.name, "threads": "1", "x dense": "2.0", "% of stream": "
 
 
 def timer(*repetitions: dict[str, tuple[float, float]]):
-    """Plays timings: (factor of x dense, factor of % of stream) by case, one dict a repetition."""
+    """Return a fake timer. It plays (factor of x dense, factor of % of stream) by case, one dict a call."""
     turns = iter(repetitions)
 
     def time(some):
@@ -194,7 +194,7 @@ def test_what_stays_slower_is_found():
         [{TINY[1].name: (0.5, 0.5)}, {}],  # one bad moment
         [{TINY[1].name: (0.5, 0.5)}, {TINY[1].name: (0.7, 0.6)}, {}],
         [{TINY[1].name: (0.5, 1.0)}],  # another torch, whose dense layer is faster
-        [{TINY[1].name: (1.1, 0.5)}],  # memory disturbed: dense as much as ours
+        [{TINY[1].name: (1.1, 0.5)}],  # busy memory, which slows dense as much as ours
         [{case.name: (0.9, 0.9) for case in TINY}],  # within the margin
     ],
 )
@@ -277,7 +277,7 @@ def test_a_fit_finds_the_line_and_says_what_is_left():
 
 
 def test_no_work_takes_less_than_no_time():
-    """Plain least squares would fit 1.2 · a - 0.1 · b to these."""
+    """Plain least squares would fit 1.2 · a - 0.1 · b here, with a negative coefficient."""
     features = [{"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 4.1}, {"a": 4.0, "b": 7.9}]
     found = fit(features, [1.2 * f["a"] - 0.1 * f["b"] for f in features])
     assert found.coefficients["b"] == 0 and found.coefficients["a"] > 0
@@ -320,7 +320,7 @@ def test_cost_is_measured_checked_and_extrapolated(compression):
 
 
 def test_the_decompositions_counted_are_those_that_are_done():
-    """Where up and gate, and q, k and v, end up together, and nothing is left dense."""
+    """This holds if up and gate, and q, k and v, end up joint, and nothing is left dense."""
     shape, done = cost.block_shape(64), []
     model = cost.random_block(64)
     stats = rana_kernels.calibrate(model, [torch.randint(256, (2, 64))], progress=False)

@@ -1,4 +1,4 @@
-"""The benchmark of whole models, on one that is small enough to run it in seconds."""
+"""The benchmark of whole models, on a model that is small enough to run in seconds."""
 
 import gc
 
@@ -47,7 +47,7 @@ def test_contenders_share_what_they_do_not_replace(models):
 
 
 def test_random_models_cost_what_was_asked_for(models):
-    """Counted on other tokens than those that the thresholds were set on."""
+    """The cost is counted on other tokens than those that set the thresholds."""
     dense = sum(p.numel() for n, p in models["dense"].named_parameters() if "proj" in n)
     o = sum(p.numel() for n, p in models["dense"].named_parameters() if "o_proj" in n)
     ids = torch.randint(TINY.vocab_size, (2, 100))
@@ -63,7 +63,7 @@ def test_random_models_cost_what_was_asked_for(models):
                 for child in module.names:
                     rows = getattr(module, child).rows
                     cost += counts[f"{place}.{child}"].mean * rows.shape[1]
-        # ranks are multiples of 16: coarse, for a model of this size
+        # ranks are multiples of 16, which is coarse for a model of this size
         assert cost / dense == pytest.approx(COST_RATIO, rel=0.1), name
 
 
@@ -92,7 +92,7 @@ def test_a_decoder_writes_what_generate_writes(models):
 
 
 class Recorded(TorchDispatchMode):
-    """Calls of torch's ops, done again on the same memory: what a CUDA graph is on a card."""
+    """Records calls of torch's ops and repeats them on the same memory, like a CUDA graph on a card."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Recorded(TorchDispatchMode):
 
 @torch.inference_mode()
 def test_replayed_steps_write_the_same(models, monkeypatch):
-    """A step captured once goes on from where the last one stopped, and from another prompt."""
+    """A captured step continues the last one, and also another prompt."""
     recorded = []
 
     def captured(run):
@@ -122,7 +122,7 @@ def test_replayed_steps_write_the_same(models, monkeypatch):
         with Recorded() as record:
             run()
         for tensor, value in zip(tensors, before, strict=True):
-            tensor.copy_(value)  # a capture computes nothing
+            tensor.copy_(value)  # capturing must compute nothing
         recorded.append(record)
         return record.replay
 
@@ -143,14 +143,14 @@ def test_replayed_steps_write_the_same(models, monkeypatch):
 
 @pytest.fixture
 def may_freeze():
-    """Puts torch's setting back, which `compiled` changes for the process."""
+    """Restore the torch setting that `compiled` changes for the whole process."""
     steps.forget_compiled()
     with steps.inductor.patch(freezing=False):
         yield
 
 
 def test_a_compiled_model_is_timed(may_freeze):
-    """One block, 16 bits: where torch can, every dense linear is compiled with its weight packed."""
+    """Every dense linear of one block in 16 bits is compiled with its weight packed, where torch can pack."""
     config = LlamaConfig(**{**TINY.to_dict(), "num_hidden_layers": 1})
     model = random_model(config, torch.bfloat16, "cpu")
     torch._dynamo.utils.counters.clear()
@@ -226,7 +226,7 @@ def test_shapes_have_the_weights_of_their_names():
 
 
 def test_the_command_on_a_directory(tmp_path, capsys):
-    """Compressed on its own tokens, with perplexities and drafts; without the tests nothing is written."""
+    """A directory is compressed on its own tokens. Without the tests of the ops nothing is written."""
     random_model(TINY, torch.float32, "cpu").save_pretrained(tmp_path)
     tokens = torch.arange(8 * 96).reshape(8, 96).int() * 37 % TINY.vocab_size
     for name in ("calibration", "evaluation"):

@@ -1,4 +1,4 @@
-"""The script that measures on a card, here on tiny problems in Triton's interpreter, with made-up times."""
+"""The benchmark of a card, on tiny problems in Triton's interpreter, with made-up times."""
 
 import csv
 import os
@@ -81,7 +81,7 @@ def say(text: str, then: str = "") -> list[str]:
 
 @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["a terminal", "the background"])
 def shell(request):
-    """Where the command runs: there it is interrupted, or interrupts are ignored."""
+    """Run the command as in a terminal, or as in the background, where interrupts are ignored."""
     before = signal.signal(signal.SIGINT, request.param)
     yield
     signal.signal(signal.SIGINT, before)
@@ -116,7 +116,7 @@ def test_a_log_names_files_from_the_project_on(tmp_path):
 
 
 class Rehearsal(Stages):
-    """Runs nothing; one op fails, and what would be timed is made up."""
+    """Runs nothing, makes up the times, and lets one op fail."""
 
     def run(self, stage, commands, limit):
         played.append((stage, commands))
@@ -142,20 +142,20 @@ def test_stages_come_in_the_order_of_their_worth(monkeypatch, tmp_path):
     assert len(timed) == 4 and all(words[-4:-2] == ["--red", "cuda:masked_mlp"] for words in timed)
     stamp, rows = read_csv(tmp_path / "out" / "no-card.csv")
     assert stamp == "a card" and [row["op"] for row in rows] == [s for s in stages if s.startswith("times")]
-    # the commands are understood: without a card they fail later than that
+    # the command line is understood, and fails later, because there is no card
     child = python(*timed[0][1:])
     assert child.returncode == 1 and "Usage" not in child.stderr, child.stderr
 
 
 def selected(words: list[str]) -> str:
-    """What pytest says that it would run."""
+    """Return the tests that pytest would run."""
     child = python(*words[1:], "--collect-only")
     assert child.returncode == 0, child.stdout + child.stderr
     return child.stdout
 
 
 def test_the_tests_of_a_card_are_found(monkeypatch):
-    """Here, by the names that the same tests have on the CPU and without a device."""
+    """Without a card, look for the names of the same tests on the CPU."""
     monkeypatch.setattr(tests, "served", lambda: ["cuda", "triton"])
     monkeypatch.setattr(tests, "IMPLEMENTATIONS", {"cuda": "registered", "triton": "reference"})
     gates = tests.gates()

@@ -1,4 +1,4 @@
-"""The demo, end to end on a tiny random model: a whole report, self-contained, with finite numbers."""
+"""The demo, end to end on a tiny random model: it writes one self-contained report with finite numbers."""
 
 import json
 import math
@@ -25,7 +25,7 @@ BLOCKS = {"tiny": Model(hidden=64, queries=64, keys=32, neurons=176, blocks=1)}
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """(report.html, report.json) of one run."""
+    """Return (report.html, report.json) of one run."""
     folder, output = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("out")
     _save_model(folder)
     settings = Settings(
@@ -85,7 +85,7 @@ def test_every_number_is_finite(report):
 
 
 def test_costs_are_those_asked_for(report):
-    """RaNA's cost varies with the text, static low rank's only with rounding to whole ranks."""
+    """RaNA's cost varies with the text, and that of static low rank only by rounding to whole ranks."""
     _, results = report
     for variant in results["quality"]["variants"]:
         asked = 1 - variant["flops_reduction"]
@@ -96,7 +96,7 @@ def test_costs_are_those_asked_for(report):
 def test_steps_cost_what_they_say(report):
     _, results = report
     for step in results["decode_steps"]:
-        assert step["cost_ratio"] == pytest.approx(0.56, abs=0.06)  # ranks come in sixteens
+        assert step["cost_ratio"] == pytest.approx(0.56, abs=0.06)  # ranks are multiples of 16
         assert step["speedup"] == pytest.approx(step["dense"]["median"] / step["rana"]["median"])
 
 

@@ -1,4 +1,4 @@
-"""The quality benchmark: end to end on a tiny random model, and that its baselines cost what they say."""
+"""The quality benchmark, end to end on a tiny random model. Its baselines cost what they say."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 pytest.importorskip("matplotlib", reason="the plots need the extra `plots`")
 
 from bench.quality.__main__ import main
-from bench.quality.contenders import CONTENDERS, Candidate, cats, one_budget, teal, wina
+from bench.quality.contenders import CONTENDERS, Candidate, cats, one_budget
 from bench.quality.docs import PAGE, filled
 from bench.quality.layers import kept_energy
 from bench.quality.masks import refit
@@ -72,7 +72,7 @@ def command(folder, output, *more: object):
 
 @pytest.fixture(scope="module")
 def results(folder, tmp_path_factory):
-    """What one run of the command wrote, and where."""
+    """Return the results of one run of the command, and their path."""
     output = tmp_path_factory.mktemp("out") / "quality-tiny.json"
     done = command(folder, output)
     assert done.exit_code == 0, done.output
@@ -136,9 +136,9 @@ def test_the_page_has_the_tables_of_the_results(results):
         filled(marked.replace("mlp", "else"), output.parent)
 
 
-@pytest.mark.parametrize("build", [teal, wina, cats])
-def test_masks_fitted_again_keep_what_they_kept(build, subject):
-    candidate, rows = build(subject, "both", 0.7), subject.calibration
+@pytest.mark.parametrize("method", ["teal", "wina", "cats"])
+def test_masks_fitted_again_keep_what_they_kept(method, subject):
+    candidate, rows = CONTENDERS[method](subject, "both", 0.7), subject.calibration
     before, counts = measured_cost(candidate, rows), count_live_rows(candidate.model, rows, progress=False)
     with torch.no_grad():
         for parameter in candidate.model.parameters():
@@ -166,10 +166,10 @@ def test_a_search_begins_with_what_global_asked_for(subject, tmp_path, monkeypat
     assert [key for key in store.section("rows") if key.startswith("mlp")] == ["mlp global 0.50"]
 
 
-@pytest.mark.parametrize("build", [teal, wina])
+@pytest.mark.parametrize("method", ["teal", "wina"])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_masked_inputs_cost_the_inputs_that_are_not_zero(build, scope, subject):
-    candidate = build(subject, scope, 0.5)
+def test_masked_inputs_cost_the_inputs_that_are_not_zero(method, scope, subject):
+    candidate = CONTENDERS[method](subject, scope, 0.5)
     done, all_of_it = [], []
 
     def count(module, args) -> None:
@@ -186,7 +186,7 @@ def test_masked_inputs_cost_the_inputs_that_are_not_zero(build, scope, subject):
 
 def test_wina_weighs_inputs_by_their_columns(subject):
     name = subject.blocks[0].down
-    masked = wina(subject, "both", 0.5).model.get_submodule(name)
+    masked = CONTENDERS["wina"](subject, "both", 0.5).model.get_submodule(name)
     x = torch.randn(5, 176)
     scores = x.abs() * subject.dense.get_submodule(name).weight.norm(dim=0)
     assert torch.equal(masked.masks(x)[""], scores >= masked.threshold)
@@ -242,17 +242,17 @@ def test_without_masks_every_rank_is_on_and_a_cap_on_memory_gives_the_same(subje
 
 def test_asking_is_corrected_until_the_cost_is_right(subject):
     def build(cost_ratio: float) -> Candidate:
-        return teal(subject, "both", cost_ratio - 0.04)
+        return CONTENDERS["teal"](subject, "both", cost_ratio - 0.04)
 
     candidate, asked = fit(build, 0.5, subject.evaluation)
     assert abs(measured_cost(candidate, subject.evaluation) - 0.5) <= TOLERANCE
     assert asked == pytest.approx(0.54, abs=0.02)
     with pytest.raises(ValueError, match=r"it costs 0\.[23]"):
-        fit(lambda cost_ratio: teal(subject, "both", 0.3), 0.5, subject.evaluation)
+        fit(lambda cost_ratio: CONTENDERS["teal"](subject, "both", 0.3), 0.5, subject.evaluation)
 
 
 def test_the_dense_model_keeps_all_of_its_energy(subject):
     shares = kept_energy(subject, subject.dense, subject.evaluation[:2])
     assert shares == {"qkv": [1.0, 1.0], "mlp": [1.0, 1.0]}
-    worse = kept_energy(subject, teal(subject, "both", 0.2).model, subject.evaluation[:2])
+    worse = kept_energy(subject, CONTENDERS["teal"](subject, "both", 0.2).model, subject.evaluation[:2])
     assert all(0 < share < 1 for part in worse.values() for share in part)

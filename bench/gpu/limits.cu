@@ -1,5 +1,5 @@
-// What a card does at best, without torch: gaps between kernels, barriers, sums across blocks, reading.
-// Prints lines `what,value,unit`: medians over replays of a CUDA graph. Compiled and run by limits.py.
+// The limits of a card without torch: gaps between kernels, barriers, sums across blocks, reading.
+// Prints lines `what,value,unit`, which are medians over replays of a CUDA graph. limits.py compiles and runs it.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-"""What is benchmarked: shapes of known models, one layer in many ways, and the published cases."""
+"""The benchmarked cases: shapes of known models, one layer in many ways, and the published cases."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

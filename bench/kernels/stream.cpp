@@ -1,5 +1,5 @@
-// What memory gives a streaming loop on this machine: the yardstick of every kernel that is bound by
-// bytes. Compiled with -march=native by stream.py; each function works on one thread's share.
+// Streaming loops that measure the memory bandwidth of this machine, to which kernels bound by bytes are
+// compared. stream.py compiles them with -march=native. Each function works on one thread's share.
 #include <cstdint>
 #include <cstring>
 

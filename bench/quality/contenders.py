@@ -7,6 +7,7 @@ meet.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -19,42 +20,37 @@ from rana_kernels.allocation.search import Search
 from rana_kernels.allocation.specs import dense_spec
 from rana_kernels.allocation.spending import Curve, Ways
 from rana_kernels.allocation.whole_model import plan_curves
+from rana_kernels.compression.report import CompressReport
 from rana_kernels.evaluation.density import Costs, costs_of
 from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.statistics.block import CalibratedBlock
-from rana_kernels.statistics.calibration import Stats
 
 EVALUATIONS = 20  # allocations that rankadaptor measures
 
 
 @dataclass
 class Candidate:
-    """A model that skips work. It has a `plan` and `stats` if it has adapters."""
+    """A model that skips work. If it has adapters, `report` says what `rana.compress` did."""
 
     model: nn.Module
     costs: Costs
-    plan: Plan | None = None
-    stats: Stats | None = None
+    report: CompressReport | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.report and self.report.plan
 
 
-def static(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
-    return _compressed(subject, scope, _same_for_every_layer(subject, scope, cost_ratio, "static"))
-
-
-def teal(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
-    return Candidate(*mask_inputs(subject, scope, cost_ratio, weighted=False))
-
-
-def wina(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
-    return Candidate(*mask_inputs(subject, scope, cost_ratio, weighted=True))
+def masked_inputs(subject: Subject, scope: str, cost_ratio: float, *, weighted: bool) -> Candidate:
+    return Candidate(*mask_inputs(subject, scope, cost_ratio, weighted=weighted))
 
 
 def cats(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
     return Candidate(*mask_gates(subject, scope, cost_ratio))
 
 
-def as_published(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
-    return _compressed(subject, scope, _same_for_every_layer(subject, scope, cost_ratio, "paper"))
+def uniform(subject: Subject, scope: str, cost_ratio: float, *, method: str) -> Candidate:
+    return _compressed(subject, scope, _same_for_every_layer(subject, scope, cost_ratio, method))
 
 
 def one_budget(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
@@ -89,11 +85,11 @@ def by_search(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
 
 
 CONTENDERS: dict[str, Callable[[Subject, str, float], Candidate]] = {
-    "static": static,
-    "teal": teal,
-    "wina": wina,
+    "static": partial(uniform, method="static"),
+    "teal": partial(masked_inputs, weighted=False),
+    "wina": partial(masked_inputs, weighted=True),
     "cats": cats,
-    "paper": as_published,
+    "paper": partial(uniform, method="paper"),
     "unmasked": without_masks,
     "global": one_budget,
     "rankadaptor": by_search,
@@ -104,8 +100,8 @@ WHOLE = ("rankadaptor",)  # these measure the loss of a whole model, so their on
 
 def _compressed(subject: Subject, scope: str, plan: Plan) -> Candidate:
     model, stats = subject.copy()
-    plan = rana.compress(model, plan=plan, stats=stats, progress=False).plan
-    return Candidate(model, costs_of(_part(plan, subject.linears(scope))), plan, stats)
+    report = rana.compress(model, plan=plan, stats=stats, progress=False)
+    return Candidate(model, costs_of(_part(report.plan, subject.linears(scope))), report)
 
 
 def _part(plan: Plan, names: set[str]) -> Plan:

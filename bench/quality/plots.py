@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.quality.tables import LABELS, LAYER_BUDGET, TITLES, label, ordered
+from bench.report.plots import STYLE
 
 COLOURS = dict(
     zip(
@@ -17,17 +18,6 @@ COLOURS = dict(
     )
 )
 MARKERS = dict(zip(LABELS, "sv^<oXDP", strict=True))
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#d8d8d8",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
 
 
 def draw(data: dict[str, Any], path: Path) -> list[Path]:

@@ -46,7 +46,7 @@ def recover(candidate: Candidate, subject: Subject, steps: int) -> None:
     from rana_kernels.recovery import run
 
     how = training(steps)
-    if candidate.plan is not None:
+    if candidate.report is not None:
         run.recover(candidate.model, subject.calibration, how, dense=subject.dense, progress=False)
         return
     some = subject.calibration[:REFIT_ROWS]

@@ -1,4 +1,4 @@
-"""What a mean hides: live rows token by token, the tokens that lose most, and another kind of text.
+"""The spread behind the means: live rows token by token, the tokens that lose most, and another kind of text.
 
 There are two kinds of text: the one the model was measured on, and prose. Each calibrates a compression,
 which then reads both. The budget is given as it is, and not fitted to a text.

@@ -39,7 +39,7 @@ INTRODUCTION = """# Performance
   cost as ours.
 - **% of bandwidth** compares the weight bytes that ours must read, over its time, with the best streaming
   loop timed in the same rounds (on a card: with a copy).
-- Cost is 0.56 of the dense multiply-adds. Weights are random, kept ranks lie in random places, and contenders
+- Cost is 0.56 of the dense multiply-adds. Weights are random, live ranks lie in random places, and contenders
   take turns over copies of the weights that are larger than the cache. Times are medians.
 - Whole models have random weights (but for the demo model). They decode after 32 tokens, and ours is given in
   tokens a second of all texts together.

@@ -11,6 +11,18 @@ from bench.kernels.cases import DENSITY
 from bench.report.results import read_csv
 
 Rows = list[dict[str, str]]
+# of the plots of bench.quality and of the demo
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#d8d8d8",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
 # dense layers that ours is compared with: column, how it is drawn, words
 AGAINST = (
     ("x dense", "o-", "against torch's F.linear"),

@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.report.plots import STYLE
 from examples.demo.results import Adapted, DensitySweep, Results, Variant
 from examples.demo.tables import NAMES
 
@@ -43,18 +44,12 @@ Draw = Callable[[Results, Theme], Figure]
 def render(draw: Draw, results: Results, theme: Theme) -> bytes:
     """Return the plot as a transparent PNG."""
     style = {
+        **STYLE,
         "font.size": 10,
         "axes.titlesize": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.linewidth": 0.6,
         "grid.color": theme.grid,
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-        "figure.constrained_layout.use": True,
-        **{key: theme.ink for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")},
         "axes.edgecolor": theme.dense,
+        **{key: theme.ink for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")},
     }
     with matplotlib.rc_context(style):
         png = io.BytesIO()

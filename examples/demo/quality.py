@@ -1,4 +1,4 @@
-"""What compression costs: perplexity and live rows of the model at several budgets, by three methods.
+"""The cost of compression: perplexity and live rows of the model at several budgets, by three methods.
 
 `global` is RaNA with one budget for the whole model, and `paper` is RaNA as published (arXiv 2503.18216).
 `static` is plain data-aware low rank at the same cost; comparing with it shows what choosing ranks by input
@@ -8,25 +8,19 @@ Calibration and the curves of `global` do not depend on the budget, so both are 
 compression starts from a copy of the dense model.
 """
 
-import copy
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
-import rana_kernels as rana
+from bench.quality.contenders import CONTENDERS, Candidate
+from bench.quality.subject import BATCH, Subject, some_rows
 from examples.demo.model import DemoModel
 from examples.demo.results import Adapted, Quality, Variant
-from rana_kernels.allocation.request import Request
-from rana_kernels.allocation.whole_model import model_curves, plan_curves
-from rana_kernels.compression.report import AdapterReport, CompressReport
+from rana_kernels.compression.report import AdapterReport
 from rana_kernels.evaluation.metrics import count_live_rows, perplexity
-from rana_kernels.model.plan import AdapterSpec, Plan
-from rana_kernels.statistics.calibration import Stats
 
 METHODS = ("global", "paper", "static")
 Compressed = dict[tuple[str, float], nn.Module]  # by method and budget
-BATCH = 4  # rows at a time; the logits of more rows exceed the caches
 LIVE_ROWS = 8  # counting is slow, and a mean over a few thousand tokens is steady enough
 
 
@@ -38,14 +32,15 @@ def measure_quality(
     Return the results, and the compressed models.
     """
     evaluation = model.evaluation[:rows].long()
+    subject = Subject("demo", model.dense, model.tokenizer, model.calibration, evaluation)
     say("calibrating")
-    stats = rana.calibrate(model.dense, model.calibration.split(BATCH), progress=False)
+    tokens = subject.stats.tokens
     say("measuring what each multiply-add is worth")
-    curves = model_curves(stats, progress=False)
+    assert subject.curves
     say("perplexity of the dense model")
     quality = Quality(
         parameters=sum(p.numel() for p in model.dense.parameters()),
-        calibration_tokens=stats.tokens,
+        calibration_tokens=tokens,
         evaluation_tokens=evaluation.numel(),
         perplexity=perplexity(model.dense, evaluation, batch=BATCH, progress=False).perplexity,
         megabytes=sum(p.numel() * p.element_size() for p in model.dense.parameters()) / 1e6,
@@ -53,49 +48,29 @@ def measure_quality(
     compressed: Compressed = {}
     for method, budget in ((method, budget) for budget in budgets for method in METHODS):
         say(f"{method} at {budget:.0%} fewer FLOPs")
-        request = Request(method, flops_reduction=budget)
-        made = plan_curves(stats, curves, request) if method == "global" else None
-        compressed[method, budget], report = _compress(model.dense, stats, method, budget, made)
-        found = _evaluate(compressed[method, budget], report, evaluation, quality.perplexity)
-        quality.variants.append(found)
+        candidate = CONTENDERS[method](subject, "both", 1 - budget)
+        compressed[method, budget] = candidate.model
+        quality.variants.append(_evaluate(candidate, method, budget, evaluation, quality.perplexity))
     return quality, compressed
 
 
-def _compress(
-    dense: nn.Module, stats: Stats, method: str, budget: float, made: Plan | None
-) -> tuple[nn.Module, CompressReport]:
-    """Compress a copy. `compress` works in place, and needs the statistics to name that copy."""
-    model = copy.deepcopy(dense)
-    asked = {"flops_reduction": budget, "method": method} if made is None else {"plan": made}
-    report = rana.compress(model, stats=replace(stats, model=model), progress=False, **asked)
-    return model, report
-
-
-def _evaluate(model: nn.Module, report: CompressReport, evaluation: Tensor, dense: float) -> Variant:
-    found = perplexity(model, evaluation, batch=BATCH, progress=False).perplexity
-    # rows spread over the text, because neighbours come from the same file
-    some = evaluation[:: -(-len(evaluation) // LIVE_ROWS)]
-    counts = count_live_rows(model, some, batch=BATCH, progress=False)
-    live = {name: count.mean for name, count in counts.items()}
+def _evaluate(candidate: Candidate, method: str, budget: float, evaluation: Tensor, dense: float) -> Variant:
+    found = perplexity(candidate.model, evaluation, batch=BATCH, progress=False).perplexity
+    some = some_rows(evaluation, LIVE_ROWS * evaluation.shape[1])
+    counts = count_live_rows(candidate.model, some, batch=BATCH, progress=False)
+    report = candidate.report
+    assert report is not None
     return Variant(
-        method=report.plan.method,
-        flops_reduction=report.plan.flops_reduction,
+        method=method,
+        flops_reduction=budget,
         planned_cost_ratio=1 - report.block_flops_reduction,
-        cost_ratio=1 - _with_live(report.plan, live).reduction,
+        cost_ratio=candidate.costs.cost_ratio(counts),
         perplexity=found,
         over_dense=found / dense - 1,
         megabytes=report.bytes_after / 1e6,
         seconds=report.seconds,
-        adapters=[_adapted(adapter, live[adapter.names[0]]) for adapter in report.adapters],
+        adapters=[_adapted(adapter, counts[adapter.names[0]].mean) for adapter in report.adapters],
     )
-
-
-def _with_live(plan: Plan, live: dict[str, float]) -> Plan:
-    def measured() -> Iterator[AdapterSpec]:
-        for adapter in plan.adapters:
-            yield replace(adapter, live=live.get(adapter.names[0], adapter.live))
-
-    return plan.with_adapters(tuple(measured()))
 
 
 def _adapted(adapter: AdapterReport, live: float) -> Adapted:

@@ -5,6 +5,6 @@
     python -m examples.deployment.compile -o build/run
     build/run PACKAGE build/model.pt2 build/prompt.txt 16
 
-PACKAGE is the folder with the compiled libraries of rana_kernels; a prompt is a text file of token ids.
-docs/deployment.md has the words.
+PACKAGE is the folder with the compiled libraries of rana_kernels. A prompt is a text file of token ids.
+docs/deployment.md explains the steps.
 """

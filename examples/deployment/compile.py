@@ -1,4 +1,4 @@
-"""Compile run.cpp against the torch of this Python: one call of the C++ compiler (CXX, or c++)."""
+"""Compile run.cpp against the torch of this Python, by one call of the C++ compiler (CXX, or c++)."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ SOURCE = Path(__file__).with_name("run.cpp")
 
 
 def compile_program(output: Path) -> None:
-    """Raises CalledProcessError if the compiler does not succeed, after it said why."""
+    """Compile. Raise CalledProcessError if the compiler fails; it prints why."""
     includes = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
     link = [word for path in cpp_extension.library_paths() for word in (f"-L{path}", f"-Wl,-rpath,{path}")]
     link += ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]

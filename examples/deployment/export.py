@@ -14,15 +14,15 @@ import rana_kernels as rana
 
 
 def export(model: PreTrainedModel, length: int) -> ExportedProgram:
-    """The program of `(input_ids [1, T], cache_position [T]) -> logits [1, T, vocabulary]`.
+    """Return the program `(input_ids [1, T], cache_position [T]) -> logits [1, T, vocabulary]`.
 
-    The cache, for `length` tokens, is part of the program: a call writes its T tokens at
-    `cache_position` (consecutive numbers) and sees all before them. T is any from 1 to `length`, so a
-    prompt is one call and each further token one more; position 0 starts a new text.
+    The cache, for `length` tokens, is part of the program. A call writes its T tokens at `cache_position`
+    (consecutive numbers) and sees all tokens before them. T is any number from 1 to `length`: a prompt is one
+    call, and each further token one more. Position 0 starts a new text.
     """
 
     def place(_: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        # OPT would find these from a mask as long as what the cache holds: a size that is data has no shape
+        # OPT derives these from a mask as long as the cache's content, a size that export cannot know
         cache = named["cache" if "cache" in named else "past_key_values"]  # its name until transformers 5.24
         positions = cache.get_seq_length() + torch.arange(named["input_ids"].shape[1])
         return arguments, named | {"position_ids": positions[None], "attention_mask": torch.ones(1, length)}
@@ -39,7 +39,7 @@ def export(model: PreTrainedModel, length: int) -> ExportedProgram:
 
 
 def package(model: PreTrainedModel, length: int, output: Path) -> None:
-    """Export, compile for this processor, and write `output`, a .pt2 file that knows its `length`."""
+    """Export, compile for this processor, and write `output`, a .pt2 file that stores its `length`."""
     partial = output.with_suffix(".partial.pt2")
     options = {"aot_inductor.metadata": {"length": str(length)}}
     program = export(model, length)
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a directory that `rana compress` wrote")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--length", type=int, default=512, help="tokens that the cache holds (default 512)")
-    parser.add_argument("--dtype", default="auto", help="of the weights (default: that of the file)")
+    parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: that of the file)")
     arguments = parser.parse_args()
     package(rana.load(arguments.model, dtype=arguments.dtype), arguments.length, arguments.output)
 

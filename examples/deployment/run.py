@@ -1,4 +1,4 @@
-"""Continue a text with a .pt2 file, from Python: no transformers, no model class. run.cpp is its twin."""
+"""Continue a text with a .pt2 file from Python, without transformers. run.cpp does the same in C++."""
 
 import argparse
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import rana_kernels  # noqa: F401 - the ops that the file calls
+import rana_kernels  # noqa: F401 - defines the ops that the file calls
 
 
 def continuation(program: Callable[..., Tensor], prompt: list[int], count: int) -> list[int]:
-    """The `count` tokens after `prompt`, always the likeliest."""
+    """Return the `count` tokens after `prompt`, each the likeliest."""
     written, unseen, seen = [], prompt, 0
     for _ in range(count):
         positions = torch.arange(seen, seen + len(unseen))

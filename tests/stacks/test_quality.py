@@ -1,4 +1,4 @@
-"""The quality benchmark with its trainings: PEFT on adapters, and on weights behind masks."""
+"""The quality benchmark with its training: PEFT on adapters, and on weights behind masks."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def test_a_training_follows_the_dense_model_at_the_same_cost(method, subject, mo
 
 
 def away(model, subject) -> float:  # noqa: F811
-    """Divergence of the dense model's predictions on the calibration text."""
+    """Return the divergence from the dense model's predictions on the calibration text."""
     with torch.no_grad():
         ours, theirs = (
             m(input_ids=subject.calibration).logits.log_softmax(-1) for m in (model, subject.dense)
