@@ -1,4 +1,4 @@
-"""The plan of a compressed model: attached to its config in memory, and read from the config on disk."""
+"""The plan of a compressed model, attached to its config in memory and read from the config on disk."""
 
 import json
 import os
@@ -12,26 +12,28 @@ from rana_kernels.model.plan import Plan
 from rana_kernels.version import __version__
 
 FORMAT = 2
-METHOD = "rana"  # what transformers calls a "quant_method"
+METHOD = "rana"  # our name in transformers' field "quant_method"
 
 
 def attach_plan(model: nn.Module, plan: Plan, made: dict[str, Any] | None = None) -> None:
-    """Note in `model.config` what `model` was compressed by, in the form that config.json has.
+    """Store the plan in `model.config`, in the form of config.json.
 
-    made   facts for the model card. `model.save_pretrained` then writes a directory that can be loaded
+    made   facts for the model card
+
+    `model.save_pretrained` then writes a directory that can be loaded.
     """
     config: Any = model.config
     config.quantization_config = {**plan_to_config(plan), "made": made or {}}
 
 
 def attached_plan(model: nn.Module) -> Plan | None:
-    """The plan that `model` was compressed by; None if it was not."""
+    """Return the plan of a compressed model, or None if `model` is not compressed."""
     fields = _fields(model)
     return plan_from_config(fields) if fields.get("quant_method") == METHOD else None
 
 
 def attached_facts(model: nn.Module) -> dict[str, Any]:
-    """What the model card will say of how `model` was made; {} if nothing is known."""
+    """Return the facts for the model card of `model`, {} if none are known."""
     made = _fields(model).get("made")
     return made if isinstance(made, dict) else {}
 
@@ -42,11 +44,12 @@ def _fields(model: nn.Module) -> dict[str, Any]:
 
 
 def plan_to_config(plan: Plan) -> dict[str, Any]:
+    """Return `quantization_config` of config.json for a plan."""
     return {"quant_method": METHOD, "format": FORMAT, "plan": json.loads(plan.to_json())}
 
 
 def plan_from_config(fields: dict[str, Any]) -> Plan:
-    """Raises CheckpointError for another format or a broken plan."""
+    """Read the plan from `quantization_config`. Raise CheckpointError for another format or a broken plan."""
     check_format(fields.get("format"), "config.json: quantization_config")
     try:
         return Plan.from_json(json.dumps(fields.get("plan")))
@@ -55,7 +58,7 @@ def plan_from_config(fields: dict[str, Any]) -> Plan:
 
 
 def read_plan(directory: str | os.PathLike) -> Plan:
-    """The plan in config.json. CheckpointError where there is none."""
+    """Read the plan from config.json in `directory`. Raise CheckpointError if there is none."""
     path = Path(directory) / "config.json"
     config = strict_json(path.read_bytes(), str(path))
     fields = config.get("quantization_config") if isinstance(config, dict) else None
@@ -67,6 +70,7 @@ def read_plan(directory: str | os.PathLike) -> Plan:
 
 
 def check_format(found: object, where: str) -> None:
+    """Raise CheckpointError unless `found` is the format that this version reads."""
     if type(found) is not int or found != FORMAT:
         raise CheckpointError(
             f"{where}: format is {str(found)[:200]!r}, this version of rana_kernels ({__version__}) reads "

@@ -1,7 +1,7 @@
-"""Safetensors headers, read strictly and before any tensor is: names, dtypes, shapes, where the bytes lie.
+"""Safetensors headers, read strictly before any tensor: names, dtypes, shapes and byte ranges.
 
-A file is 8 bytes (the header's length, little-endian), the header (JSON), and the tensors' bytes end to
-end. Nothing here allocates by a size that the file merely claims.
+A file consists of 8 bytes (the header's length, little-endian), the header (JSON), and the tensors' bytes
+without gaps. No code here allocates memory of a size that it has not compared with the file's size.
 """
 
 import json
@@ -23,12 +23,12 @@ MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors library
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, incomplete, of another version, or not what it says it is."""
+    """A checkpoint is damaged, incomplete, of another version, or does not match its own description."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: `begin` and `end` count bytes from the end of the header."""
+    """One tensor of a file. `begin` and `end` count bytes from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class Entry:
 
 
 def strict_json(text: bytes, where: str) -> Any:
-    """Parse JSON that came from outside. CheckpointError where it is none, or names a key twice."""
+    """Parse JSON from an untrusted file. Raise CheckpointError if it is not JSON or has a key twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -56,7 +56,7 @@ def strict_json(text: bytes, where: str) -> Any:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one file. CheckpointError unless they fill it exactly, without overlap."""
+    """Read the tensors of one file. Raise CheckpointError unless they fill it exactly, without overlap."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -115,10 +115,10 @@ def _check_tiling(file: str, entries: dict[str, Entry], data: int) -> None:
 def check_tensors(files: list[Path], expected: dict[str, Tensor], optional: set[str]) -> None:
     """Raise CheckpointError unless `files` hold exactly the tensors `expected`, by name, shape and dtype.
 
-    expected   what the model has, on any device (only shapes and dtypes are looked at). Its thresholds
-               and norms are float32 in the file too; other floats may be stored in any of
-               `STORED_FLOATS`, because a model can be loaded in another dtype than it was saved in
-    optional   names that may be absent: weights tied to others
+    expected   the model's tensors, on any device: only their shapes and dtypes matter. Thresholds and norms
+               must be float32 in the file too. Other floats may have any dtype in `STORED_FLOATS`, because
+               a model can be loaded in another dtype than it was saved in
+    optional   names that may be absent, because these weights are tied to others
     """
     home: dict[str, str] = {}
     for path in files:
@@ -141,8 +141,8 @@ def _check_entry(where: str, entry: Entry, expected: Tensor) -> None:
         raise CheckpointError(
             f"{where} has shape {list(entry.shape)}, wanted {list(expected.shape)} by the plan"
         )
-    always = where.endswith((".threshold", ".norms")) or not expected.is_floating_point()
-    fits = DTYPES[entry.dtype] == expected.dtype if always else entry.dtype in STORED_FLOATS
+    exact = where.endswith((".threshold", ".norms")) or not expected.is_floating_point()
+    fits = DTYPES[entry.dtype] == expected.dtype if exact else entry.dtype in STORED_FLOATS
     if not fits:
-        wanted = str(expected.dtype) if always else " or ".join(STORED_FLOATS)
+        wanted = str(expected.dtype) if exact else " or ".join(STORED_FLOATS)
         raise CheckpointError(f"{where} has dtype {entry.dtype}, wanted {wanted}")

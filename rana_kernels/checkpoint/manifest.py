@@ -1,17 +1,17 @@
-"""What is on disk: a directory that transformers reads as it is, and a manifest that vouches for it.
+"""The format of a checkpoint on disk: a directory that transformers can read, and a manifest for its checks.
 
     config.json          the model's config as transformers writes it; its `quantization_config` is
-                         {"quant_method": "rana", "format": 2, "plan": …, "made": …}: the plan is all that
-                         is needed to build the modules, `made` says from what (`model_card.py`)
+                         {"quant_method": "rana", "format": 2, "plan": …, "made": …}. The modules can be
+                         built from the plan alone; `made` has facts for the model card (`model_card.py`)
     README.md            the model card
-    model.safetensors    every tensor under its name in the state dict (large models: shards, an index)
-    generation_config.json, the tokenizer's files      where there are any
-    rana.json            written last: format, versions, what the compression saves, and the size and
-                         SHA-256 of every other file but the card, which people edit where they share a
-                         model. Safetensors alone has no checksum
+    model.safetensors    every tensor under its name in the state dict (large models: shards and an index)
+    generation_config.json, the tokenizer's files      if there are any
+    rana.json            the manifest, written last: format, versions, savings of the compression, and the
+                         size and SHA-256 of every other file except the model card, which people edit on
+                         the hub. Safetensors files have no checksum of their own
 
-Reading goes from the cheap to the dear: the manifest, sizes, hashes, then the safetensors headers against
-the plan (`headers.py`). Only then is a tensor touched. Nothing on disk can hold code.
+Loading makes the cheap checks first: the manifest, then sizes, then hashes, then the safetensors headers
+against the plan (`headers.py`). Only then does it read a tensor. No file can contain code.
 """
 
 import hashlib
@@ -37,13 +37,14 @@ _MAX_MANIFEST = 16_000_000  # bytes
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of this package and of those that write a checkpoint with it."""
     others = ("torch", "transformers", "safetensors")
     return {"rana_kernels": __version__, **{name: metadata.version(name) for name in others}}
 
 
 @dataclass(frozen=True)
 class File:
-    """Size in bytes and SHA-256, in hexadecimal, of one file."""
+    """The size in bytes and the SHA-256, in hexadecimal, of one file."""
 
     bytes: int
     sha256: str
@@ -51,9 +52,11 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """rana.json, read and checked. `files` is keyed by path within `directory`, with forward slashes.
+    """The contents of rana.json, checked.
 
-    facts   everything else it says: versions, base model, compression, stored bytes
+    directory   the checkpoint
+    files       {path within `directory`, with forward slashes: File}
+    facts       everything else: versions, base model, compression, stored bytes
     """
 
     directory: Path
@@ -61,7 +64,7 @@ class Manifest:
     facts: dict[str, Any]
 
     def verify(self, names: Iterable[str]) -> None:
-        """Raise CheckpointError unless these files have the contents that they were written with."""
+        """Raise CheckpointError unless the SHA-256 of each of these files is the one in the manifest."""
         for name in names:
             if name not in self.files:
                 raise CheckpointError(f"{self.directory}: {MANIFEST} does not list {name!r}")
@@ -74,7 +77,7 @@ class Manifest:
 
 
 def write_manifest(directory: Path, model: nn.Module, plan: Plan, paths: Iterable[Path]) -> None:
-    """Describe those of `paths`, within `directory`, that are files, and force them to the disk."""
+    """Write rana.json for the files among `paths`, which lie within `directory`. Force all to the disk."""
     names = {path.relative_to(directory).as_posix(): path for path in sorted(paths) if path.is_file()}
     files = {name: _describe(path) for name, path in names.items() if name not in (CARD, MANIFEST)}
     config: Any = model.config
@@ -102,9 +105,9 @@ def write_manifest(directory: Path, model: nn.Module, plan: Plan, paths: Iterabl
 
 
 def read_manifest(directory: str | os.PathLike) -> Manifest:
-    """Read rana.json and check that every file it lists is there and has its size; hashes are `verify`'s.
+    """Read rana.json and check that every listed file exists and has its size. `verify` checks the hashes.
 
-    Raises CheckpointError, which says what was found, what is wanted and what to do.
+    Raises CheckpointError, whose message says what was found, what is wanted and what to do.
     """
     place = Path(directory)
     if not place.is_dir():
@@ -134,7 +137,7 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
 
 def _read_file(where: str, name: str, entry: object) -> File:
     pure = PurePosixPath(name)
-    # what escapes the directory here, or on another system, is no file of ours
+    # a path must not leave the directory, neither on this system nor on another
     if pure.is_absolute() or pure.as_posix() != name or ".." in pure.parts or re.search(r"[\\:\0]", name):
         raise CheckpointError(f"{where}: {name[:200]!r} is not a path within the directory")
     size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
@@ -169,6 +172,6 @@ def _sha256(path: Path) -> str:
 
 
 def _force_to_disk(path: Path) -> None:
-    # a rename can reach the disk before what was written under the old name
+    # without this, a rename could reach the disk before the contents of the file
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -1,8 +1,8 @@
-"""The model card: a README.md, written from what a compressed model knows of how it was made.
+"""The model card: a README.md, written from the facts that a compressed model carries in its config.
 
-`made` is noted by `compress` in the model's config, under `quantization_config`, and goes with it from
-then on: base model, calibration, budget, FLOPs, bytes, and perplexities if `note` was given some. It may
-have come from a file, so nothing here relies on what is in it.
+`compress` stores these facts in the config as `quantization_config["made"]`: base model, calibration, budget,
+FLOPs, bytes, and perplexities if `note` was given some. They may come from an untrusted file, so the code
+here relies on none of them.
 """
 
 import re
@@ -17,12 +17,12 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def note(model: nn.Module, **facts: Any) -> None:
-    """Add to what the card of a compressed model will say.
+    """Add facts to the model card of a compressed model. Raise ValueError if `model` is not compressed.
 
     base_model    directory or hub name
-    calibration   {"data": what it was}
-    perplexity    {"data": what it was measured on, "compressed": …, "dense": …, "unrecovered": …}
-    recovery      {"steps": …, "tokens": …, "rank": of LoRA, "data": …, "dense": learnt from, or None}
+    calibration   {"data": name of the text}
+    perplexity    {"data": name of the text, "compressed": …, "dense": …, "unrecovered": …}
+    recovery      {"steps": …, "tokens": …, "rank": of the LoRA, "data": …, "dense": the teacher, or None}
     """
     plan, made = attached_plan(model), attached_facts(model)
     if plan is None:
@@ -33,7 +33,7 @@ def note(model: nn.Module, **facts: Any) -> None:
 
 
 def write_card(model: nn.Module) -> str:
-    """README.md of a compressed model, for a directory or the hub."""
+    """Return the text of README.md for a compressed model."""
     made, plan = attached_facts(model), attached_plan(model)
     assert plan is not None, "only compressed models are saved"
     base = str(made.get("base_model", ""))
@@ -44,7 +44,7 @@ def write_card(model: nn.Module) -> str:
     lines += [f"| {name} | {saved} |" for name, saved in _savings(plan, made)]
     lines += ["", "Rows kept of rows stored, mean over the calibration's tokens:", ""]
     lines += ["| linears | kind | kept / stored | of the dense cost |", "| --- | --- | --- | --- |"]
-    return "\n".join([*lines, *map(_row, plan.adapters), ""])
+    return "\n".join([*lines, *map(_adapter_row, plan.adapters), ""])
 
 
 _HOW = """Linear layers of this model are replaced by adapters that skip, for each token, the work that adds
@@ -68,42 +68,44 @@ def _front_matter(base: str) -> list[str]:
 
 
 def _facts(base: str, made: dict[str, Any]) -> list[tuple[str, str]]:
-    """Lines of the table, of what is known; other keys and other types are left out."""
+    """Return the lines of the table for the known facts. Unknown keys and wrong types are left out."""
 
     def part(key: str) -> dict[str, Any]:
         return made[key] if isinstance(made.get(key), dict) else {}
 
-    calibration, perplexity = part("calibration"), part("perplexity")
-    words = [f"{calibration[key]} {word}" for key, word in (("tokens", "tokens"),) if key in calibration]
-    words += [f"of {calibration['data']}"] if "data" in calibration else []
-    words += [f"{key} {calibration[key]}" for key in ("seed", "sha256") if key in calibration]
-    measured = [
-        f"{perplexity[key]:.4f} {key}"
-        for key in ("compressed", "unrecovered", "dense")
-        if _number(perplexity, key)
-    ]
-    measured += [f"on {perplexity['data']}"] if "data" in perplexity else []
-    kept, inside = _sizes(part("bytes")), _sizes(part("block_bytes"))
-    recovery = part("recovery")
-    trained = [f"{recovery[key]} {key}" for key in ("steps", "tokens") if _number(recovery, key)]
-    trained += [f"of {recovery['data']}"] if "data" in recovery else []
-    trained += [f"LoRA of rank {recovery['rank']}, merged"] if _number(recovery, "rank") else []
-    trained += [f"distilled from {recovery['dense']}"] if recovery.get("dense") else []
-    made_with = [f"{name} {version}" for name, version in sorted(part("versions").items())]
-    rows = {
+    lines = {
         "base model": [base] if base else [],
-        "calibration": words,
-        "perplexity": measured or ["not measured"],
-        "recovered": trained,
-        "weights": kept,
-        "of the blocks' linears": inside,
-        "made with": made_with,
+        "calibration": _calibration(part("calibration")),
+        "perplexity": _perplexity(part("perplexity")) or ["not measured"],
+        "recovered": _recovery(part("recovery")),
+        "weights": _sizes(part("bytes")),
+        "of the blocks' linears": _sizes(part("block_bytes")),
+        "made with": [f"{name} {version}" for name, version in sorted(part("versions").items())],
     }
-    return [(key, _plain(", ".join(values))) for key, values in rows.items() if values]
+    return [(key, _plain(", ".join(values))) for key, values in lines.items() if values]
+
+
+def _calibration(facts: dict[str, Any]) -> list[str]:
+    words = [f"{facts['tokens']} tokens"] if "tokens" in facts else []
+    words += [f"of {facts['data']}"] if "data" in facts else []
+    return words + [f"{key} {facts[key]}" for key in ("seed", "sha256") if key in facts]
+
+
+def _perplexity(facts: dict[str, Any]) -> list[str]:
+    keys = ("compressed", "unrecovered", "dense")
+    words = [f"{facts[key]:.4f} {key}" for key in keys if _is_number(facts, key)]
+    return words + ([f"on {facts['data']}"] if "data" in facts else [])
+
+
+def _recovery(facts: dict[str, Any]) -> list[str]:
+    words = [f"{facts[key]} {key}" for key in ("steps", "tokens") if _is_number(facts, key)]
+    words += [f"of {facts['data']}"] if "data" in facts else []
+    words += [f"LoRA of rank {facts['rank']}, merged"] if _is_number(facts, "rank") else []
+    return words + ([f"distilled from {facts['dense']}"] if facts.get("dense") else [])
 
 
 def _savings(plan: Plan, made: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the plan saves, and what was asked for."""
+    """Return the lines of the table that compare the plan's savings with the request."""
 
     def asked(reduction: float | None) -> str:
         return "" if reduction is None else f" ({reduction:.1%} asked for)"
@@ -120,18 +122,19 @@ def _savings(plan: Plan, made: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _sizes(size: dict[str, Any]) -> list[str]:
-    return [f"{size[key] / 1e6:.1f} MB {key}" for key in ("before", "after") if _number(size, key)]
+    return [f"{size[key] / 1e6:.1f} MB {key}" for key in ("before", "after") if _is_number(size, key)]
 
 
-def _number(facts: dict[str, Any], key: str) -> bool:
+def _is_number(facts: dict[str, Any], key: str) -> bool:
     return isinstance(facts.get(key), int | float)
 
 
 def _plain(text: str) -> str:
+    """Return the text on one line and without the separator of a table's cells."""
     return " ".join(text.replace("|", "/").split())
 
 
-def _row(adapter: AdapterSpec) -> str:
+def _adapter_row(adapter: AdapterSpec) -> str:
     names = ", ".join(adapter.names)
     kept = "all" if adapter.kind == "dense" else f"{adapter.live:.0f} / {adapter.rank}"
     return f"| {names} | {adapter.kind} | {kept} | {adapter.cost_ratio:.0%} |"

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: a new directory takes the place of an old one when it is whole, or not at all."""
+"""The replacement of a directory: a new one takes the place of an old one once it is complete."""
 
 import os
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ def check_target(directory: str | os.PathLike) -> None:
 
 @contextmanager
 def replacing(directory: str | os.PathLike) -> Iterator[Path]:
-    """A new directory to write into, which takes the place of `directory` if the block ends well.
+    """Give a new directory to write into. It replaces `directory` if the block ends without an error.
 
-    Until then an older checkpoint there stays as it is. Raises as `check_target` does.
+    Until then, an older checkpoint in `directory` stays as it is. Raises FileExistsError like `check_target`.
     """
     place = Path(directory).resolve()
     check_target(place)
