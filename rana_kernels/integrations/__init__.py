@@ -1,4 +1,4 @@
-"""Other libraries, each in a file of its own: translate for them, decide nothing."""
+"""The connections to other libraries, one file for each. They translate, and contain no logic of our own."""
 
 import importlib
 import sys
@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-# modules of others after which one of ours has something to register
+# {a module of another library: our module that is imported right after it, to register something}
 _AFTER = {
     "transformers.quantizers.auto": "rana_kernels.integrations.transformers",  # its table of plug-ins
     "torch.distributed.tensor": "rana_kernels.integrations.dtensor",
@@ -15,10 +15,9 @@ _AFTER = {
 
 
 def register() -> None:
-    """Make transformers' `from_pretrained` know our checkpoints and DTensor our ops, as soon as each is
-    imported.
+    """Register our checkpoints with transformers and our ops with DTensor, once each of them is imported.
 
-    Importing them here would more than double the time that `import rana_kernels` takes.
+    Importing both here would more than double the time of `import rana_kernels`.
     """
     for theirs, ours in _AFTER.items():
         if theirs in sys.modules:
@@ -28,7 +27,7 @@ def register() -> None:
 
 
 class _After(MetaPathFinder):
-    """Sees one import, that of `theirs`, and imports `ours` when it is done."""
+    """Waits for the import of the module `theirs`, and imports the module `ours` right after it."""
 
     def __init__(self, theirs: str, ours: str) -> None:
         self.theirs, self.ours = theirs, ours
@@ -46,6 +45,6 @@ class _After(MetaPathFinder):
             execute(module)
             importlib.import_module(self.ours)
 
-        # on the instance, so that all else about the loader stays as it was
+        # set on this one loader, so that everything else about it stays as it was
         setattr(spec.loader, "exec_module", execute_then_register)  # noqa: B010
         return spec

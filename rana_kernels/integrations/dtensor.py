@@ -1,10 +1,13 @@
-"""The ops on DTensors: which layouts of their arguments give which layout of the result.
+"""The ops on DTensors, for programs that place tensors themselves.
 
-For programs that place tensors themselves. DTensor brings arguments into the nearest layout of these lists,
-and refuses an op that has none. Whatever the op, tokens can be cut (they do not depend on each other), or
-nothing. Columns of `rows` make columns of y. Ranks or neurons can be cut where h is complete: y is then
-a partial sum, and so is the bias, which one process adds. The ranks of `masked_mlp` cannot: an
-activation stands between them and y.
+For each op there is a list of layouts: how the arguments are divided, and how the result then is. DTensor
+converts the arguments to the nearest layout of the list. Without a list, it refuses the op.
+
+tokens            every op allows any leading dimension of x to be divided, because tokens are independent
+columns           if the columns of `rows` are divided, so are the columns of y
+ranks, neurons    can be divided if h is complete. y is then a partial sum, and so is the bias, which only
+                  one process adds. The ranks of `masked_mlp` cannot be divided, because an activation comes
+                  between them and y
 """
 
 from typing import Any
@@ -18,22 +21,22 @@ Layout = tuple[list[Any], list[Any]]
 
 
 def _tokens(x: Any, others: list[Any]) -> list[Layout]:
-    """Nothing cut, and every leading dimension of x cut."""
+    """Return the layouts that divide nothing, or one leading dimension of x."""
     whole = [None if other is None else WHOLE for other in others]
-    cuts = [Shard(dimension) for dimension in range(x.ndim - 1)]
-    return [([cut], [cut, *whole]) for cut in (WHOLE, *cuts)]
+    divided = [Shard(dimension) for dimension in range(x.ndim - 1)]
+    return [([place], [place, *whole]) for place in (WHOLE, *divided)]
 
 
-def _given(layouts: list[Layout], arguments: list[Any]) -> list[Layout]:
-    """The same without a layout for arguments that are None or no tensors."""
+def _tensors_only(layouts: list[Layout], arguments: list[Any]) -> list[Layout]:
+    """Return the layouts with None for arguments that are None or no tensors."""
     return [
         (result, [place if hasattr(a, "ndim") else None for place, a in zip(places, arguments, strict=True)])
         for result, places in layouts
     ]
 
 
-def _of_rows(threshold: Any) -> Any:
-    """One threshold for all rows is in no row's part."""
+def _divided_by_rows(threshold: Any) -> Any:
+    """Return the layout of a threshold when rows are divided. A single threshold is not divided."""
     return ROW if threshold.ndim else WHOLE
 
 
@@ -41,16 +44,16 @@ def _of_rows(threshold: Any) -> Any:
 def _masked_linear(h, rows, threshold, norms=None, bias=None):
     last, arguments = Shard(h.ndim - 1), [h, rows, threshold, norms, bias]
     columns = ([last], [WHOLE, COLUMN, WHOLE, WHOLE, ROW])
-    ranks = ([PARTIAL], [last, ROW, _of_rows(threshold), ROW, PARTIAL])
-    return _given([*_tokens(h, arguments[1:]), columns, ranks], arguments)
+    ranks = ([PARTIAL], [last, ROW, _divided_by_rows(threshold), ROW, PARTIAL])
+    return _tensors_only([*_tokens(h, arguments[1:]), columns, ranks], arguments)
 
 
 @register_sharding(torch.ops.rana.masked_lowrank_linear.default)
 def _masked_lowrank_linear(x, B, rows, threshold, bias=None):
     last, arguments = Shard(x.ndim - 1), [x, B, rows, threshold, bias]
     columns = ([last], [WHOLE, WHOLE, COLUMN, WHOLE, ROW])
-    ranks = ([PARTIAL], [WHOLE, ROW, ROW, _of_rows(threshold), PARTIAL])
-    return _given([*_tokens(x, arguments[1:]), columns, ranks], arguments)
+    ranks = ([PARTIAL], [WHOLE, ROW, ROW, _divided_by_rows(threshold), PARTIAL])
+    return _tensors_only([*_tokens(x, arguments[1:]), columns, ranks], arguments)
 
 
 @register_sharding(torch.ops.rana.masked_mlp.default)
@@ -61,13 +64,13 @@ def _masked_mlp(
     up_and_gate = [B, up_rows, gate_rows, threshold, up_bias, gate_bias]
     down = [down_rows, down_norms, down_threshold, down_bias]
     arguments = [x, *up_and_gate, *down, activation]
-    of_down = [ROW, ROW, _of_rows(down_threshold), PARTIAL]
+    of_down = [ROW, ROW, _divided_by_rows(down_threshold), PARTIAL]
     neurons = ([PARTIAL], [WHOLE, WHOLE, COLUMN, COLUMN, WHOLE, ROW, ROW, *of_down, None])
-    return _given([*_tokens(x, arguments[1:]), neurons], arguments)
+    return _tensors_only([*_tokens(x, arguments[1:]), neurons], arguments)
 
 
 @register_sharding(torch.ops.rana.linear.default)
 def _linear(x, weight, bias=None):
     last, arguments = Shard(x.ndim - 1), [x, weight, bias]
     columns, inputs = ([last], [WHOLE, ROW, ROW]), ([PARTIAL], [last, COLUMN, PARTIAL])
-    return _given([*_tokens(x, arguments[1:]), columns, inputs], arguments)
+    return _tensors_only([*_tokens(x, arguments[1:]), columns, inputs], arguments)

@@ -1,8 +1,8 @@
-"""`push_to_hub` of compressed models: our model card and manifest go with the weights.
+"""`push_to_hub` of compressed models: our model card and manifest are uploaded with the weights.
 
-transformers makes a card of a template, or takes the repository's, and writes it right before it uploads: so
-it is at the upload that ours takes its place. Both `model.push_to_hub(…)` and `save_pretrained(…,
-push_to_hub=True)` come by there, in every version.
+transformers writes its own model card (from a template, or the repository's) right before the upload. Ours
+therefore replaces that card in the method that uploads. In every version of transformers, both
+`model.push_to_hub(…)` and `save_pretrained(…, push_to_hub=True)` call this method.
 """
 
 import os
@@ -21,11 +21,13 @@ from rana_kernels.checkpoint.model_card import write_card
 
 
 def _describing(upload: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `upload`, preceded by the writing of our card and manifest if `self` is a compressed model."""
+
     @wraps(upload)
     def describe_then_upload(
         self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **options
     ):
-        # tokenizers and LoRAs, which know of a compressed model's plan, are uploaded by the same method
+        # the same method uploads tokenizers, and LoRAs that have the config of a compressed model
         plan = attached_plan(self) if isinstance(self, transformers.PreTrainedModel) else None
         if plan is not None:
             place = Path(working_dir)
@@ -38,7 +40,7 @@ def _describing(upload: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _merged(theirs: ModelCard, text: str) -> str:
-    """Our card, with the metadata that theirs has and ours lacks (a license), and the tags of both."""
+    """Return our card with the tags of both cards, and with metadata that only theirs has (a license)."""
     ours = ModelCard(text)
     ours.data["tags"] = list(dict.fromkeys([*ours.data["tags"], *theirs.data.get("tags", [])]))
     for key, value in theirs.data.to_dict().items():
@@ -48,7 +50,7 @@ def _merged(theirs: ModelCard, text: str) -> str:
 
 
 def _changed(place: Path, before: dict[str, float]) -> list[Path]:
-    """The files that the upload takes; others in a directory of the user's may be in no repository."""
+    """Return the files that will be uploaded. The user's directory may hold others besides the model's."""
     return [path for path in place.iterdir() if path.stat().st_mtime > before.get(path.name, 0)]
 
 

@@ -1,8 +1,9 @@
 """ONNX: each op of `torch.ops.rana` in standard ONNX operators, for `torch.onnx.export`.
 
-The result is what the ops compute, with the mask decided on float32 values and NaN kept, in dense
-matrix products: an ONNX runtime skips nothing, and a rank adapter costs `R·(K + N)` a token whatever its
-mask drops. float16 and bfloat16 are cast to float32 and back. Needs the packages onnx and onnxscript.
+The exported model computes the same results as the ops: masks are decided on float32 values, and NaN is
+kept. It uses dense matrix products, so an ONNX runtime skips no work: a rank adapter costs `R·(K + N)` a
+token for any mask. float16 and bfloat16 are converted to float32 and back. The export needs the packages
+onnx and onnxscript.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from rana_kernels.ops.mlp import gate_ranks
 
 
 def translation_table() -> dict[OpOverload, Callable]:
-    """What `torch.onnx.export(..., dynamo=True, custom_translation_table=...)` needs to know of our ops."""
+    """Return the table for `torch.onnx.export(..., dynamo=True, custom_translation_table=...)`."""
     return {getattr(torch.ops.rana, name).default: globals()[name] for name in ops.SCHEMAS}
 
 
@@ -70,7 +71,7 @@ def _ranks(x: Value, B: Value) -> Value:
 
 
 def _masked(h: Value, threshold: Value, norms: Value | None = None) -> Value:
-    """`h`, or 0 where `|h|·norms < threshold`: NaN is never less."""
+    """Return `h`, with 0 where `|h|·norms < threshold`. NaN is not less, so it is kept."""
     score = op.Abs(h) if norms is None else op.Mul(op.Abs(h), norms)
     return op.Where(op.Less(score, threshold), 0.0, h)
 
@@ -85,7 +86,7 @@ def _part(z: Value, ranks: slice) -> Value:
 
 
 def _relu(h: Value) -> Value:
-    # runtimes disagree on what the operator Relu makes of NaN
+    # runtimes disagree on the result of the operator Relu for NaN
     return op.Where(op.Less(h, 0.0), 0.0, h)
 
 

@@ -1,8 +1,8 @@
-"""LoRA of PEFT on compressed models: added, loaded, and merged into the adapters without a loss.
+"""PEFT's LoRA on compressed models: it can be added, loaded, and merged into the adapters without a loss.
 
-On a rank adapter LoRA reads the layer's input, and merging appends its ranks to B and rows, always on
-(threshold 0). On a neuron adapter it reads the input with the mask applied, so that it can be merged into
-the rows. LoRA's A is the matrix next to the input, like our B; its B the one next to the output.
+On a rank adapter, LoRA reads the layer's input. Merging appends the LoRA's ranks to B and rows with
+threshold 0, so they are always kept. On a neuron adapter, LoRA reads the masked input, so that it can be
+merged into the rows. LoRA's A reads the input, like our B. LoRA's B gives the output.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from rana_kernels.nn.split_mlp import RanaSplitMLP, join_mlp, split_mlp
 
 
 def add(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """`get_peft_model` for a compressed model; `target_modules` are named as in the dense model.
+    """Call `get_peft_model` for a compressed model. `target_modules` are named as in the dense model.
 
-    MLPs of one op are taken apart for it, in place; `merge` puts them together again.
+    Every RanaMLP of `model` is split, in place. `merge` joins it again.
     """
     _prepare(model, config)
     return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
 
 
 def load(model: nn.Module, directory: str | os.PathLike, *, is_trainable: bool = False) -> PeftModel:
-    """`PeftModel.from_pretrained` for a compressed model."""
+    """Call `PeftModel.from_pretrained` for a compressed model, and split its MLPs as `add` does."""
     config = PeftConfig.from_pretrained(os.fspath(directory))
     _prepare(model, config)
     return PeftModel.from_pretrained(model, os.fspath(directory), config=config, is_trainable=is_trainable)  # type: ignore[arg-type]
 
 
 def merge(tuned: PeftModel) -> nn.Module:
-    """The compressed model with its active LoRAs merged, ready for `rana.save`.
+    """Return the compressed model with its active LoRAs merged, ready for `rana.save`.
 
-    Raises ValueError where merging would take more ranks than a full-rank layer has.
+    Raises ValueError if a merged adapter would have more ranks than a full-rank layer.
     """
     model: Any = tuned.merge_and_unload()
     for name, module in list(model.named_modules()):
@@ -61,14 +61,14 @@ def _prepare(model: nn.Module, config: Any) -> None:
     owners = {id(m.handoff): m for m in model.modules() if isinstance(m, RanaLinear) and m.handoff}
     for module in model.modules():
         if isinstance(module, RanaReceiver):
-            # not a submodule: it has a place of its own in the model
+            # set in __dict__, because the owner must not become a submodule of its receiver
             module.__dict__["owner"] = owners[id(module.handoff)]
     layers = {RanaLinear: LoraRank, RanaReceiver: LoraRank, RanaNeuronLinear: LoraNeuron}
     config._register_custom_module(layers)
 
 
 def _note_ranks(model: nn.Module) -> None:
-    """The plan says how many rows there are to load; merging has appended some."""
+    """Update the ranks in the model's plan, which loading relies on. Merging has appended some."""
     plan = attached_plan(model)
     assert plan is not None, "_prepare was given a compressed model"
     adapters = []
@@ -86,7 +86,7 @@ def _stored_ranks(model: nn.Module, name: str) -> int:
 
 
 class _Lora(LoraLinear):
-    """What PEFT's linear does, except for merging; plain LoRA and rsLoRA, no other variant."""
+    """PEFT's LoRA linear with another way of merging. It supports plain LoRA and rsLoRA only."""
 
     @property
     def lora_variants(self):
@@ -109,7 +109,7 @@ class _Lora(LoraLinear):
 
 
 class LoraRank(_Lora):
-    """On a rank adapter, or on one of several that were decomposed together."""
+    """LoRA on a rank adapter, or on one of the linears that share a joint adapter."""
 
     def _merge(self, down: Tensor, up: Tensor) -> None:
         base: Any = self.get_base_layer()
@@ -129,7 +129,7 @@ class LoraRank(_Lora):
 
 
 class LoraNeuron(_Lora):
-    """On a neuron adapter: LoRA sees what the mask leaves."""
+    """LoRA on a neuron adapter. It reads the masked input."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs or args:
@@ -147,9 +147,10 @@ class LoraNeuron(_Lora):
         return result.to(x.dtype)
 
     def _merge(self, down: Tensor, up: Tensor) -> None:
-        base: Any = self.get_base_layer()  # its norms stay, and so do the masks
+        base: Any = self.get_base_layer()  # the norms do not change, so the masks stay the same
         base.rows = nn.Parameter(base.rows + (up @ down).T.to(base.rows.dtype), base.rows.requires_grad)
 
 
 def _grown(weight: nn.Parameter, more: Tensor) -> nn.Parameter:
+    """Return `weight` with the rows `more` appended."""
     return nn.Parameter(torch.cat([weight.detach(), more.to(weight.dtype)]), weight.requires_grad)

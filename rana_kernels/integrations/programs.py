@@ -1,6 +1,6 @@
-"""Programs of other packages, run unchanged in a process that has imported this one.
+"""Programs of other packages, run in a process that has imported rana_kernels.
 
-They find models by `from_pretrained`, and have no way to name a package to import first.
+These programs load models with `from_pretrained`, and have no option to import a package first.
 """
 
 import sys
@@ -8,9 +8,11 @@ from importlib.metadata import entry_points
 
 
 def run_program(program: str, arguments: list[str], needs: str) -> None:
-    """Run the console script `program` with `arguments`, as if it had been called by its own name.
+    """Run the console script `program` with `arguments`, as if the user had called it.
 
-    needs   what pip installs it by. Raises ImportError where it is not installed
+    needs   the name to give to pip if it is missing
+
+    Raises ImportError if the program is not installed.
     """
     found = entry_points(group="console_scripts", name=program)
     if not found:

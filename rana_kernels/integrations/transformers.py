@@ -1,10 +1,10 @@
-"""Hugging Face transformers: our checkpoints through its own `from_pretrained` and `save_pretrained`.
+"""Hugging Face transformers: its own `from_pretrained` and `save_pretrained` read and write our checkpoints.
 
-To transformers we are a quantization method named "rana". It builds the model on the meta device, we put
-our modules in place of the linears, and it loads the tensors.
+For transformers, "rana" is a quantization method. transformers builds the model on the meta device, this
+file puts our modules in place of the linears, and transformers loads the tensors.
 
-This file is imported while transformers itself still is (see `__init__.py`): at module level, only what
-its table of quantization methods imports too may be used.
+This file is imported before the import of transformers has finished (see `__init__.py`). At module level it
+may therefore use only modules that transformers' table of quantization methods imports too.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from rana_kernels.system.huge_pages import use_huge_pages
 
 
 def save(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) -> None:
-    """Write a compressed model, its tokenizer if given, and a model card, so that `load` gives back the
-    same bits and the directory can be uploaded as it is.
+    """Write a compressed model, its tokenizer if given, and a model card.
 
-    An older checkpoint in `directory` is replaced when the new one is whole; an interruption leaves it
-    as it was. `checkpoint.py` says what is written.
+    `load` restores the same bits, and the directory can be uploaded as it is. An older checkpoint in
+    `directory` is replaced once the new one is complete; an interruption leaves the older one as it was.
+    `checkpoint/manifest.py` lists the files.
 
-    Raises ValueError for a model that was not compressed, FileExistsError if `directory` holds anything
-    else than such a checkpoint.
+    Raises ValueError for a model that is not compressed, and FileExistsError if `directory` holds anything
+    other than a checkpoint of this function.
     """
     plan = attached_plan(model)
     if plan is None or not isinstance(model, transformers.PreTrainedModel):
@@ -62,18 +62,18 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
 ) -> transformers.PreTrainedModel:
-    """Read what `save` wrote, after checking all of it, as a model in evaluation mode.
+    """Check and read a checkpoint that `save` wrote. Return the model in evaluation mode.
 
-    dtype    of the weights; "auto": that of the file. Thresholds and norms are float32 in any case
+    dtype    dtype of the weights; "auto": the dtype in the file. Thresholds and norms are always float32
     device   where to put the model; None: the CPU
 
     Raises CheckpointError (a ValueError) for a checkpoint that is damaged, incomplete or of another
-    format: it says what was found, what is wanted and what to do.
+    format. The message says what was found, what is wanted and what to do.
     """
     manifest = read_manifest(directory)
-    # the weights follow in the quantizer, which from_pretrained calls before it reads them
+    # from_pretrained calls the quantizer, which verifies the weights before they are read
     manifest.verify(name for name in manifest.files if not name.endswith(".safetensors"))
-    read_plan(directory)  # an error there is clearer than one from inside transformers
+    read_plan(directory)  # its error is clearer than one from inside transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(
         os.fspath(directory),
         dtype=dtype,
@@ -86,8 +86,7 @@ def load(
 
 @register_quantization_config(METHOD)
 class RanaConfig(QuantizationConfigMixin):
-    """`quantization_config` of config.json: the format of the checkpoint, the Plan as JSON has it, and
-    what the model was made from."""
+    """`quantization_config` of config.json: the format, the Plan as JSON, and facts for the model card."""
 
     def __init__(
         self,
@@ -102,10 +101,10 @@ class RanaConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class RanaQuantizer(HfQuantizer):
-    """What `from_pretrained` calls. The hooks take `**_`: their arguments differ between versions."""
+    """The hooks that `from_pretrained` calls. They accept `**_`, because versions differ in the arguments."""
 
     requires_calibration = True
-    aside: SetAside | None = None  # what is cut for the processes that share the model
+    aside: SetAside | None = None  # the modules that are divided, if several processes share the model
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
         plan = plan_from_config(self.quantization_config.to_dict())
@@ -127,12 +126,12 @@ class RanaQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **_):
         if self.aside:
             self.aside.put_back(model, self.files, next(model.parameters()).device)
-        elif (getattr(model, "_tp_size", None) or 1) > 1:  # its quantizers are not told before
+        elif (getattr(model, "_tp_size", None) or 1) > 1:  # an older version tells its quantizers too late
             raise ImportError(
                 f"transformers {transformers.__version__} has tp_plan, wanted 5.17 or later for it"
             )
-        _bring_to(model, self.dtypes)
-        # transformers places tensors itself and so passes by the check of load_state_dict
+        _convert(model, self.dtypes)
+        # transformers places tensors itself, which bypasses the check of load_state_dict
         check_thresholds(model)
         use_huge_pages(model)
         return model
@@ -155,17 +154,22 @@ class RanaQuantizer(HfQuantizer):
         return True
 
 
-def _bring_to(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Of a quantized model some versions (5.0, 5.17) leave weights that have another name in the file in the
-    dtype of the file: experts, lm_head of GPT-NeoX."""
+def _convert(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give every parameter the dtype in `dtypes`.
+
+    In a quantized model, some versions of transformers (5.0, 5.17) leave a weight in the file's dtype if the
+    file has another name for it (experts, lm_head of GPT-NeoX).
+    """
     for name, parameter in model.named_parameters():
         if parameter.dtype != dtypes[name]:
             model.get_submodule(name.rpartition(".")[0]).to(dtypes[name])
 
 
 def _stored_tensors(model: transformers.PreTrainedModel, files: list[Path]) -> dict[str, torch.Tensor]:
-    """What the files must hold: the state dict, or its older form, in which transformers goes on to write
-    mixtures of experts (one tensor for each expert)."""
+    """Return the tensors that the files must hold: the state dict, or its older form.
+
+    transformers still writes mixtures of experts in the older form, with one tensor for each expert.
+    """
     own = model.state_dict()
     if all(name in own for file in files for name in read_header(file)):
         return own
@@ -177,7 +181,7 @@ def _stored_tensors(model: transformers.PreTrainedModel, files: list[Path]) -> d
 
 
 def _check_files(model: transformers.PreTrainedModel, files: list[Path]) -> None:
-    """Weights come from the checkpoint's own directory, and are what its manifest says, if it has one."""
+    """Raise CheckpointError if weights lie outside of the checkpoint or differ from its manifest, if any."""
     given = Path(str(model.config.name_or_path))
     directory = given if given.is_dir() else files[0].parent
     outside = [file for file in files if file.parent != directory]

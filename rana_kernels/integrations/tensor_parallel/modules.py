@@ -1,16 +1,18 @@
-"""Tensor parallelism: adapters cut for P processes, each of which holds one share (written _p).
+"""The modules of tensor parallelism: adapters divided among P processes. Each holds one share, written _p.
 
-    q, k, v, up, gate   column-parallel   z = gather(mask(x B_pᵀ))     y_p = z rows_p              x is whole
+    q, k, v, up, gate   column-parallel   z = gather(mask(x B_pᵀ))     y_p = z rows_p
     o                   row-parallel      h_p = scatter(x_p B_pᵀ)      y = sum(mask(h_p) rows_p)
     down                row-parallel                                   y = sum(mask(x_p) rows_p)
-    a whole MLP                           the first, the activation, then the last
+    a whole MLP         the first line for up and gate, then the activation, then the last line for down
 
-A mask is not linear: it is decided on complete rank values, by the process that owns the rank, in float32.
-Only then are values rounded and sent. Every process's part of y is rounded by its op; the parts are summed in
-float32, and the bias is added to the sum. So the result differs from that of one process only as rounding and
-the order of sums do. (In an MLP that includes the masks of its neurons: up and gate are rounded before.)
+A mask is not linear, so the process that owns a rank decides its mask in float32, on the complete rank value.
+Only then are values rounded and sent. Each op rounds its process's part of y. The parts are summed in
+float32, and the bias is added to the sum. The result differs from the result of a single process only by
+rounding and the order of sums. (In an MLP, up and gate are rounded before the mask of the neurons, so this
+mask can differ too.)
 
-For inference: no gradient goes through the collectives, and asking for one is an error.
+The modules are for inference only: collectives pass no gradient on, and a module raises an error if its
+input requires one.
 """
 
 from __future__ import annotations
@@ -21,19 +23,19 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from rana_kernels.nn.adapters import AdapterModule, Handoff
+from rana_kernels.nn.adapters import AdapterModule, Handoff, wide_product
 from rana_kernels.ops import reference
 from rana_kernels.ops.checks import wide_dtype
 from rana_kernels.ops.mlp import combine, gate_ranks
 
-# collectives, on the last dimension. The first two have new names since torch 2.13
+# the first two collectives have new names since torch 2.13
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_reduce = dist.all_reduce
 
 
 def _gather(share: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[..., C / P] of every process -> [..., C], in the order of the processes."""
+    """Concatenate the [..., C / P] of every process to [..., C], in the order of the processes."""
     size, flat = group.size(), share.reshape(-1, share.shape[-1]).contiguous()
     shares = flat.new_empty(size * flat.shape[0], flat.shape[1])
     _all_gather(shares, flat, group=group)
@@ -42,7 +44,7 @@ def _gather(share: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _scatter(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[..., C] of every process -> this one's [..., C / P] of their sum."""
+    """Sum the [..., C] of every process, and return this process's [..., C / P] of the sum."""
     size, width = group.size(), partial.shape[-1] // group.size()
     parts = partial.reshape(-1, size, width).movedim(1, 0).contiguous()
     share = partial.new_empty(parts.shape[1], width)
@@ -51,20 +53,20 @@ def _scatter(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _sum(partial: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-    """[..., N] of every process -> their sum, plus the bias, rounded once."""
+    """Sum the [..., N] of every process, add the bias, and round once."""
     total = partial.to(wide_dtype(partial.dtype)).contiguous()
     _all_reduce(total, group=group)
     return (total if bias is None else total + bias).to(partial.dtype)
 
 
-# what one process computes
+# the modules that compute one process's share
 
 
 def _project(x: Tensor, B: Tensor) -> Tensor:
-    """x Bᵀ, in float32 whatever the dtype of both."""
-    if x.is_cuda and x.dtype.itemsize < 4:  # without a copy of B; torch has this for cards alone
+    """Return x Bᵀ in float32, for any dtype of both."""
+    if x.is_cuda and x.dtype.itemsize < 4:  # this makes no copy of B, but torch has it only for CUDA
         return torch.mm(x.reshape(-1, x.shape[-1]), B.T, out_dtype=torch.float32).view(*x.shape[:-1], -1)
-    return x.to(wide_dtype(x.dtype)) @ B.to(wide_dtype(B.dtype)).T
+    return wide_product(x, B)
 
 
 def _masked(h: Tensor, threshold: Tensor, norms: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -72,7 +74,7 @@ def _masked(h: Tensor, threshold: Tensor, norms: Tensor | None, dtype: torch.dty
 
 
 class Piece(AdapterModule):
-    """Tensors of this process: in no state dict, which is that of the whole model."""
+    """The tensors of this process. They are in no state dict, because a state dict has the whole model."""
 
     B: Tensor
     rows: Tensor
@@ -87,7 +89,7 @@ class Piece(AdapterModule):
 
 
 class Ranks(Piece):
-    """x [..., K], whole -> z [..., R], whole: each process projects and masks its own ranks."""
+    """x [..., K] -> z [..., R], both complete. Each process projects and masks its own ranks."""
 
     def __init__(self, B: Tensor, threshold: Tensor, group: dist.ProcessGroup) -> None:
         super().__init__(B=B, threshold=threshold)
@@ -98,7 +100,7 @@ class Ranks(Piece):
 
 
 class OwnRanks(Piece):
-    """x [..., K / P] -> z [..., R / P]: rank values are completed before their owner masks them."""
+    """x [..., K / P] -> z [..., R / P]. Rank values are summed over processes, then masked by their owner."""
 
     def __init__(self, B: Tensor, threshold: Tensor, group: dist.ProcessGroup) -> None:
         super().__init__(B=B, threshold=threshold)
@@ -109,18 +111,18 @@ class OwnRanks(Piece):
 
 
 class Neurons(Piece):
-    """g [..., I / P], float32 -> z in `dtype`, masked."""
+    """g [..., I / P], float32 -> the masked z in `dtype`."""
 
     def forward(self, g: Tensor, dtype: torch.dtype) -> Tensor:
         return _masked(g, self.threshold, self.norms, dtype)
 
 
 class Rows(Piece):
-    """z [..., R] -> z rows + bias, where z was masked before: rows of zeros are skipped."""
+    """z [..., R], masked already -> z rows + bias. The op skips rows whose z is 0."""
 
     def __init__(self, rows: Tensor, bias: Tensor | None) -> None:
-        smallest = torch.tensor(torch.finfo(torch.float32).tiny, device=rows.device)
-        super().__init__(rows=rows, bias=bias, threshold=smallest)
+        tiny = torch.tensor(torch.finfo(torch.float32).tiny, device=rows.device)
+        super().__init__(rows=rows, bias=bias, threshold=tiny)
 
     def forward(self, z: Tensor) -> Tensor:
         return torch.ops.rana.masked_linear(z, self.rows, self.threshold, None, self.bias)
@@ -134,13 +136,13 @@ class MaskedRows(Piece):
 
 
 class Dense(Piece):
-    """A linear that was not adapted, in a layer whose others were."""
+    """A linear that stays dense, at a place where other layers of the model have an adapter."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.rana.linear(x, self.weight, self.bias)
 
 
-# what stands in a linear's place
+# the modules that take the place of a linear or an MLP
 
 
 def _require_no_gradient(x: Tensor) -> None:
@@ -152,9 +154,10 @@ def _require_no_gradient(x: Tensor) -> None:
 
 
 class ColumnParallel(nn.Module):
-    """x [..., K], whole -> this process's columns of every linear that reads it; `gathered`: all columns.
+    """x [..., K], complete -> this process's columns of all outputs, or all columns if `gathered`.
 
-    `widths` are those of this process: the first output is returned, the rest go to the handoff.
+    `widths` are the widths of the outputs in this process. `forward` returns the first output, and the
+    handoff takes the others.
     """
 
     def __init__(
@@ -179,7 +182,7 @@ class ColumnParallel(nn.Module):
 
 
 class RowParallel(nn.Module):
-    """x [..., K / P] -> y [..., N], whole; `split`: x comes whole, and is cut here."""
+    """x [..., K / P] -> y [..., N], complete. If `split`, x arrives complete and is divided here."""
 
     bias: Tensor | None
 
@@ -197,7 +200,7 @@ class RowParallel(nn.Module):
 
 
 class ParallelMLP(nn.Module):
-    """A RanaMLP: x [..., K], whole -> y [..., N], whole. Each process has its own neurons."""
+    """A RanaMLP: x [..., K] -> y [..., N], both complete. Each process has its own neurons."""
 
     bias: Tensor | None
 

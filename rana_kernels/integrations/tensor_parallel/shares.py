@@ -1,9 +1,9 @@
-"""From transformers' plan (`tp_plan="auto"`) to the modules of `parallel.py`: who holds which share of what.
+"""The shares of each process, from transformers' plan (`tp_plan="auto"`) to the modules of `modules.py`.
 
-The plan says of every linear whether its outputs or its inputs are cut. transformers would cut each tensor of
-an adapter in that way, which is not how an adapter is cut, so adapters are set aside while it loads all else.
-Dense linears go with them where other layers have an adapter in that place, since a line of the plan stands
-for all layers. Each process then reads its shares, and nothing else, from the files.
+The plan says for every linear whether its outputs or its inputs are divided. transformers would divide each
+tensor of an adapter in that way, which is wrong for adapters. They are therefore set aside while transformers
+loads everything else. A line of the plan applies to all layers, so a dense linear is set aside too if another
+layer has an adapter at the same place. Each process then reads only its own shares from the files.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from rana_kernels.model.install import replace_modules
 from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, RanaReceiver
 from rana_kernels.nn.mlp import RanaMLP
 
-# styles of the plan, and whether outputs are gathered or inputs come whole
+# {style of the plan: whether the outputs are gathered} and {style: whether the inputs arrive complete}
 _COLUMN = {"colwise": False, "colwise_rep": True, "colwise_gather_output": True}
 _ROW = {"rowwise": False, "rowwise_rep": True, "rowwise_split_input": True}
 
 _ADAPTERS = RanaLinear | RanaReceiver | RanaNeuronLinear | RanaMLP
 
-Read = Callable[[str], Any]  # full name of a tensor -> what can be sliced: a tensor, or a view of a file
+Read = Callable[[str], Any]  # full name of a tensor -> a tensor, or a view of a file that can be sliced
 
 
 class Shares:
@@ -39,10 +39,11 @@ class Shares:
         self.name, self.module, self.read, self.group = name, module, read, group
 
     def of(self, child: str) -> Shares:
+        """Return the shares of a submodule."""
         return Shares(f"{self.name}.{child}", self.module.get_submodule(child), self.read, self.group)
 
     def part(self, width: int) -> int:
-        """width / P. Raises ValueError where that is no whole number."""
+        """Return width / P. Raise ValueError if this is not a whole number."""
         size = self.group.size()
         if width % size:
             raise ValueError(
@@ -52,10 +53,11 @@ class Shares:
         return width // size
 
     def __call__(self, tensor: str, dim: int | None = None, widths: tuple[int, ...] = ()) -> Any:
-        """The share of the module's `tensor`, None if it has none.
+        """Return this process's share of `tensor`, or None if the module has no such tensor.
 
-        dim      the dimension that is cut; None: every process has all of it
-        widths   of the parts along `dim`, each of which is cut: q, k and v, or gate and up; (): one part
+        dim      the dimension that is divided; None: every process has the whole tensor
+        widths   widths of the parts along `dim` that are divided one by one (q, k and v, or gate and up);
+                 (): there is one part
         """
         like: Tensor | None = getattr(self.module, tensor)
         if like is None:
@@ -74,7 +76,7 @@ class Shares:
 
 
 def form(style: str, own: Shares) -> nn.Module:
-    """What takes the place of a module in this process; ValueError for a style that nothing here follows."""
+    """Build the module that replaces `own.module` in this process. Raise ValueError for an unknown style."""
     if isinstance(own.module, RanaMLP):
         return _mlp(own.module, own)
     if style in _COLUMN:
@@ -120,7 +122,7 @@ def _ranks(own: Shares) -> modules.Ranks:
 def _mlp(module: Any, own: Shares) -> nn.Module:
     up_name, gate_name, down_name = module.names
     down, gate = own.of(down_name), None
-    if module.gate_rank is not None and gate_name == up_name:  # one linear that is both, gate first
+    if module.gate_rank is not None and gate_name == up_name:  # one linear computes both, gate first
         both, halves = own.of(up_name), (module.get_submodule(down_name).in_features,) * 2
         rows, bias = both("rows", 1, halves).chunk(2, dim=1), both("bias", 0, halves)
         biases = (None, None) if bias is None else bias.chunk(2)
@@ -138,13 +140,15 @@ def _expanding(own: Shares) -> modules.Rows:
 
 
 class SetAside:
-    """The modules of a model, still empty, that are cut here: out of sight of transformers while it loads the
-    rest. Raises ValueError for a model whose heads the processes cannot share."""
+    """The modules of a model that are divided here, hidden from transformers while it loads the rest.
+
+    The modules are still empty. Raises ValueError if the number of processes does not divide the heads.
+    """
 
     def __init__(self, model: Any) -> None:
         self.plan: dict[str, str] = model._tp_plan
         found = list(_outermost(model))
-        mine = {
+        own_lines = {
             line
             for name, module in found
             if isinstance(module, _ADAPTERS)
@@ -152,10 +156,10 @@ class SetAside:
             if line in self.plan
         }
         holding = [pair for pair in found if not isinstance(pair[1], RanaReceiver)]
-        self.modules = {name: module for name, module in holding if mine.intersection(_lines(name, module))}
+        self.modules = {name: module for name, module in holding if own_lines & {*_lines(name, module)}}
         self.styles = {name: self.plan[_lines(name, module)[0]] for name, module in self.modules.items()}
         _check_heads(model)
-        model._tp_plan = {line: style for line, style in self.plan.items() if line not in mine}
+        model._tp_plan = {line: style for line, style in self.plan.items() if line not in own_lines}
         hidden = {rf"^{re.escape(name)}\." for name in self.modules}
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
@@ -164,17 +168,17 @@ class SetAside:
         replace_modules(model, {name: nn.Identity() for name in self.modules})
 
     def put_back(self, model: Any, files: list[Path], device: torch.device) -> None:
-        """Put in place what this process has of each, read from `files`."""
+        """Read this process's share of each module from `files`, and put it into the model."""
         group, read = _group(model), _reader(files)
         for name, module in self.modules.items():
             share = form(self.styles[name], Shares(name, module, read, group))
             replace_modules(model, {name: share.to(device)})
-        model._tp_plan = self.plan  # transformers counts the heads of its caches by it
+        model._tp_plan = self.plan  # transformers needs the plan to count the heads of its caches
         model.requires_grad_(False)
 
 
 def processes(model: Any) -> int:
-    """How many processes share the model that transformers is about to load."""
+    """Return how many processes share the model that transformers is about to load."""
     config: Any = getattr(model.config, "distributed_config", None)
     if isinstance(getattr(config, "tp_plan", None), dict):
         raise ValueError(f"tp_plan is {config.tp_plan}, wanted 'auto': adapters follow the model's own plan")
@@ -182,7 +186,7 @@ def processes(model: Any) -> int:
 
 
 def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Adapters and linears, by full name; what a RanaMLP consists of is not looked at."""
+    """Yield adapters and linears by full name, but not the parts of a RanaMLP."""
     for name, module in model.named_children():
         if isinstance(module, _ADAPTERS | nn.Linear):
             yield prefix + name, module
@@ -191,7 +195,7 @@ def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
 
 
 def _lines(name: str, module: nn.Module) -> list[str]:
-    """The lines of the plan for the linears that `module` stands for, each of which is for all layers."""
+    """Return the lines of the plan for the linears that `module` replaces. A line applies to all layers."""
     names = [f"{name}.{child}" for child in module.names] if isinstance(module, RanaMLP) else [name]
     return [re.sub(r"\.\d+(?=\.)", ".*", full) for full in names]
 
@@ -214,5 +218,5 @@ def _group(model: Any) -> dist.ProcessGroup:
 
 def _reader(files: list[Path]) -> Read:
     opened = [safe_open(file, framework="pt") for file in files]
-    home = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
-    return lambda name: home[name].get_slice(name)
+    file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
+    return lambda name: file_of[name].get_slice(name)

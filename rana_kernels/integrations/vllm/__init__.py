@@ -1,8 +1,8 @@
-"""vLLM: our checkpoints in its own engine, by the plugin group `vllm.general_plugins`.
+"""vLLM: its own engine runs our checkpoints. vLLM finds this file by the plugin group `vllm.general_plugins`.
 
-To vLLM we are a quantization method named "rana", found by the checkpoint's own config. Its models merge
-linears that read the same input (q, k and v; gate and up): one layer there holds several of our adapters
-(`weights.py`), and computes them one after the other (`method.py`).
+For vLLM, "rana" is a quantization method, which the checkpoint's config names. vLLM's models merge linears
+that read the same input (q, k and v; gate and up). One layer of vLLM therefore holds several of our adapters
+(`weights.py`) and computes them one after the other (`method.py`).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from rana_kernels.model.plan import AdapterSpec, Plan
 
 
 def register() -> None:
-    """The plugin: make vLLM know our checkpoints. It may be called any number of times in a process."""
+    """Register our checkpoints with vLLM. The plugin may be called any number of times in a process."""
     register_quantization_config(METHOD)(RanaConfig)
 
 
 class RanaConfig(QuantizationConfig):
-    """`quantization_config` of config.json, as vLLM reads it: which adapters each of its layers holds."""
+    """`quantization_config` of config.json for vLLM. It says which adapters each layer of vLLM holds."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.adapters = {name: adapter for adapter in plan.adapters for name in adapter.names}
-        # RanaMLP keeps what up and gate share under the MLP's own name; vLLM's first layer holds it
-        self._shared: dict[str, str] = {}
-        self.packed_modules_mapping["gate_up_proj"] = ["gate_proj", "up_proj"]  # Qwen3-MoE says so too late
+        # the checkpoint has B and threshold under the MLP's own name, vLLM under the MLP's first layer
+        self._renamed: dict[str, str] = {}
+        self.packed_modules_mapping["gate_up_proj"] = ["gate_proj", "up_proj"]  # Qwen3-MoE sets this too late
 
     def get_name(self) -> Any:
         return METHOD
@@ -56,14 +56,14 @@ class RanaConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RanaConfig:
-        """Raises CheckpointError for another format or a broken plan."""
+        """Read the config. Raise CheckpointError for another format or a broken plan."""
         return cls(plan_from_config(config))
 
     def maybe_update_config(self, model_name: str, hf_config=None, revision=None) -> None:
-        """Check a model that is a directory: its manifest, if it has one, and that no linear is missing.
+        """Check the manifest of a local directory, if it has one, and that it has weights for every linear.
 
-        vLLM calls this once the config is read, before any weight is; with a quantization method it does not
-        ask itself whether it found all of them. Raises CheckpointError.
+        vLLM calls this after it has read the config and before it reads any weight. With a quantization
+        method, vLLM itself does not check that it found all weights. Raises CheckpointError.
         """
         place = Path(model_name)
         if not place.is_dir():
@@ -79,9 +79,9 @@ class RanaConfig(QuantizationConfig):
             )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method for one layer: ours if one of its linears is adapted.
+        """Return the method for one layer: ours if at least one of its linears has an adapter.
 
-        Raises ValueError where the plan and vLLM divide the model differently.
+        Raises ValueError if the plan and vLLM group the linears differently.
         """
         if not isinstance(layer, LinearBase):
             return None
@@ -93,12 +93,12 @@ class RanaConfig(QuantizationConfig):
         _check_names(prefix, names, adapters)
         if isinstance(layer, ColumnParallelLinear):
             owner = parent.rpartition(".")[2]
-            self._shared[rf"(\.{owner})\.(B|threshold)$"] = rf"\1.{own}.\2"
+            self._renamed[rf"(\.{owner})\.(B|threshold)$"] = rf"\1.{own}.\2"
         return RanaLinearMethod(names, list(dict.fromkeys(adapters.values())))
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
-        """Names of the checkpoint that are others in vLLM, beyond what its models already map."""
-        return WeightsMapper(orig_to_new_regex={regex.compile(k): v for k, v in self._shared.items()})
+        """Return how vLLM renames tensors of the checkpoint, beyond the renaming that its models do."""
+        return WeightsMapper(orig_to_new_regex={regex.compile(k): v for k, v in self._renamed.items()})
 
 
 def _check_names(prefix: str, names: list[str], adapters: dict[str, AdapterSpec]) -> None:

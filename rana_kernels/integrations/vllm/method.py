@@ -1,4 +1,4 @@
-"""How a vLLM layer computes its adapters: one op for each, outputs side by side."""
+"""The computation of one vLLM layer: one op for each adapter, with the outputs side by side."""
 
 from functools import partial
 from typing import Any
@@ -15,10 +15,10 @@ from rana_kernels.model.plan import AdapterSpec
 
 
 class RanaLinearMethod(LinearMethodBase):
-    """What one layer does with its adapters.
+    """The method of one layer of vLLM.
 
-    names      the linears that the layer computes, as the plan calls them
-    adapters   theirs, each once
+    names      names in the plan of the linears that the layer computes
+    adapters   the adapters of these linears, each once
     """
 
     pieces: Pieces
@@ -36,7 +36,7 @@ class RanaLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **_: object,
     ) -> None:
-        """Give the layer the tensors of its adapters, empty. ValueError where plan and layer do not fit."""
+        """Give the layer empty tensors for its adapters. Raise ValueError if the plan does not fit it."""
         split = input_size_per_partition < input_size
         start = layer.tp_rank * input_size_per_partition if split else 0
         inputs = Share(start, input_size_per_partition, input_size)
@@ -48,19 +48,20 @@ class RanaLinearMethod(LinearMethodBase):
                 f"{layer.prefix}: {', '.join(joint[0].names)} share an adapter and have a bias, and "
                 "vLLM's layer computes others too. Compress the model with another plan"
             )
-        if joint:  # vLLM makes the bias after this, and loads it by the layer's loader
+        if joint:  # vLLM creates the bias later, and loads it with the layer's loader
             layer.weight_loader = partial(_load_bias, layer.weight_loader, joint[0].width)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Raises CheckpointError if anything was not loaded."""
+        """Raise CheckpointError if any tensor was not loaded."""
         self.pieces.check(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        outputs, at = [], 0
+        """Compute the output of the layer."""
+        outputs, column = [], 0
         for i, piece in enumerate(self.pieces.pieces):
-            part = None if bias is None else bias[at : at + piece.width]
+            part = None if bias is None else bias[column : column + piece.width]
             outputs.append(self._compute(layer, i, x, part))
-            at += piece.width
+            column += piece.width
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def _compute(self, layer: nn.Module, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,12 +77,12 @@ class RanaLinearMethod(LinearMethodBase):
             return torch.ops.rana.masked_linear(x, rows, threshold, own("norms"), bias)
         if not piece.scattered:
             return torch.ops.rana.masked_lowrank_linear(x, own("B"), rows, threshold, bias)
-        # the mask is of the sums over all processes, not of what each adds to them
+        # the mask is decided on the sum over all processes, not on each process's part of it
         h = tensor_model_parallel_reduce_scatter(F.linear(x.float(), own("B")))
         wide_bias = None if bias is None else bias.float()
         return torch.ops.rana.masked_linear(h, rows, threshold, None, wide_bias).to(x.dtype)
 
 
 def _load_bias(load, total: int, bias: nn.Parameter, stored: Tensor, shard: str | int | None = None) -> None:
-    """A joint adapter stores the bias of all its linears with the first of them."""
+    """Load a bias. A joint adapter stores the bias of all its linears under the first of them."""
     load(bias, stored, None if stored.shape[0] == total else shard)

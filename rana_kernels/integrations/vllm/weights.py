@@ -1,17 +1,18 @@
-"""The adapters of one vLLM layer: how their tensors are packed, and which part of them this process holds.
+"""The tensors of one vLLM layer: how those of several adapters are packed, and which part a process holds.
 
-A layer has B, rows, threshold, norms and weight, flat, under the names that the checkpoint has: in each of
-them those of its adapters one after the other, whatever their ranks. `weight` is that of its dense linears.
+A layer has five flat tensors with the names of the checkpoint: B, rows, threshold, norms and weight. Each
+contains the tensors of all adapters of the layer, one after the other, so their ranks may differ. `weight`
+contains the dense linears.
 
 With tensor parallelism over P processes:
 
-    column-parallel    a process has its columns of `rows`, and all of B: each of them decides the same mask
-                       on the same bits. Nothing is sent
-    row-parallel       of a neuron adapter a process has its own neurons. Nothing is sent. Of a rank adapter
-                       it has its columns of B and a P-th of the ranks, in float32: h is summed over the
-                       processes before it is masked, by a reduce-scatter of 4·R bytes a token
+    column-parallel    A process has all of B and its columns of `rows`. All processes decide the same mask
+                       on the same bits, and nothing is sent.
+    row-parallel       Neuron adapter: a process has its own neurons, and nothing is sent.
+                       Rank adapter: a process has its columns of B and 1/P of the ranks, in float32. A
+                       reduce-scatter of 4·R bytes a token sums h over the processes before it is masked.
 
-The sum of y that vLLM itself makes after a row-parallel layer comes on top.
+After a row-parallel layer, vLLM itself also sums y over the processes.
 """
 
 from dataclasses import dataclass
@@ -32,23 +33,24 @@ _NUMBERS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the outputs of a merged 
 
 @dataclass(frozen=True)
 class Share:
-    """`size` entries from `start` on, of `total` that the checkpoint has."""
+    """The `size` entries from `start` on, of the `total` entries in the checkpoint."""
 
     start: int
     size: int
     total: int
 
     def of(self, tensor: Tensor, dim: int) -> Tensor:
+        """Return this share of `tensor` along `dim`."""
         return tensor.narrow(dim, self.start, self.size)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One adapter of a layer, as far as this process computes it.
+    """The part of one adapter that this process computes.
 
     inputs    its share of the K inputs
-    ranks     of the R ranks; of none unless it is a rank adapter
-    columns   of each of the layer's outputs that the adapter computes
+    ranks     its share of the R ranks; R is 0 unless this is a rank adapter
+    columns   its share of the columns, for each output of the layer that the adapter computes
     first     the number of the first of these outputs
     """
 
@@ -64,17 +66,17 @@ class Piece:
 
     @property
     def scattered(self) -> bool:
-        """Whether its rank values are sums over the processes, which share out its ranks."""
+        """Whether its rank values are summed over the processes, and its ranks divided among them."""
         return self.adapter.kind == "rank" and self.inputs.size < self.inputs.total
 
     @property
     def masked(self) -> Share:
-        """What its thresholds and rows are of: ranks or neurons."""
+        """Its share of what the mask selects: ranks or neurons."""
         return self.ranks if self.adapter.kind == "rank" else self.inputs
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors that this process holds."""
+        """The shapes of the tensors that this process holds."""
         K, N, rows = self.inputs.size, self.width, self.masked.size
         if self.adapter.kind == "rank":
             return {"B": (self.ranks.total, K), "rows": (rows, N), "threshold": (rows,)}
@@ -83,10 +85,10 @@ class Piece:
         return {"weight": (N, K)}
 
     def stored(self, name: str, output: int) -> list[tuple[int, ...]]:
-        """The shapes that the checkpoint may have `name` in, under the name of output `output`.
+        """Return the shapes that tensor `name` of output number `output` may have in the checkpoint.
 
-        Rows of a joint RanaMLP come once for each output; everything else once for all that the adapter
-        computes.
+        The rows of a joint RanaMLP are stored once for each output. All other tensors are stored once for
+        all outputs of the adapter.
         """
         K, rows, total = self.inputs.total, self.masked.total, sum(column.total for column in self.columns)
         one = self.columns[output - self.first].total
@@ -98,7 +100,7 @@ class Piece:
         return shapes.get(name, [(rows,)]) if name in self.shapes else []
 
     def fill(self, name: str, mine: Tensor, stored: Tensor, output: int) -> int:
-        """Copy this process's part of a stored tensor into `mine`; how many elements that were."""
+        """Copy this process's part of a stored tensor into `mine`, and return the number of elements."""
         if name == "B":
             part = self.inputs.of(stored, 1)
         elif name in ("threshold", "norms"):
@@ -108,9 +110,9 @@ class Piece:
         elif stored.shape == self.stored(name, output)[0]:
             part = self._columns(self.masked.of(stored, 0), 1)
         else:
-            place = output - self.first
-            part = self.columns[place].of(self.masked.of(stored, 0), 1)
-            mine = mine.narrow(1, sum(column.size for column in self.columns[:place]), part.shape[1])
+            index = output - self.first
+            part = self.columns[index].of(self.masked.of(stored, 0), 1)
+            mine = mine.narrow(1, sum(column.size for column in self.columns[:index]), part.shape[1])
         mine.copy_(part)
         return mine.numel()
 
@@ -120,15 +122,17 @@ class Piece:
 
 
 class Pieces:
-    """The adapters of one layer in the order of its outputs, and what of their tensors was loaded."""
+    """The adapters of one layer in the order of its outputs, and a count of the numbers loaded so far."""
 
     def __init__(self, prefix: str, pieces: list[Piece]) -> None:
         self.prefix, self.pieces = prefix, pieces
         self._loaded: dict[str, dict[tuple[int, int], int]] = {name: {} for name in NAMES}
 
     def register(self, layer: nn.Module, dtype: torch.dtype) -> None:
-        """Give `layer` its tensors, empty. Thresholds and norms are float32, and everything is where rank
-        values are summed over processes."""
+        """Give `layer` its empty tensors.
+
+        Thresholds and norms are float32. If rank values are summed over processes, all tensors are float32.
+        """
         scattered = any(piece.scattered for piece in self.pieces)
         for name in NAMES:
             wide = scattered or name in ("threshold", "norms")
@@ -141,19 +145,20 @@ class Pieces:
         return sum(prod(piece.shapes[name]) for piece in self.pieces[:before] if name in piece.shapes)
 
     def view(self, flat: Tensor, name: str, index: int) -> Tensor:
-        """The tensor of adapter number `index` within the layer's."""
+        """Return the tensor of adapter number `index`, as a view of the layer's flat tensor."""
         shape = self.pieces[index].shapes[name]
         return flat.narrow(0, self._size(name, index), prod(shape)).view(shape)
 
     def load(self, name: str, flat: nn.Parameter, stored: Tensor, shard: str | int | None = None) -> None:
-        """vLLM's `weight_loader`: take this process's part of one tensor of the checkpoint.
+        """Copy this process's part of one tensor of the checkpoint. This is vLLM's `weight_loader`.
 
-        shard   which output of a merged layer it is of. None: the only one, or what a RanaMLP stacks, up
-                over gate, where vLLM has gate first
-        Raises CheckpointError for a tensor that is not what the plan says.
+        shard   the output of a merged layer that the tensor belongs to. None: the only output, or a stacked
+                tensor of a RanaMLP, which has up over gate, while vLLM has gate first
+
+        Raises CheckpointError if the tensor does not fit the plan.
         """
         if name == "weight" and stored.numel() == 0:
-            return  # an adapted linear's, there so that other programs do not load it
+            return  # every adapted linear has an empty weight, so that other programs do not load it
         if shard is None and len(self.pieces) > 1:
             for index, part in self._unstack(name, stored):
                 self._fill(name, flat, part, index, self.pieces[index].first)
@@ -163,6 +168,7 @@ class Pieces:
             self._fill(name, flat, stored, next(owners), output)
 
     def _unstack(self, name: str, stored: Tensor) -> list[tuple[int, Tensor]]:
+        """Split a stacked tensor of a RanaMLP into (number of the adapter, its part)."""
         sizes = [piece.ranks.total for piece in self.pieces]
         if stored.shape[0] != sum(sizes):
             raise CheckpointError(
@@ -182,7 +188,7 @@ class Pieces:
         self._loaded[name][index, output] = piece.fill(name, mine, stored, output)
 
     def check(self, layer: nn.Module) -> None:
-        """Raise CheckpointError unless everything was loaded and every threshold is finite and >= 0."""
+        """Raise CheckpointError unless all tensors were loaded and every threshold is finite and >= 0."""
         for name in NAMES:
             found, wanted = sum(self._loaded[name].values()), self._size(name)
             if found != wanted:
@@ -195,15 +201,16 @@ class Pieces:
 def pieces_of(
     layer: LinearBase, names: list[str], adapters: list[AdapterSpec], inputs: Share, widths: list[int]
 ) -> Pieces:
-    """What of `adapters` this process computes in `layer`.
+    """Return the parts of `adapters` that this process computes in `layer`.
 
-    names      the plan's names of the linears that the layer computes: one for each of its outputs, or one
-               for all of them
-    adapters   theirs, each once
-    widths     of the outputs, in this process
+    names      names in the plan of the linears that the layer computes: one for each output of the layer, or
+               one for all outputs
+    adapters   the adapters of these linears, each once
+    inputs     this process's share of the inputs
+    widths     widths of the outputs in this process
 
-    Raises ValueError for sizes that differ from the plan's or cannot be divided, and for linears that share
-    an adapter but are no neighbours in the layer.
+    Raises ValueError for sizes that differ from the plan or cannot be divided, and for linears with a joint
+    adapter that are not neighbours in the layer.
     """
     outputs, pieces, first = _outputs(layer, widths), [], 0
     for adapter in adapters:
@@ -220,7 +227,7 @@ def _outputs(layer: LinearBase, widths: list[int]) -> list[Share]:
         return [Share(0, width, width) for width in widths]
     shares = []
     for i, width in enumerate(widths):
-        # where there are more processes than heads of keys, several of them have the same one
+        # with more processes than key heads, several processes have the same head
         copies = getattr(layer, "num_kv_head_replicas", 1) if i > 0 else 1
         shares.append(Share(layer.tp_rank // copies * width, width, layer.tp_size // copies * width))
     return shares
