@@ -66,7 +66,7 @@ class CalibratedBlock:
         return self._factors[names, metric]
 
     def metric(self, names: tuple[str, ...]) -> Tensor:
-        """Return the weights [N] float64 of the outputs' errors: weighted squared errors estimate the loss."""
+        """Return factors [N] float64 for output errors: their scaled squares estimate the rise in loss."""
         missing = [name for name in names if name not in self.stats.gradients]
         if missing:
             raise ValueError(
@@ -77,7 +77,7 @@ class CalibratedBlock:
         return squares.clamp_min(1e-4 * float(squares.mean()) or 1.0).sqrt().to(self.weight(names[:1]).device)
 
     def rank_values(self, names: tuple[str, ...], metric: str = "output") -> Tensor:
-        """Return h [T, F] float32 of the sample, computed from B in the dtype in which it will be stored."""
+        """Return h [T, F] float32 of the sample, computed from B in its stored dtype."""
         return self.sample(self.input_of(names)) @ self.factors(names, metric).B.float().T
 
     def rank_scores(self, names: tuple[str, ...], metric: str = "output") -> Tensor:
