@@ -1,1 +1,1 @@
-"""What recovery trains: adapters as plain linears, a budget of LoRA ranks, thresholds for the new weights."""
+"""Recovery: a short LoRA training of a compressed model, its ranks, and new thresholds afterwards."""

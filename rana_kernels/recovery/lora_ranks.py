@@ -1,7 +1,7 @@
-"""How many ranks of LoRA each linear of a factored model gets, of one budget of trained weights.
+"""The LoRA rank of each linear of a factored model, within one budget of trained weights.
 
-All get the same, or an allocation of RankAdaptor's search (`search.py`) decides. Linears that read one input
-count as one.
+All linears get the same rank, or an allocation of RankAdaptor's search (`allocation/search.py`) decides. An
+allocation has one number for all linears that read the same input.
 """
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from rana_kernels.nn.factored import factored
 
 
 def inputs_of(model: nn.Module) -> tuple[list[InputShare], dict[str, int]]:
-    """Return the inputs of a factored model, and which of them each linear to train reads."""
+    """Return the inputs of a factored model, and for each trained linear the index of its input."""
     blocks = find_blocks(model)
     places = [(block, name) for block in blocks for name in block.inputs]
     owner = {name: i for i, place in enumerate(places) for name in _linears(model, *place)}
@@ -28,7 +28,7 @@ def inputs_of(model: nn.Module) -> tuple[list[InputShare], dict[str, int]]:
 
 
 def ranks(model: nn.Module, owner: dict[str, int], allocation: Tensor, rank: int) -> dict[str, int]:
-    """Ranks of each linear: `rank` where the allocation is 0, and in all no more weights than that takes."""
+    """Return the rank of each linear. The total of trained weights is at most that of `rank` everywhere."""
     budget = sum(rank * _cost(model, name) for name in owner)
     low, high = 0.0, 2.0 * rank / float(allocation.exp().min())
     for _ in range(40):
@@ -38,12 +38,12 @@ def ranks(model: nn.Module, owner: dict[str, int], allocation: Tensor, rank: int
     return {name: _rank(low, allocation, i) for name, i in owner.items()}
 
 
-def _rank(unit: float, allocation: Tensor, place: int) -> int:
-    return max(1, int(unit * float(allocation[place].exp()) + 1e-6))
+def _rank(unit: float, allocation: Tensor, index: int) -> int:
+    return max(1, int(unit * float(allocation[index].exp()) + 1e-6))
 
 
 def _linears(model: nn.Module, block: Block, input_name: str) -> list[str]:
-    """The plain linears of the adapters, or left dense, that read one input."""
+    """Return the plain linears that read one input: parts of factored adapters, and dense linears."""
     modules = dict(factored(model))
     names = []
     for linear in block.inputs[input_name]:
@@ -55,10 +55,10 @@ def _linears(model: nn.Module, block: Block, input_name: str) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Of torch, or what GPT-2 has for it."""
+    """Say whether it is a linear of torch or the Conv1D of GPT-2."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _cost(model: nn.Module, name: str) -> int:
-    """Trained weights of one rank."""
+    """Return the number of trained weights of one rank."""
     return sum(model.get_parameter(f"{name}.weight").shape)

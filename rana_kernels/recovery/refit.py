@@ -1,4 +1,4 @@
-"""Thresholds for weights that have changed: every adapter keeps its planned live rows again."""
+"""New thresholds after the weights have changed, so that every adapter keeps its planned live rows again."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,25 +15,27 @@ from rana_kernels.statistics.thresholds import threshold_for
 
 
 @torch.no_grad()
-def refit(model: nn.Module, rows: Tensor) -> None:
-    """Fit the thresholds of a compressed model in factored form (`factored.py`) on `rows` [n, T], in place.
+def refit(model: nn.Module, token_ids: Tensor) -> None:
+    """Fit the thresholds of a compressed model in factored form (`nn/factored.py`) on `token_ids` [n, T].
 
-    The thresholds of an adapter are all multiplied by one number, so that what its ranks (or neurons) weigh
-    against each other stays. One pass: a module is fitted before it runs, on what the fitted ones before
-    it give. Rows whose threshold is 0 stay on. The model's plan then says what was found.
+    All thresholds of an adapter are multiplied by one number, so the ranks (or neurons) keep their relative
+    weights. One pass is enough: each module is fitted before it runs, on the outputs of the modules that were
+    fitted before it. Rows whose threshold is 0 stay on. The new thresholds are stored in the model's plan.
     """
     plan = attached_plan(model)
     assert plan is not None, "only compressed models have thresholds"
     found: dict[str, AdapterSpec] = {}
     with _fitting(model, {a.names[0]: a for a in plan.adapters}, found):
         decoder: Any = model.get_submodule(decoder_name(model))
-        decoder(rows.to(next(model.parameters()).device), use_cache=False)
+        decoder(token_ids.to(next(model.parameters()).device), use_cache=False)
     adapters = tuple(found.get(adapter.names[0], adapter) for adapter in plan.adapters)
     attach_plan(model, plan.with_adapters(adapters), attached_facts(model))
 
 
 @contextmanager
 def _fitting(model: nn.Module, planned: dict[str, AdapterSpec], found: dict[str, AdapterSpec]):
+    """Hold hooks that fit each module before it runs and add its new AdapterSpec to `found`."""
+
     def hook(name: str, module: Factored):
         def fit(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             found[name] = _fit(module, planned[name], args[0])
@@ -55,6 +57,6 @@ def _fit(module: Factored, adapter: AdapterSpec, x: Tensor) -> AdapterSpec:
         return adapter
     always = int((~masked).sum())
     ratios = module.scores(x.flatten(0, -2))[:, masked] / module.threshold[masked]
-    factor, kept = threshold_for(ratios, max(0.0, adapter.live - always))
+    factor, live = threshold_for(ratios, max(0.0, adapter.live - always))
     module.threshold *= factor
-    return replace(adapter, threshold=adapter.threshold * factor, live=kept + always)
+    return replace(adapter, threshold=adapter.threshold * factor, live=live + always)

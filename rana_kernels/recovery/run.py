@@ -1,8 +1,8 @@
-"""Recovery of a compressed model by LoRA of PEFT, merged into its adapters.
+"""The recovery of a compressed model: PEFT trains LoRA, which is then merged into the adapters.
 
-LoRA is added to both factors of every adapter (`factored.py`), as the authors of RaNA do, and to what was
-left dense: merging then adds nothing, and sizes, cost and format stay. Ranks are given by PEFT's
-`rank_pattern`; rsLoRA (arXiv 2312.03732) scales each linear's by the root of its own.
+LoRA is added to both factors of every adapter (`nn/factored.py`), as the authors of RaNA do, and to the dense
+linears. Merging therefore changes no size, no cost and no format. PEFT's `rank_pattern` sets the rank of each
+linear, and rsLoRA (arXiv 2312.03732) scales each update by the root of its rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ REFIT_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Lora:
-    """rank of every linear, or on average where `search` shares them out, which trains for `search_steps`."""
+    """The settings of LoRA.
+
+    rank           the rank of every linear, or the average rank if a `search` chooses the ranks
+    search_steps   the training steps of each measurement of that search
+    """
 
     rank: int = 16
     search_steps: int = 20
@@ -55,9 +59,9 @@ def recover(
 ) -> None:
     """Train a compressed model of `rana.load` on `token_ids` [n, T], in place.
 
-    dense        the model that it was compressed from, to distil from
-    search       share the ranks out between the inputs by measuring. Its `baseline_loss` is the loss before
-    resume_dir   where the search and the training go on from after an interruption
+    dense        the original model, to distil from
+    search       chooses the ranks of the inputs by measuring. Its `baseline_loss` is the loss before recovery
+    resume_dir   keeps the state of search and training, so that the same call continues after an interruption
 
     Thresholds are refitted at the end, so that every adapter keeps its planned live rows.
     Raises ValueError as `train` does.
@@ -85,6 +89,7 @@ def _ranks(
     store: ResumeDir | None,
     progress: bool,
 ) -> dict[str, int]:
+    """Return the LoRA rank of each linear: `lora.rank` for all, or the result of a search."""
     inputs, owner = lora_ranks.inputs_of(model)
     if search is None:
         return dict.fromkeys(owner, lora.rank)
@@ -105,6 +110,7 @@ def _ranks(
 
 
 def _with_lora(model: Any, pattern: dict[str, int], seed: int) -> Any:
+    """Return the PEFT model with LoRA of the ranks in `pattern`, initialised from `seed`."""
     torch.manual_seed(seed)
     config = LoraConfig(
         r=max(pattern.values()),
@@ -124,7 +130,7 @@ def _facts(
     dense: nn.Module | None,
     search: Search | None,
 ) -> dict[str, Any]:
-    """All that a recovery depends on."""
+    """Return everything that the result of a recovery depends on."""
     searched = {"held-out rows or seed": search.digest, "evaluations": search.evaluations} if search else {}
     return {
         **{name.replace("_", " "): value for name, value in (asdict(training) | asdict(lora)).items()},
@@ -136,7 +142,7 @@ def _facts(
 
 
 def _weights(model: nn.Module) -> str:
-    """The digest of the sizes and a few values of every weight."""
+    """Return a digest of the sizes and of a few values of every weight."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         some = digest(parameter.flatten()[:256])

@@ -1,8 +1,8 @@
-"""Recovery: a short training of a compressed model, its masks in the forward pass.
+"""The training of a recovery: a short training of a compressed model, with the masks in the forward pass.
 
-What is trained is whatever wants gradients (`integrations/recovery.py` adds LoRA for it). AdamW, a linear
-warm-up and a cosine, no dropout; batches depend on the seed and the step alone, so an interrupted training
-goes on with the same ones.
+It trains all parameters that require gradients (`recovery/run.py` adds LoRA). It uses AdamW, a linear
+warm-up, a cosine decay and no dropout. Batches depend only on seed and step, so an interrupted training
+continues with the same batches.
 """
 
 import json
@@ -28,7 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Training:
-    """steps of `batch` · `accumulate` rows, of which `batch` are in memory at a time."""
+    """The settings of a training. A step has `batch` · `accumulate` sequences, read `batch` at a time."""
 
     steps: int = 300
     batch: int = 4
@@ -55,11 +55,11 @@ def train(
 ) -> list[float]:
     """Train on `token_ids` [n, T], in place, and return the loss of each step of this call.
 
-    dense   the loss is then the Kullback-Leibler divergence from its next-token distributions (Hinton et al.,
-            2015, at temperature 1), and otherwise the cross-entropy of the tokens; nats a token
-    state   a file that the training goes on from, if it is there, and is kept in
+    dense   the original model. With it the loss is the Kullback-Leibler divergence from its next-token
+            distributions (Hinton et al., 2015, at temperature 1), else the cross-entropy; nats a token
+    state   the file that keeps the state of the training. If it exists, the training continues from it
 
-    Raises ValueError for too few rows, a loss that is not finite, or a state of another training.
+    Raises ValueError for too few sequences, a loss that is not finite, or the state of another training.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if len(token_ids) < training.batch:
@@ -89,6 +89,7 @@ def _step(
     step: int,
     dense: nn.Module | None,
 ) -> float:
+    """Run one step of the optimizer, and return its mean loss."""
     device, total = next(model.parameters()).device, 0.0
     for part in range(training.accumulate):
         ids = _batch(token_ids, training, step * training.accumulate + part).to(device)
@@ -108,7 +109,7 @@ def _step(
 
 
 def learning_rate(training: Training, step: int) -> float:
-    """At `step`, from 0: a line up over the warm-up, a cosine down to 0."""
+    """Return the learning rate at `step` (from 0): a linear warm-up, then a cosine down to 0."""
     warmup = max(1, round(WARMUP * training.steps))
     if step < warmup:
         return training.learning_rate * (step + 1) / warmup
@@ -117,13 +118,14 @@ def learning_rate(training: Training, step: int) -> float:
 
 
 def _batch(token_ids: Tensor, training: Training, number: int) -> Tensor:
-    """Batch `number` [batch, T]: each pass over the rows has its own order."""
+    """Return batch `number` [batch, T]. Every pass over the token ids has its own order."""
     turn, place = divmod(number, len(token_ids) // training.batch)
     order = torch.randperm(len(token_ids), generator=torch.Generator().manual_seed(training.seed + turn))
     return token_ids[order[place * training.batch :][: training.batch]]
 
 
 def _loss(model: Any, ids: Tensor, dense: Any) -> Tensor:
+    """Return the divergence from the dense model, or the cross-entropy without one."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     if dense is None:
         return F.cross_entropy(logits, ids[:, 1:].flatten())
@@ -132,13 +134,13 @@ def _loss(model: Any, ids: Tensor, dense: Any) -> Tensor:
     return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
-# an unfinished training: weights and moments in one file, replaced whole
+# the state of an unfinished training: weights and moments in one file, which is replaced as a whole
 
 
 def _facts(
     trained: dict[str, nn.Parameter], token_ids: Tensor, training: Training, dense: nn.Module | None
 ) -> dict[str, Any]:
-    """What a training must share with the one it goes on from."""
+    """Return the facts that a training and its saved state must share."""
     facts = {name.replace("_", " "): value for name, value in asdict(training).items()}
     sizes = {name: list(p.shape) for name, p in trained.items()}
     return {**facts, "text": digest(token_ids), "distilled": dense is not None, "choice of weights": sizes}
@@ -165,7 +167,7 @@ def _restore(
     trained: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> int:
-    """The steps that are done, with the weights and moments after them put in place."""
+    """Load the weights and moments of the state, and return the number of steps done (0 without a state)."""
     if path is None or not path.exists():
         return 0
     with safe_open(path, framework="pt") as file:
