@@ -1,1 +1,1 @@
-"""What a compressed model is worth, measured from outside its modules: loss, live rows, where it fails."""
+"""Measurements of a compressed model from outside its modules: loss, live rows, and its worst predictions."""

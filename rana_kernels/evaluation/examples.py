@@ -1,4 +1,4 @@
-"""Places in a text where a compressed model does something worth looking at, with the words around them."""
+"""Examples of predictions in a text, such as those of most cost or loss, with the words before them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,13 @@ CONTEXT = 12  # tokens shown before the one that is predicted
 
 @dataclass
 class Example:
-    """The prediction of token `position` + 1 of a row, from those before.
+    """The prediction of token `position` + 1 of sequence `row` from the tokens before it.
 
-    text, next   the last tokens read, and the one to be predicted; ids where there is no tokenizer
-    cost_ratio   cost of the token that was read last, as a fraction of the dense cost
-    loss         of the prediction, in nats, and `dense_loss` the dense model's, if it was given
+    text         the last tokens before it, as ids if there is no tokenizer
+    next         the predicted token, likewise
+    cost_ratio   the cost of the last token before it, as a fraction of the dense cost
+    loss         the loss of the prediction, in nats
+    dense_loss   the loss of the dense model, or None if it was not measured
     """
 
     row: int
@@ -29,9 +31,13 @@ class Example:
 
 @dataclass
 class Predictions:
-    """What is known of every prediction.
+    """The measurements of all predictions of a text.
 
-    token_ids [n, T] · cost_ratio and losses [n, T - 1] · dense: the losses of the dense model, or None
+    token_ids    [n, T]
+    cost_ratio   [n, T - 1]
+    losses       [n, T - 1]
+    dense        the losses of the dense model [n, T - 1], or None
+    tokenizer    None: examples show ids
     """
 
     token_ids: Tensor
@@ -41,11 +47,11 @@ class Predictions:
     tokenizer: Any
 
     def where_most(self, values: Tensor, count: int) -> list[Example]:
-        """The spots of the `count` largest of `values` [n, T - 1], largest first."""
+        """Return the examples of the `count` largest `values` [n, T - 1], largest first."""
         places = values.flatten().topk(min(count, values.numel())).indices.tolist()
-        return [self._spot(*divmod(place, values.shape[1])) for place in places]
+        return [self._example(*divmod(place, values.shape[1])) for place in places]
 
-    def _spot(self, row: int, position: int) -> Example:
+    def _example(self, row: int, position: int) -> Example:
         ids = self.token_ids[row]
         return Example(
             row=row,
@@ -62,5 +68,5 @@ class Predictions:
 
 
 def costs_of_predictions(cost_ratio: Tensor, token_ids: Tensor) -> Tensor:
-    """[n, T - 1] float64, from `cost_ratio` [n·T] of every token: the last of a row predicts nothing."""
+    """Return [n, T - 1] of `cost_ratio` [n·T]: the last token of a sequence predicts nothing."""
     return torch.as_tensor(cost_ratio).view(token_ids.shape)[:, :-1]

@@ -1,4 +1,4 @@
-"""Counting the rows that the masks keep, from outside the modules: an op returns y and nothing else."""
+"""The count of live rows. Hooks compute the masks again, because an op returns only y."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 @dataclass
 class LiveCount:
-    """Rows that one adapter keeps, of `rows` that it could, token by token in the order they are run."""
+    """The live rows of one adapter with `rows` rows, for each token in the order of the run."""
 
     rows: int
     _parts: list[Tensor] = field(default_factory=list)
 
     def add(self, mask: Tensor) -> None:
-        """mask [..., rows] bool."""
+        """Count the tokens of a mask [..., rows] bool."""
         self._parts.append(mask.sum(-1, dtype=torch.int32).flatten().cpu())
 
     @property
     def per_token(self) -> Tensor:
-        """int32 [tokens]."""
+        """The live rows of each token, int32 [tokens]."""
         return torch.cat(self._parts) if self._parts else torch.empty(0, dtype=torch.int32)
 
     @property
@@ -30,23 +30,23 @@ class LiveCount:
 
     @property
     def mean(self) -> float:
-        """Mean kept rows a token; NaN before the first token."""
+        """The mean live rows a token; NaN before the first token."""
         return float(self.per_token.double().mean())
 
     def quantiles(self, *at: float) -> tuple[float, ...]:
-        """Kept rows at these shares of the tokens, ordered by what they keep: 0.5 is the median token."""
+        """Return the live rows at the given quantiles of the tokens: 0.5 is the median token."""
         ordered = self.per_token.sort().values
         return tuple(float(ordered[round(share * (len(ordered) - 1))]) for share in at)
 
 
 @contextmanager
 def count_live(model: nn.Module) -> Iterator[dict[str, LiveCount]]:
-    """Count kept rows of every adapter while the model runs inside the `with` block.
+    """Count the live rows of every adapter while the model runs inside the `with` statement.
 
-    Yields a dict, filled as the model runs: the name of the adapted linear (for a joint adapter the
-    first of its linears) -> LiveCount. Any module with a method `masks`, as those of `modules.py` have
-    it, is an adapter. Every token that is run counts, padding included. The masks are computed once
-    more by the reference implementation: this is for measuring, not for serving.
+    Yields a dict that is filled while the model runs: name of the adapted linear (the first one of a joint
+    adapter) -> LiveCount. Every module with a method `masks`, like those of `nn/adapters.py`, is an adapter.
+    All tokens count, padding included. The reference implementation computes the masks a second time, so use
+    this to measure and not to serve.
     """
     counts: dict[str, LiveCount] = {}
 

@@ -1,4 +1,4 @@
-"""What a model is worth and what it takes: perplexity, rows that the masks keep, tokens a second."""
+"""Measurements of a model: perplexity, live rows, tokens a second."""
 
 import math
 import time
@@ -16,9 +16,12 @@ from rana_kernels.evaluation.live import LiveCount, count_live
 
 @dataclass
 class Perplexity:
-    """`nll`: mean negative log-likelihood in nats of `predictions` next tokens; `perplexity`: its exp.
+    """The perplexity of a model on a text.
 
-    tokens_per_second   through the whole model, a batch of whole rows at a time (prefill, not decode)
+    perplexity          exp(nll)
+    nll                 the mean negative log-likelihood of a next token, in nats
+    predictions         the number of next tokens
+    tokens_per_second   the speed of the whole model on batches of sequences (prefill, not decode)
     """
 
     perplexity: float
@@ -28,7 +31,7 @@ class Perplexity:
 
 
 def perplexity(model: nn.Module, input_ids: Tensor, *, batch: int = 4, progress: bool = True) -> Perplexity:
-    """Over the T - 1 next-token predictions of each row of `input_ids` [n, T]; rows do not see each other.
+    """Measure the T - 1 next-token predictions of each sequence of `input_ids` [n, T] independently.
 
     Raises ValueError for another shape, or for logits that are not finite.
     """
@@ -41,16 +44,16 @@ def perplexity(model: nn.Module, input_ids: Tensor, *, batch: int = 4, progress:
 
 @torch.inference_mode()
 def token_losses(model: nn.Module, input_ids: Tensor, *, batch: int = 4, progress: bool = True) -> Tensor:
-    """[n, T - 1] float32 on the CPU: what each next token of each row of `input_ids` [n, T] costs, in nats.
+    """Return the losses [n, T - 1] of the next tokens of `input_ids` [n, T], in nats, float32 on the CPU.
 
-    Raises as `perplexity` does.
+    Raises ValueError as `perplexity` does.
     """
     if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] < 2:
         raise ValueError(f"perplexity: input_ids has shape {list(input_ids.shape)}, wanted [n, T], T >= 2")
     found = []
     for part in _batches(model, input_ids, batch, "measuring perplexity", progress):
         logits = model(input_ids=part, use_cache=False).logits
-        # a row at a time: in float32 the logits of a batch can be larger than the model
+        # one sequence at a time, because the float32 logits of a batch can be larger than the model
         found += [
             F.cross_entropy(row[:-1].float(), ids[1:], reduction="none").cpu()
             for row, ids in zip(logits, part, strict=True)
@@ -66,9 +69,9 @@ def token_losses(model: nn.Module, input_ids: Tensor, *, batch: int = 4, progres
 def count_live_rows(
     model: nn.Module, input_ids: Tensor, *, batch: int = 4, progress: bool = True
 ) -> dict[str, LiveCount]:
-    """Rows that each adapter keeps on `input_ids` [n, T], by the name of its (first) linear.
+    """Return the live rows of each adapter on `input_ids` [n, T], by the name of its (first) linear.
 
-    The masks are computed twice for it: a few thousand tokens are enough for a steady mean.
+    Masks are computed twice for this. A few thousand tokens are enough for a stable mean.
     """
     with count_live(model) as counts:
         for part in _batches(model, input_ids, batch, "counting kept rows", progress):
@@ -78,9 +81,9 @@ def count_live_rows(
 
 @torch.inference_mode()
 def decode_speed(model: nn.Module, prompt: Tensor, new_tokens: int = 64) -> float:
-    """Tokens a second of `model.generate`, greedy, one sequence, after `prompt` [1, T] has been read.
+    """Return the tokens a second of greedy `model.generate` for one sequence, after `prompt` [1, T].
 
-    What a user of transformers gets: its own work for each token is in it.
+    This is the speed of a user of transformers: the time that its own code takes for each token is included.
     """
     generate: Any = model.generate
     prompt = prompt.to(_device(model))
@@ -90,7 +93,7 @@ def decode_speed(model: nn.Module, prompt: Tensor, new_tokens: int = 64) -> floa
         generate(prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False, pad_token_id=0)
         return time.perf_counter() - started
 
-    seconds(2)  # what happens only once happens here
+    seconds(2)  # a warm-up: first calls are slower
     return new_tokens / max(seconds(new_tokens + 1) - seconds(1), 1e-9)
 
 
