@@ -1,1 +1,1 @@
-"""TODO"""
+"""Compression: replace the linears of a model by adapters, and report the result."""

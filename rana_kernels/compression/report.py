@@ -1,4 +1,4 @@
-"""What a compression did to a model: the report, and the measurements that go into it."""
+"""The report of a compression, and the measurements in it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -22,9 +22,13 @@ ERROR_TOKENS = 256
 
 @dataclass
 class AdapterReport:
-    """One adapter. `captured_energy`: kept share of Σ (|h|·norms)² on the sample. `output_error`:
-    ‖y - ŷ‖ / ‖y‖ on some tokens of it, bias left out. `spectrum`: at most 64 points of the energy of
-    its ranks (or neurons), falling, each as a share of their sum; they are evenly spaced in rank."""
+    """The sizes of one adapter, as in AdapterSpec, and its quality on the token sample.
+
+    captured_energy   Σ score² over live rows, as a fraction of Σ score² over all rows
+    output_error      ‖y - ŷ‖ / ‖y‖ on some tokens, without bias
+    spectrum          the energy of the ranks (or neurons) as fractions of their sum, falling: at most 64
+                      points, evenly spaced in rank
+    """
 
     names: tuple[str, ...]
     kind: str
@@ -39,13 +43,20 @@ class AdapterReport:
 
 @dataclass
 class CompressReport:
-    """`plan` is complete (every threshold filled in). FLOPs are a token's; bytes are the model's, those that
-    `block_bytes` counts apart. `block_time_reduction`: expected, by the times that the plan was made with."""
+    """The result of a compression.
+
+    plan                     the complete plan, with all thresholds
+    block_flops_reduction    of one token in the linears of the blocks
+    model_flops_reduction    of one token in these linears, experts and lm_head
+    bytes_before, _after     of the whole model
+    block_bytes_before, ...  of the linears of the blocks, or of their replacements
+    block_time_reduction     expected from the measured times, if the compression had any
+    """
 
     plan: Plan
     adapters: list[AdapterReport]
     block_flops_reduction: float
-    model_flops_reduction: float  # blocks and lm_head
+    model_flops_reduction: float
     bytes_before: int
     bytes_after: int
     block_bytes_before: int
@@ -58,7 +69,7 @@ class CompressReport:
 
 
 def facts_of(model: nn.Module, stats: Stats, report: CompressReport) -> dict[str, Any]:
-    """Return what the model card will say of how `model` was made: JSON."""
+    """Return the JSON facts for the model card: how `model` was made."""
     return {
         "base_model": str(getattr(model.config, "name_or_path", "")),
         "calibration": {"tokens": stats.tokens, "seed": stats.seed, "sha256": stats.digest},
@@ -71,7 +82,7 @@ def facts_of(model: nn.Module, stats: Stats, report: CompressReport) -> dict[str
 
 
 def measure(calibrated: CalibratedBlock, adapter: AdapterSpec) -> AdapterReport:
-    """Apply an adapter that has its threshold to the sample, through the reference."""
+    """Measure an adapter that has its threshold on the token sample, with the reference."""
     assert adapter.threshold is not None, "compress fills thresholds in first"
     name = calibrated.input_of(adapter.names)
     x, weight = calibrated.sample(name), calibrated.weight(adapter.names).float()
@@ -110,12 +121,12 @@ def _downsample(spectrum: Tensor) -> list[float]:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers; tied ones count once."""
+    """Return the bytes of all parameters and buffers. Tied ones count once."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 def block_bytes(model: nn.Module, blocks: list[Block]) -> int:
-    """Bytes of the linears of the blocks, or of what is in their place: what `max_memory` is about."""
+    """Return the bytes that `max_memory` limits: the linears of the blocks, or their replacements."""
     total = 0
     for block in blocks:
         for name in filter(None, (*block.linears, block.mlp)):
@@ -126,8 +137,7 @@ def block_bytes(model: nn.Module, blocks: list[Block]) -> int:
 
 
 def model_flops_reduction(model: nn.Module, blocks: list[Block], plan: Plan) -> float:
-    """The reduction with lm_head in the account, where the model has one, and the experts that a token
-    goes through."""
+    """Return the FLOPs reduction over the blocks' linears, lm_head and the experts that a token uses."""
     head = output_head(model)
     flops = 2 * head.weight.numel() if head is not None else 0
     flops += sum(_expert_flops(model, block.experts) for block in blocks if block.experts)

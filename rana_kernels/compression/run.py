@@ -1,10 +1,10 @@
-"""Compression: calibrate, plan, then put modules in place, one block at a time.
+"""Compression: calibrate, plan, and replace the linears of one block at a time.
 
-A method that plans layer by layer decomposes each linear once. A budget for the whole model needs all
-linears before it can decide, so what it chooses is decomposed a second time for its modules. That takes a
-thirtieth of the time, and keeping all factors would take the memory of two more models. A block's factors are
-dropped when its modules are in place, so there are never two copies of the model. Only linears are replaced:
-embeddings and norms stay, and so do the weights of lm_head and of linears that are left dense.
+A method that plans block by block decomposes each linear once. A budget for the whole model needs all linears
+before it decides, so the chosen adapters are decomposed a second time. That takes a thirtieth of the time,
+while keeping all factors would take the memory of two more models. The factors of a block are dropped when
+its modules are installed, so there are never two copies of the model. Only linears are replaced: embeddings,
+norms and the weights of lm_head and of dense linears stay.
 """
 
 import time
@@ -61,20 +61,21 @@ def compress(
 ) -> CompressReport:
     """Replace the linears of `model`'s blocks by adapters, in place.
 
-    calibration       as in `calibrate`; not needed where `stats` are given
-    flops_reduction   share of the block linears' FLOPs to save, by `method`. Give this, `time_reduction` or a
-                      `plan`, whose missing thresholds are chosen from the token sample
-    time_reduction    share of the time to save that these linears take for one token, counted by `times`
-                      (`rana_kernels.allocation.latency.LatencyTable`)
-    max_memory        bytes that these linears may store (weights, biases, thresholds, norms)
+    calibration       as in `calibrate`. Give this or `stats`
+    flops_reduction   the fraction to save of the FLOPs of the blocks' linears, by `method`. Give this,
+                      `time_reduction` or a `plan`
+    time_reduction    the fraction to save of the time that these linears take for one token
+    times             the measured times that `time_reduction` refers to
+    max_memory        the bytes that these linears may store (weights, biases, thresholds, norms)
     search            for `method="rankadaptor"`: token ids to measure on that the calibration does not have
-    patterns          for a model of an architecture that is not known: which of its linears is what, by
-                      the fields of `rana_kernels.model.architectures.Architecture`. Its forward takes token
-                      ids first
-    resume_dir        keeps what is finished. The same call after an interruption goes on from there (load
-                      the original model again first)
+    plan              the adapters to make. Missing thresholds are chosen from the token sample
+    patterns          for a model of an unknown architecture: the fields of
+                      `rana_kernels.model.architectures.Architecture` that name its linears. Token ids must be
+                      the first argument of its forward
+    resume_dir        keeps finished blocks. After an interruption load the original model again, and the same
+                      call continues from there
 
-    Raises ValueError for arguments that do not fit together or the model, before it is touched.
+    Raises ValueError for arguments that contradict each other or the model, before the model is changed.
     """
     started = time.monotonic()
     if patterns is not None:
@@ -104,13 +105,7 @@ def compress(
     store = ResumeDir(resume_dir, made) if resume_dir else None
     choose = _chooser(stats, plan, request, store, progress)
     bytes_before, block_bytes_before = model_bytes(model), block_bytes(model, blocks)
-    adapters: list[AdapterSpec] = []
-    measured: list[AdapterReport] = []
-    for block in track(blocks, "compressing", disable=not progress, transient=True):
-        tensors, found, reports = _compress_block(CalibratedBlock(model, block, stats), choose, store)
-        install_block(model, block, found, tensors)
-        adapters += found
-        measured += reports
+    adapters, measured = _compress_blocks(stats, choose, store, progress)
     start = plan if request is None else request.record()
     assert start is not None, "there is a plan or a request"
     done = start.with_adapters(tuple(adapters))
@@ -128,20 +123,23 @@ def compress(
         block_time_reduction=reduction(times, done) if times else None,
         seconds=time.monotonic() - started,
     )
-    if hasattr(model, "config"):  # so that model.save_pretrained writes what can be loaded
+    if hasattr(model, "config"):  # model.save_pretrained then writes a checkpoint that can be loaded
         attach_plan(model, done, facts_of(model, stats, report))
     return report
 
 
 def _require_alone(asked: dict[str, Any]) -> None:
-    """Raise ValueError where something is asked for beside a plan."""
+    """Raise ValueError if a budget is given besides a plan."""
     given = ["times" if name == "latency" else name for name, value in asked.items() if value is not None]
     if given:
         raise ValueError(f"compress: a plan is given, and {', '.join(given)}: wanted exactly one of them")
 
 
 def _needs_of(planned: list[tuple[Block, list[AdapterSpec]]], plan: Plan) -> dict[str, Any]:
-    """Return the arguments of `calibrate` for a plan. What down reads is computed from what the MLP reads."""
+    """Return the arguments of `calibrate` for a plan.
+
+    A neuron adapter of down needs only the input of the MLP, from which that of down is computed.
+    """
     needed = {"mlp"}
     for block, adapters in planned:
         for adapter in adapters:
@@ -154,17 +152,31 @@ def _needs_of(planned: list[tuple[Block, list[AdapterSpec]]], plan: Plan) -> dic
 def _chooser(
     stats: Stats, plan: Plan | None, request: Request | None, store: ResumeDir | None, progress: bool
 ) -> Chooser:
-    """Return what decides the adapters of a block: the plan, or the method at its budget."""
+    """Return the function that decides the adapters of a block: by the plan, or by the requested method."""
     if request is None:
         assert plan is not None, "there is a plan or a request"
         return chooser_of(plan)
     return METHODS[request.method].prepare(stats, request, store, progress)
 
 
+def _compress_blocks(
+    stats: Stats, choose: Chooser, store: ResumeDir | None, progress: bool
+) -> tuple[list[AdapterSpec], list[AdapterReport]]:
+    """Replace the linears of all blocks. Return the adapters and their measurements."""
+    adapters: list[AdapterSpec] = []
+    measured: list[AdapterReport] = []
+    for block in track(stats.blocks, "compressing", disable=not progress, transient=True):
+        tensors, found, reports = _compress_block(CalibratedBlock(stats.model, block, stats), choose, store)
+        install_block(stats.model, block, found, tensors)
+        adapters += found
+        measured += reports
+    return adapters, measured
+
+
 def _compress_block(
     calibrated: CalibratedBlock, choose: Chooser, store: ResumeDir | None
 ) -> tuple[dict[str, Tensor], list[AdapterSpec], list[AdapterReport]]:
-    """Return tensors, adapters and measurements of one block, from the store if it was finished before."""
+    """Return tensors, adapters and measurements of one block, from `store` if it has the block."""
     index = calibrated.block.index
     finished = store.load(index) if store else None
     if finished is not None:
