@@ -1,8 +1,8 @@
-"""Which submodule of which architecture is what: data, not code. A new model is a line here.
+"""The table of architectures: the paths of the linears in each of them. A new architecture is one line here.
 
-Keyed by `model.config.model_type`, the name that Hugging Face transformers gives an architecture
-(which is not imported: any module of that layout with such a config works). A model of somebody's own
-is described by the same fields, with `describe`.
+The key is `model.config.model_type`, the name that Hugging Face transformers gives an architecture. That
+package is not imported: every module with the same layout and such a config works. For any other model,
+`describe` sets the same fields.
 """
 
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Where things are: `layers` is the path of the list of layers within `decoder`, and `decoder` that
-    of the module that runs them. The others are paths within a layer; "" is for what it does not have.
+    """The paths of the modules of an architecture. Paths are within one layer unless stated; "" if absent.
 
-    qkv          the linears that read what attention reads, in the order in which they are called
-    o            attention's output projection
-    gate, up     the linears that the MLP begins with. The same path twice: one linear computes both,
-                 gate's half first
-    down         the linear that reads act(gate(x)) * up(x), or act(up(x)) where there is no gate
-    mlp          a module that computes just that, so that one op can take its place; "": the linears
+    decoder      the module that runs the layers, within the model
+    layers       the list of layers, within `decoder`
+    qkv          the linears that read the input of attention, in the order in which they are called
+    o            the output projection of attention
+    gate, up     the first linears of the MLP. If both are the same path, one linear computes both, gate first
+    down         the linear that reads act(gate(x)) * up(x), or act(up(x)) without a gate
+    mlp          the module that computes exactly the MLP, so that one op can replace it. With "" the linears
                  are adapted one by one
-    act          the module that computes the activation; "": by the name that `activation` gives
-    activation   the field of the config that names the activation, or its name
-    experts      a module that a layer has where its MLP is a mixture of experts: that MLP stays dense
+    act          the module that computes the activation. With "" the name in `activation` decides
+    activation   the field of the config that names the activation, or the name itself
+    experts      the module that marks a layer whose MLP is a mixture of experts. That MLP stays dense
     """
 
     decoder: str = ""
@@ -83,7 +83,7 @@ ARCHITECTURES = {
     "qwen3_moe": _MIXTURE,
 }
 
-# what configs call an activation -> what `masked_mlp` calls it
+# name of an activation in a config -> its name in `masked_mlp`
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -98,12 +98,15 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block: full names of its linears, and "" for those that it does not have.
+    """One transformer block: the full names of its modules, "" for those that it does not have.
 
-    `gate` is "" in an ungated MLP, and `up` itself where one linear computes both, gate first. `act` is
-    the module that computes the MLP's activation, `activation` the name `masked_mlp` has for it: None if
-    no op computes it. Then, or without `mlp`, the MLP stays, with its linears adapted one by one.
-    `experts`: the mixture of experts that is left dense.
+    index        the position of the block in the model
+    gate         "" in an ungated MLP; the same as `up` if one linear computes both, gate first
+    act          the module that computes the activation of the MLP
+    activation   the name of the activation in `masked_mlp`, or None if no op computes it
+    experts      the mixture of experts, which stays dense
+
+    With an activation of None or no `mlp`, the MLP module stays and its linears are adapted one by one.
     """
 
     index: int
@@ -124,23 +127,23 @@ class Block:
 
     @property
     def expanding(self) -> tuple[str, ...]:
-        """The linears that the MLP begins with: gate and up, up alone, or one that is both."""
+        """The first linears of the MLP: gate and up, up alone, or one linear that is both."""
         return tuple(dict.fromkeys(filter(None, (self.gate, self.up))))
 
     @property
     def inputs(self) -> dict[str, tuple[str, ...]]:
-        """The distinct inputs, and the linears that read each."""
+        """The distinct inputs of the block's linears, and the linears that read each."""
         readers = {"qkv": self.qkv, "o": (self.o,), "mlp": self.expanding, "down": (self.down,)}
         return {name: linears for name, linears in readers.items() if any(linears)}
 
 
 def describe(model: nn.Module, patterns: Mapping[str, Any]) -> None:
-    """Say of a model that is no known architecture which of its linears is what.
+    """Set the Architecture of a model that is not in the table.
 
     patterns   the fields of `Architecture`, at least `layers`
 
-    Noted on the model itself, for every later step. Raises ValueError for fields, modules or an
-    activation that do not exist.
+    The model object keeps it for all later steps. Raises ValueError for fields, modules or an activation that
+    do not exist.
     """
     known = {field.name for field in fields(Architecture)}
     if not isinstance(patterns, Mapping) or "layers" not in patterns or set(patterns) - known:
@@ -173,12 +176,12 @@ def _check_described(model: nn.Module) -> None:
 
 
 def is_described(model: nn.Module) -> bool:
-    """Whether `describe` said what is what, rather than the table."""
+    """Say whether `describe` has set the architecture of this model."""
     return isinstance(getattr(model, "rana_architecture", None), Architecture)
 
 
 def architecture(model: nn.Module) -> Architecture:
-    """The entry for this model; ValueError lists what is known."""
+    """Return the Architecture of this model. Raise ValueError, with a list of known ones, for any other."""
     if is_described(model):
         described: Any = model
         return described.rana_architecture
@@ -187,19 +190,19 @@ def architecture(model: nn.Module) -> Architecture:
         raise ValueError(
             f"{type(model).__name__}: model.config.model_type is {model_type!r}, wanted one of "
             f"{', '.join(ARCHITECTURES)}. For a model of your own say with `patterns` which linear is "
-            "what; another architecture is a line in rana_kernels/models.py"
+            "what; another architecture is a line in rana_kernels/model/architectures.py"
         )
     return ARCHITECTURES[model_type]
 
 
 def decoder_name(model: nn.Module) -> str:
-    """Path of the module that owns the layers: "" when `model` is itself the headless model."""
+    """Return the path of the module that has the layers, "" if `model` is the headless model itself."""
     known = architecture(model)
     return "" if hasattr(model, known.layers) else known.decoder
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """Every transformer block of `model`, first to last, with the full names of its linears."""
+    """Return all transformer blocks of `model`, first to last."""
     known, decoder = architecture(model), decoder_name(model)
     layers = ".".join(filter(None, [decoder, known.layers]))
     config = getattr(model, "config", None)
@@ -212,7 +215,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 
 def _without_experts(known: Architecture, layer: nn.Module) -> Architecture:
-    """The entry as it holds for this layer: with experts there is no MLP of plain linears, or no experts."""
+    """Return the Architecture of one layer: without an MLP if the layer has experts, else without experts."""
     try:
         mixed = bool(known.experts) and layer.get_submodule(known.experts) is not None
     except AttributeError:

@@ -1,7 +1,7 @@
-"""From a Plan to modules in place of a model's linears, by sizes alone.
+"""The replacement of a model's linears by the modules of a Plan, which gives their sizes.
 
-`install` is what a checkpoint loader needs: it builds every module empty, on the device and in the
-dtype of the linear it replaces (the meta device included), ready to be loaded.
+A checkpoint loader calls `install`: it builds every module empty, on the device and in the dtype of the
+linears that it replaces (the meta device included). The loader then fills it.
 """
 
 from typing import Any
@@ -18,9 +18,9 @@ from rana_kernels.nn.mlp import RanaMLP
 
 
 def install(model: nn.Module, plan: Plan) -> None:
-    """Replace the linears of `model` by empty modules of the shapes of `plan`, in place.
+    """Replace the linears of `model` by empty modules with the sizes of `plan`, in place.
 
-    Raises ValueError if the plan is not of this model, before anything is replaced.
+    Raises ValueError, before anything is replaced, if the plan does not fit the model.
     """
     for block, adapters in check_plan(model, find_blocks(model), plan):
         like = linear_of(model, block.linears[0]).weight
@@ -29,7 +29,7 @@ def install(model: nn.Module, plan: Plan) -> None:
 
 
 def dense_names(model: nn.Module, plan: Plan) -> list[str]:
-    """Return the linears that stay dense: those of the plan that do, and lm_head where the model has one."""
+    """Return the linears that stay dense: those in the plan, and lm_head if the model has one."""
     head = output_head(model)
     heads = [name for name, module in model.named_modules() if module is head]
     return [adapter.names[0] for adapter in plan.adapters if adapter.kind == "dense"] + heads
@@ -44,7 +44,7 @@ def output_head(model: nn.Module) -> Any:
 def install_block(
     model: nn.Module, block: Block, adapters: list[AdapterSpec], tensors: dict[str, Tensor]
 ) -> None:
-    """Build the modules of a block without memory, give them their tensors and put them in place."""
+    """Build the modules of a block on the meta device, give them their tensors, and replace its linears."""
     weight = linear_of(model, block.linears[0]).weight
     modules = build_block(block, adapters, "meta", weight.dtype)
     for name, module in modules.items():
@@ -57,7 +57,7 @@ def install_block(
 
 
 def replace_modules(model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Put modules in place, by full name."""
+    """Replace the modules of `model` with these full names."""
     for name, module in modules.items():
         module.train(model.get_submodule(name).training)
         model.set_submodule(name, module)
@@ -101,8 +101,11 @@ def _check_adapter(model: nn.Module, block: Block, adapter: AdapterSpec) -> None
 
 
 def is_fused(block: Block, adapters: list[AdapterSpec]) -> bool:
-    """Whether one RanaMLP can do all of the block's MLP: up and gate rank adapters (each its own, or
-    joint), down a neuron adapter, and an activation that the op has."""
+    """Say whether one RanaMLP can replace the whole MLP of the block.
+
+    It can if up and gate have rank adapters (separate or joint), down has a neuron adapter, and the op has
+    the activation.
+    """
     if not block.mlp or block.activation is None:
         return False
     kind = {name: adapter.kind for adapter in adapters for name in adapter.names}
@@ -112,7 +115,7 @@ def is_fused(block: Block, adapters: list[AdapterSpec]) -> bool:
 def build_block(
     block: Block, adapters: list[AdapterSpec], device: torch.device | str, dtype: torch.dtype
 ) -> dict[str, nn.Module]:
-    """The modules that replace linears of one block, empty, by full name."""
+    """Return the empty modules that replace linears of one block, by full name."""
     place = {"device": device, "dtype": dtype}
     modules: dict[str, nn.Module] = {}
     fused = {*block.expanding, block.down} if is_fused(block, adapters) else set()

@@ -1,4 +1,4 @@
-"""The linear layers of a model, whichever way a library stores them."""
+"""The linear layers of a model, independent of how a library stores them."""
 
 from dataclasses import dataclass
 
@@ -22,12 +22,14 @@ class Linear:
 
 
 def linear_of(model: nn.Module, name: str) -> Linear:
-    """The linear `name` of `model`; ValueError if it is not there or no longer a plain linear."""
+    """Return the linear `name` of `model`. Raise ValueError if it does not exist or is not a plain linear."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{type(model).__name__} has no module {name!r}") from None
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # of transformers: W transposed
+    if type(module).__name__ == "Conv1D" and hasattr(
+        module, "nf"
+    ):  # of transformers, which stores W transposed
         weight: Tensor = module.weight  # type: ignore[assignment]
         return Linear(weight.T, module.bias)  # type: ignore[arg-type]
     if not isinstance(module, nn.Linear):

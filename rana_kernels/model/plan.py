@@ -1,7 +1,7 @@
-"""The Plan: what each linear of a model becomes, in sizes and numbers only. Frozen, and JSON on disk.
+"""The Plan: the sizes and thresholds of the adapters of all linears of a model, stored as JSON.
 
-The shape of every module follows from it, so it is also what a checkpoint stores to be built from.
-Costs are FLOPs a token, two for a multiply-add, over the linears of the transformer blocks.
+A checkpoint stores its plan, because the plan determines the shape of every module. Costs are FLOPs a token
+over the linears of the transformer blocks; a multiply-add is two FLOPs.
 """
 
 import json
@@ -19,17 +19,18 @@ class AdapterSpec:
     """One adapter, or one linear left dense.
 
     kind          rank: y = A (m ⊙ Bx) + b · neuron: y = W (m ⊙ x) + b · dense: y = Wx + b
-    names         the linears it covers, by full module name, in the order the model calls them;
-                  more than one: decomposed jointly (they read the same input and share ranks)
+    names         the full names of its linears, in the order in which the model calls them. Several linears
+                  are decomposed jointly: they read the same input and share ranks
     in_features   K
     out_features  N of each of `names`
     rank          stored rows: R of a rank adapter, K of a neuron adapter, 0 if dense
-    live          expected mean kept rows a token
-    threshold     smallest |h_i|·norms_i that is kept; None: `compress` chooses it so that `live` rows
-                  of the calibration sample are kept
+    live          expected mean live rows a token
+    threshold     the smallest score of a live row; a score is |h_i| / norms_i of a rank, |x_i|·norms_i of a
+                  neuron. None: `compress` chooses it so that `live` rows a token of the calibration sample
+                  are live
     bias          whether any of `names` has a bias
-    metric        what its errors were counted in: "output", or "loss", where every output weighs by how
-                  the loss depends on it; thresholds are in that metric
+    metric        the unit of its errors, scores and thresholds: "output", or "loss", where every output is
+                  weighted by how strongly the loss depends on it
     """
 
     kind: str
@@ -48,7 +49,7 @@ class AdapterSpec:
 
     @property
     def width(self) -> int:
-        """N: the output features of all its linears together."""
+        """N, the total output features of its linears."""
         return sum(self.out_features)
 
     @property
@@ -63,8 +64,10 @@ class AdapterSpec:
         return 2 * (router + self.live * self.width)
 
     def stored_bytes(self, itemsize: int) -> int:
-        """Of all its tensors, with weights and biases of `itemsize` bytes: also of its float32 thresholds,
-        one a row, and of a neuron adapter's norms."""
+        """Return the bytes of all its tensors, with `itemsize` bytes for each element of weights and biases.
+
+        The float32 thresholds, one for each row, and the norms of a neuron adapter are included.
+        """
         stored = self.rank * (self.in_features + self.width)
         weights = stored if self.kind == "rank" else self.in_features * self.width
         vectors = {"rank": self.rank, "neuron": 2 * self.rank, "dense": 0}[self.kind]
@@ -78,10 +81,15 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every linear of the transformer blocks, once.
+    """The adapters of a model. Every linear of the transformer blocks is in exactly one of them.
 
-    `flops_reduction`, or else `time_reduction`, is what was asked for, `max_memory` how many bytes the
-    linears of the blocks may store; `reduction` is what the adapters come to, in FLOPs.
+    adapters          in the order in which the model calls their linears
+    method            the method of allocation that chose them
+    flops_reduction   the requested reduction of FLOPs, or None
+    time_reduction    the requested reduction of time, or None
+    max_memory        the requested limit of the bytes of these linears, or None
+
+    `reduction` is the reduction of FLOPs that the adapters really have.
     """
 
     adapters: tuple[AdapterSpec, ...]
@@ -114,11 +122,11 @@ class Plan:
 
     @property
     def reduction(self) -> float:
-        """FLOPs saved over the linears of the blocks, as a fraction."""
+        """The saving over the linears of the blocks, as a fraction of their dense FLOPs."""
         return 1 - self.flops / self.dense_flops if self.adapters else 0.0
 
     def adapter_of(self, name: str) -> AdapterSpec | None:
-        """The adapter that covers the linear `name`, or None."""
+        """Return the adapter that covers the linear `name`, or None."""
         return next((adapter for adapter in self.adapters if name in adapter.names), None)
 
     def with_adapters(self, adapters: tuple[AdapterSpec, ...]) -> "Plan":
@@ -129,7 +137,7 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> "Plan":
-        """Read a plan; ValueError says which field is wrong, has what, and what is wanted."""
+        """Read a plan. Raise ValueError with the wrong field, its value, and the value wanted."""
         try:
             data = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -164,7 +172,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_size(value: object) -> bool:
-    # above 2^31 no layer is real, and a hostile file must not make us allocate for it
+    # no real layer has 2^31 features, and a hostile file must not make us allocate memory for one
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
