@@ -237,7 +237,7 @@ FAILURES = {
     "no checkpoint": (["eval", "{tmp}/none", "--text", "x"], "there is no such directory"),
     "not a checkpoint": (["generate", "{model}", "--prompt", "x"], "has no rana.json"),
     "no text": (["eval", "{out}", "--text", "{tmp}/none.txt"], "there is no such file"),
-    "short text": (["eval", "{out}", "--text", "{tmp}/short.txt"], "wanted at least one row of 512"),
+    "short text": (["eval", "{out}", "--text", "{tmp}/short.txt"], "wanted at least one sequence of 512"),
     "no model": (["compress", "{tmp}/none", "--calibration", "x", "-o", "{tmp}/o"], "no such directory"),
     "twice": (["compress", "{out}", "--calibration", "x", "-o", "{tmp}/o"], "compressed already"),
     "occupied": (["compress", "{model}", "--calibration", "x", "-o", "{tmp}"], "it is not overwritten"),

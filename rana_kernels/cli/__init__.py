@@ -1,8 +1,8 @@
-"""The command `rana`: compress a model, evaluate and run what came of it, and say what runs here.
+"""The command `rana`: compress a model, evaluate and run the compressed model, and report what runs here.
 
 Results go to stdout (with `--json` as one JSON object), progress and errors to stderr. Exit codes: 0 for
-success, 1 for a failure (one line says what to do), 2 for a command that was not understood, 130 if
-interrupted. A traceback is a bug of ours.
+success, 1 for a failure (one line says what to do), 2 for a command that was not understood, 130 for an
+interruption. No failure should print a traceback.
 """
 
 import sys
@@ -11,7 +11,7 @@ import rich
 
 try:
     import transformers
-except ModuleNotFoundError:  # optional for the package, not for its commands
+except ModuleNotFoundError:  # the package can do without transformers, the commands cannot
     sys.exit("rana: the commands need transformers: pip install rana_kernels[transformers]")
 
 from rana_kernels.cli import bench, compress, evaluate, generate, info, programs, recover, tune  # noqa: F401 - commands register
@@ -19,7 +19,7 @@ from rana_kernels.cli.options import app
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line (of this process, or the one given) and exit."""
+    """Run `arguments`, by default the command line of this process, and exit."""
     rich.reconfigure(stderr=True)  # progress bars write to this console
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -1,7 +1,6 @@
 """`rana compress`."""
 
 import json
-import shutil
 import sys
 from enum import Enum
 from pathlib import Path
@@ -21,16 +20,18 @@ from rana_kernels.checkpoint.replacement import check_target
 from rana_kernels.cli.options import (
     AsJson,
     Dtype,
-    RowLength,
     SearchHistory,
+    SequenceLength,
     app,
     hold_out,
     open_model,
     open_tokenizer,
     print_json,
+    unfinished_work,
 )
 from rana_kernels.cli.tables import show_compression
 from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.compression.report import CompressReport
 from rana_kernels.compression.run import compress as compress_model
 from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import save
@@ -48,105 +49,132 @@ Examples:
   rana compress ./model --calibration tokens.safetensors --flops-reduction 0.3 -o out --json
   rana compress ./model --calibration text.txt --method rankadaptor --evaluations 50 -o out
   rana compress ./model --calibration text.txt --time-reduction 0.3 --times here.json -o out
-After an interruption, the same command goes on from the last finished block or evaluation."""
+After an interruption, the same command continues after the last finished block or evaluation."""
 )
 def compress(
-    model: Annotated[str, typer.Argument(help="A model's directory, or its name on the Hugging Face hub.")],
+    model: Annotated[
+        str, typer.Argument(help="The model: a directory, or its name on the Hugging Face hub.")
+    ],
     calibration: Annotated[
         Path,
-        typer.Option(help="Text (UTF-8), or a .safetensors with input_ids [n, T]: what the model reads."),
+        typer.Option(
+            help="Calibrate on this text (UTF-8), or on a .safetensors file with input_ids [n, T]. It should "
+            "be like the text that the model will read."
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write the compressed model to.")
+    ],
     flops_reduction: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, help="Share of the blocks' linear FLOPs to save.", show_default="0.44"
+            min=0.0,
+            max=1.0,
+            help="Save this fraction of the FLOPs of the linears in the blocks.",
+            show_default=str(FLOPS_REDUCTION),
         ),
     ] = None,
     time_reduction: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="In its place: share of their time for one token, by --times."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Save this fraction of the time that these linears take for one token, instead of FLOPs. "
+            "Needs --times.",
+        ),
     ] = None,
     times: Annotated[
         Path | None,
-        typer.Option(help="Times of kernels, measured here and written if there is no such file."),
+        typer.Option(
+            help="JSON file with the times of the kernels. If it does not exist, they are measured and "
+            "written to it."
+        ),
     ] = None,
     max_memory: Annotated[
-        float | None, typer.Option(min=0.0, help="Most MB (millions of bytes) that these linears may store.")
+        float | None,
+        typer.Option(min=0.0, help="Let these linears store at most this many MB (millions of bytes)."),
     ] = None,
     method: Annotated[
         Method,
         typer.Option(
-            help="; ".join(f"{name}: {each.summary}" for name, each in METHODS.items()) + ".",
+            help="How the budget is spent. "
+            + "; ".join(f"{name}: {each.summary}" for name, each in METHODS.items())
+            + ".",
         ),
     ] = Method[DEFAULT],
     evaluations: Annotated[
         int,
-        typer.Option(min=1, help="With rankadaptor: how many allocations to measure, global's the first."),
+        typer.Option(
+            min=1,
+            help="With rankadaptor, measure this many allocations. The first is the one of method global.",
+        ),
     ] = 30,
     history: SearchHistory = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Calibrate on at most so many tokens.")] = 131_072,
-    sequence_length: RowLength = 512,
-    dtype: Annotated[Dtype, typer.Option(help="Load and store the weights as.")] = Dtype.auto,
-    seed: Annotated[int, typer.Option(help="Which calibration tokens thresholds are chosen on.")] = 0,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Calibrate on at most this many tokens. 100,000 are plenty.")
+    ] = 131_072,
+    sequence_length: SequenceLength = 512,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Load and store the weights in this dtype. auto: the dtype of the files.")
+    ] = Dtype.auto,
+    seed: Annotated[
+        int, typer.Option(help="Seed for the choice of the calibration tokens that set the thresholds.")
+    ] = 0,
     evaluation: Annotated[
         Path | None,
-        typer.Option(help="Other text of that kind: perplexity on it, before and after, goes on the card."),
+        typer.Option(
+            help="Measure perplexity before and after on this text, and note it in the model card. Give "
+            "other text than the calibration."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replace a model's linear layers by adapters that skip work, and write the result.
-
-    A good calibration text is like what the model will read; 100,000 tokens of it are plenty.
-    """
+    """Replace the linears of a model by adapters that skip work, and write the compressed model."""
     check_target(output)
     original, tokenizer = open_model(model, dtype), open_tokenizer(model)
     if attached_plan(original) is not None:
         raise ValueError(f"{model} is compressed already, wanted the original model")
-    token_ids = read_token_ids(
-        calibration, tokenizer, original.config.vocab_size, length=sequence_length, tokens=tokens
-    )
-    progress = sys.stderr.isatty()
-    held_out = None
+    vocabulary, progress = original.config.vocab_size, sys.stderr.isatty()
+    token_ids = read_token_ids(calibration, tokenizer, vocabulary, length=sequence_length, tokens=tokens)
+    evaluated = None
     if evaluation is not None:
-        held_out = read_token_ids(evaluation, tokenizer, original.config.vocab_size, length=sequence_length)
-        dense = metrics.perplexity(original, held_out, progress=progress).perplexity
+        evaluated = read_token_ids(evaluation, tokenizer, vocabulary, length=sequence_length)
+        dense = metrics.perplexity(original, evaluated, progress=progress).perplexity
     flops = FLOPS_REDUCTION if flops_reduction is None and time_reduction is None else flops_reduction
-    table = _table(times, original, progress)
-    cap = None if max_memory is None else round(max_memory * 1e6)
+    latency = _latency(times, original, progress)
     search = None
     if METHODS[method.value].searches:
-        token_ids, measured_on = hold_out(token_ids)
-        search = Search(measured_on, evaluations, seed, history or own_history())
+        token_ids, held_out = hold_out(token_ids)
+        search = Search(held_out, evaluations, seed, history or own_history())
     stats = calibrate(
         original, token_ids.split(4), seed=seed, progress=progress, **METHODS[method.value].needs
     )
-    unfinished = output.resolve().with_name(f"{output.resolve().name}.resume")
-    try:
+    with unfinished_work(output) as resume_dir:
         report = compress_model(
             original,
             stats=stats,
             flops_reduction=flops,
             time_reduction=time_reduction,
-            times=table,
-            max_memory=cap,
+            times=latency,
+            max_memory=None if max_memory is None else round(max_memory * 1e6),
             method=method.value,
             search=search,
-            resume_dir=unfinished,
+            resume_dir=resume_dir,
             progress=progress,
         )
-    except KeyboardInterrupt:
-        print("rana: interrupted. The same command goes on where this one stopped", file=sys.stderr)
-        raise
-    note(original, base_model=model, calibration={"data": calibration.name})
-    if held_out is not None and evaluation is not None:
-        found = metrics.perplexity(original, held_out, progress=progress).perplexity
-        note(original, perplexity={"compressed": found, "dense": dense, "data": evaluation.name})
-    save(original, output, tokenizer)
-    shutil.rmtree(unfinished)
+        note(original, base_model=model, calibration={"data": calibration.name})
+        if evaluated is not None and evaluation is not None:
+            found = metrics.perplexity(original, evaluated, progress=progress).perplexity
+            note(original, perplexity={"compressed": found, "dense": dense, "data": evaluation.name})
+        save(original, output, tokenizer)
+    _show(report, output, stats.tokens, search, as_json)
+
+
+def _show(report: CompressReport, output: Path, tokens: int, search: Search | None, as_json: bool) -> None:
+    """Print the result, as tables or as JSON."""
     stored = read_manifest(output).facts["stored_bytes"]
     if as_json:
-        facts: dict[str, Any] = {"directory": str(output), "tokens": stats.tokens, "stored_bytes": stored}
+        facts: dict[str, Any] = {"directory": str(output), "tokens": tokens, "stored_bytes": stored}
         if search:
             facts["search"] = {"losses": search.losses, "dense": search.baseline_loss}
         print_json({**facts, **json.loads(report.to_json())})
@@ -156,8 +184,8 @@ def compress(
             print(search.summary("of global", "of the dense model"))
 
 
-def _table(path: Path | None, model: nn.Module, progress: bool) -> LatencyTable | None:
-    """Read, or measured and written."""
+def _latency(path: Path | None, model: nn.Module, progress: bool) -> LatencyTable | None:
+    """Read the times of kernels from `path`. If there is no such file, measure them and write it."""
     if path is None or path.exists():
         return None if path is None else LatencyTable.load(path)
     table = measure_latency(model, progress)

@@ -14,7 +14,7 @@ from rana_kernels.cli.options import (
     AsJson,
     Checkpoint,
     Dtype,
-    RowLength,
+    SequenceLength,
     app,
     device,
     dtype_name,
@@ -32,7 +32,8 @@ from rana_kernels.integrations.transformers import load
 from rana_kernels.model.plan import Plan
 from rana_kernels.statistics.thresholds import evenly
 
-LIVE_TOKENS = 16384  # on which kept rows are counted: on fewer, the mean depends on which file they are of
+LIVE_TOKENS = 16384  # for the count of kept rows: with fewer, the mean depends on the choice of documents
+
 EXAMPLES = 5
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 
@@ -47,15 +48,26 @@ Compare perplexities only on the same file and sequence length.""",
 def evaluate_model(
     directory: Checkpoint,
     text: Annotated[
-        Path, typer.Option(help="Text (UTF-8), or a .safetensors with input_ids [n, T]; not the calibration.")
+        Path,
+        typer.Option(
+            help="Measure on this text (UTF-8), or on a .safetensors file with input_ids [n, T]. Do not use "
+            "the calibration text."
+        ),
     ],
-    against: Annotated[str | None, typer.Option(help="The dense model, to compare with.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Use at most so many tokens.")] = None,
-    sequence_length: RowLength = 512,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The dense model, a directory or hub name. It is measured too, for comparison."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Use at most this many tokens of the text. Default: all.")
+    ] = None,
+    sequence_length: SequenceLength = 512,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity, tokens a second, and the rows that the masks keep: their spread over tokens, and
-    where it is most. Warns where they are not those that the model was planned with.
+    """Measure perplexity, tokens a second, and how many rows the masks keep.
+
+    The tables show how the kept rows spread over tokens, and the tokens that keep most. A warning appears if
+    the masks keep clearly more or fewer rows than planned.
     """
     model: Any = load(directory, device=device())
     tokenizer = open_tokenizer(directory)
@@ -65,7 +77,7 @@ def evaluate_model(
     original = None if against is None else open_model(against, Dtype(dtype_name(model)))
     dense = None if original is None else _measure(original, token_ids)
     found = _measure(model, token_ids)
-    # rows apart from one another: neighbours come from the same file
+    # evenly spaced sequences, because neighbours come from the same document
     some = token_ids[evenly(token_ids.numel(), LIVE_TOKENS)]
     progress = sys.stderr.isatty()
     with count_live(model) as counts:
@@ -95,7 +107,7 @@ def _measure(model: Any, token_ids: Tensor) -> dict[str, float]:
 
 
 def _density(plan: Plan, counts: dict[str, LiveCount]) -> dict[str, Any]:
-    """Cost as a fraction of the dense cost: planned, measured, and its quantiles over tokens."""
+    """Return the cost as a fraction of the dense cost: planned, measured, and its quantiles over tokens."""
     costs = costs_of(plan)
     cost_ratio = costs.cost_ratio_of_tokens(counts)
     return {
@@ -108,6 +120,7 @@ def _density(plan: Plan, counts: dict[str, LiveCount]) -> dict[str, Any]:
 
 
 def _adapters(plan: Plan, counts: dict[str, LiveCount]) -> list[dict[str, Any]]:
+    """Return for each adapter its stored rows and its live rows: planned, measured, and their quantiles."""
     found = []
     for adapter in plan.adapters:
         if adapter.kind != "dense":
@@ -126,7 +139,7 @@ def _examples(
     dense: Tensor | None,
     tokenizer: Any,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The tokens that keep most, and the predictions that lose most, if there is a dense model to lose to."""
+    """Return the tokens that keep most, and with a dense model the predictions that lose most against it."""
     cost_ratio = costs_of_predictions(costs_of(plan).cost_ratio_of_tokens(counts), token_ids)
     predictions = Predictions(token_ids, cost_ratio, losses, dense, tokenizer)
     most = {"cost_most": predictions.where_most(cost_ratio, EXAMPLES)}
@@ -136,11 +149,12 @@ def _examples(
 
 
 def _warn(density: dict[str, Any]) -> None:
+    """Print a warning if the masks keep more or fewer rows than planned, beyond the margin."""
     drift = density["drift"]
     if abs(drift) > MARGIN:
         print(
             f"rana: warning: on this text the masks keep {abs(drift):.1%} {'more' if drift > 0 else 'fewer'} "
             f"rows than planned (cost {density['measured']:.3f}, planned {density['planned']:.3f}); text "
-            f"like the calibration's stays within {MARGIN:.1%}. Calibrate on text like this one",
+            f"like the calibration text stays within {MARGIN:.1%}. Calibrate on text like this one",
             file=sys.stderr,
         )

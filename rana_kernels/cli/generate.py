@@ -16,12 +16,17 @@ Example:
 )
 def generate(
     directory: Checkpoint,
-    prompt: Annotated[str, typer.Option(help="What to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many new tokens.")] = 100,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Sample at this temperature. With 0, the likeliest token is always taken."
+        ),
+    ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt."""
+    """Continue a prompt with a compressed model."""
     model: Any = load(directory, device=device())
     tokenizer = open_tokenizer(directory)
     if tokenizer is None:

@@ -6,7 +6,7 @@ from rana_kernels.cli.options import AsJson, app, print_json
 
 @app.command("info")
 def show_info(as_json: AsJson = False) -> None:
-    """Say which backend serves each op, with what instruction set, threads and versions."""
+    """Report which backend serves each op, the instruction set, the threads and the versions."""
     found = info.report()
     if as_json:
         print_json(found.to_dict())

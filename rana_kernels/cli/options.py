@@ -1,6 +1,10 @@
-"""What the commands share: their app and options, opening a model and its tokenizer, JSON on stdout."""
+"""The parts that the commands share: the app, common options, opening a model and its tokenizer, output."""
 
 import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,24 +14,23 @@ import transformers
 import typer
 from torch import Tensor
 
-HELD_OUT = 8  # where something is measured on the way, one row in so many is for that
+HELD_OUT = 8  # one sequence of so many is held out for measurements
 
 app = typer.Typer(
     help="Faster transformer inference: compress a model with RaNA, then evaluate and run it.",
-    epilog="Start with `rana compress --help`. Models run on the first graphics card where there is one.",
+    epilog="Start with `rana compress --help`. Models run on the first graphics card, if there is one.",
     rich_markup_mode=None,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-
-# of commands whose arguments are another program's, all of them
+# the settings of a command that passes all its arguments to another program
 UNCHANGED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 class Dtype(str, Enum):
-    """Of the weights; auto: as they are stored."""
+    """The dtype of the weights. With `auto`, it is the dtype in the files."""
 
     auto = "auto"
     float32 = "float32"
@@ -36,27 +39,35 @@ class Dtype(str, Enum):
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-RowLength = Annotated[
-    int, typer.Option("--sequence-length", min=2, help="Tokens in a row when the file is text.")
+SequenceLength = Annotated[
+    int,
+    typer.Option(
+        "--sequence-length", min=2, help="Cut text into sequences of this many tokens. Unused for token ids."
+    ),
 ]
 SearchHistory = Annotated[
     Path | None,
     typer.Option(
-        "--history", help="Where searches are kept, to learn from; default: in your data directory."
+        "--history",
+        help="Directory of earlier searches. A search learns from them and adds its own measurements. "
+        "Default: in your data directory.",
     ),
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `rana compress` wrote.")]
 
 
 def device() -> str:
+    """Return the device that the commands run models on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def dtype_name(model: Any) -> str:
+    """Return the dtype of a model's weights as `Dtype` names it."""
     return str(model.dtype).removeprefix("torch.")
 
 
 def open_model(name: str, dtype: Dtype) -> Any:
+    """Load a dense model from a directory or the hub. Raise FileNotFoundError for a missing directory."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise FileNotFoundError(f"{name}: there is no such directory, wanted a model's")
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -66,24 +77,41 @@ def open_model(name: str, dtype: Dtype) -> Any:
 
 
 def hold_out(token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(Every row but one in eight, the ones left out.) ValueError for too few."""
-    chosen = torch.arange(len(token_ids)) % HELD_OUT == HELD_OUT - 1
-    if not chosen.any():
+    """Return (token ids to work on, token ids held out): every eighth sequence is held out.
+
+    Raises ValueError for fewer than eight sequences.
+    """
+    held_out = torch.arange(len(token_ids)) % HELD_OUT == HELD_OUT - 1
+    if not held_out.any():
         raise ValueError(
-            f"the text has {len(token_ids)} rows, wanted at least {HELD_OUT}: one in so many is held out to "
-            "measure on"
+            f"the text has {len(token_ids)} sequences, wanted at least {HELD_OUT}, because one of {HELD_OUT} "
+            "is held out for measurements: give more text"
         )
-    return token_ids[~chosen], token_ids[chosen]
+    return token_ids[~held_out], token_ids[held_out]
+
+
+@contextmanager
+def unfinished_work(output: Path) -> Iterator[Path]:
+    """Give the directory for unfinished work on `output`. Delete it if the block ends without an error."""
+    place = output.resolve().with_name(f"{output.resolve().name}.resume")
+    try:
+        yield place
+    except KeyboardInterrupt:
+        print("rana: interrupted. The same command goes on where this one stopped", file=sys.stderr)
+        raise
+    shutil.rmtree(place)
 
 
 def open_tokenizer(name: str | Path) -> Any:
+    """Load the tokenizer of a model. Return None if the model has none."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         return None
-    # for some architectures transformers makes up an empty one where there is none
+    # for some architectures transformers makes an empty tokenizer if the model has none
     return tokenizer if tokenizer("a", add_special_tokens=False).input_ids else None
 
 
 def print_json(data: dict[str, Any]) -> None:
+    """Print a JSON object on stdout."""
     print(json.dumps(data, indent=1, allow_nan=False))

@@ -1,4 +1,4 @@
-"""`rana serve` and `rana lm-eval`: other programs, in a process that knows compressed models."""
+"""`rana serve` and `rana lm-eval` run other programs in a process that can load compressed models."""
 
 import typer
 
@@ -8,11 +8,17 @@ from rana_kernels.integrations.programs import run_program
 
 @app.command("serve", context_settings=UNCHANGED)
 def serve(context: typer.Context) -> None:
-    """`transformers serve`, which then finds compressed models: an OpenAI-compatible server."""
+    """Run `transformers serve`, an OpenAI-compatible server, with support for compressed models.
+
+    All arguments go to `transformers serve`.
+    """
     run_program("transformers", ["serve", *context.args], "'transformers[serving]'")
 
 
 @app.command("lm-eval", context_settings=UNCHANGED)
 def lm_eval(context: typer.Context) -> None:
-    """`lm-eval`, which then finds compressed models: the evaluation harness."""
+    """Run `lm-eval`, the evaluation harness, with support for compressed models.
+
+    All arguments go to `lm-eval`.
+    """
     run_program("lm-eval", context.args, "'lm-eval[hf]'")

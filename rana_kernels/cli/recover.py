@@ -1,6 +1,5 @@
 """`rana recover`."""
 
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,8 +14,8 @@ from rana_kernels.cli.options import (
     AsJson,
     Checkpoint,
     Dtype,
-    RowLength,
     SearchHistory,
+    SequenceLength,
     app,
     device,
     dtype_name,
@@ -24,6 +23,7 @@ from rana_kernels.cli.options import (
     open_model,
     open_tokenizer,
     print_json,
+    unfinished_work,
 )
 from rana_kernels.cli.tokens import read_token_ids
 from rana_kernels.evaluation import metrics
@@ -36,39 +36,63 @@ from rana_kernels.recovery.training import Training
     epilog="""\b
 Example:
   rana recover llama-rana --text train.txt --dense meta-llama/Llama-3.2-1B -o llama-recovered
-After an interruption, the same command goes on from the last saved step.""",
+After an interruption, the same command continues after the last saved step.""",
 )
 def recover_model(
     directory: Checkpoint,
     text: Annotated[
-        Path, typer.Option(help="Text (UTF-8), or a .safetensors with input_ids [n, T], to train on.")
+        Path,
+        typer.Option(help="Train on this text (UTF-8), or on a .safetensors file with input_ids [n, T]."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write the recovered model to.")
+    ],
     dense: Annotated[
-        str | None, typer.Option(help="The dense model: learn its predictions instead of the text's.")
+        str | None,
+        typer.Option(
+            help="The dense model, a directory or hub name. Training then learns its predictions instead of "
+            "the tokens of the text."
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of the optimizer.")] = 300,
-    batch: Annotated[int, typer.Option(min=1, help="Rows in memory at a time.")] = 4,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches in a step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 1e-3,
-    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA on each linear.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Train for this many steps of the optimizer.")] = 300,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Compute this many sequences at a time. Fewer need less memory.")
+    ] = 4,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Add up the gradients of this many batches for each step.")
+    ] = 1,
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate of the schedule.")] = 1e-3,
+    rank: Annotated[int, typer.Option(min=1, help="Train a LoRA of this rank on each linear.")] = 16,
     evaluations: Annotated[
-        int, typer.Option(min=0, help="Share the ranks out by measuring so many allocations of them.")
+        int,
+        typer.Option(
+            min=0,
+            help="Measure this many divisions of the LoRA ranks among the linears, and use the best. With 0, "
+            "all linears get the same rank.",
+        ),
     ] = 0,
-    search_steps: Annotated[int, typer.Option(min=1, help="Steps of the training for each of these.")] = 20,
+    search_steps: Annotated[
+        int, typer.Option(min=1, help="Train for this many steps to measure one division of the ranks.")
+    ] = 20,
     history: SearchHistory = None,
     evaluation: Annotated[
         Path | None,
-        typer.Option(help="Measure perplexity on this text; default: on every eighth row, left out."),
+        typer.Option(
+            help="Measure perplexity on this text. Default: on every eighth sequence of --text, which is "
+            "held out of the training."
+        ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Use at most so many tokens of the text.")] = None,
-    sequence_length: RowLength = 512,
-    seed: Annotated[int, typer.Option(help="Of the LoRA, the batches and the search.")] = 0,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Use at most this many tokens of the text. Default: all.")
+    ] = None,
+    sequence_length: SequenceLength = 512,
+    seed: Annotated[int, typer.Option(help="Seed for the LoRA, the order of batches and the search.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Win back quality by a short training of low-rank updates, merged into the compressed model.
+    """Recover quality: train low-rank updates briefly, and merge them into the compressed model.
 
-    Sizes and cost stay what they are. A few hundred steps on text like that of the dense model's training.
+    Its sizes and cost do not change. A few hundred steps are enough, on text like the training text of the
+    dense model.
     """
     if find_spec("peft") is None:
         raise ImportError("rana recover needs PEFT: pip install rana_kernels[peft]")
@@ -79,37 +103,28 @@ def recover_model(
     vocabulary, tokenizer = model.config.vocab_size, open_tokenizer(directory)
     read = read_token_ids(text, tokenizer, vocabulary, length=sequence_length, tokens=tokens)
     token_ids, held_out = hold_out(read)
-    measured_on = held_out
+    evaluated = held_out
     if evaluation is not None:
-        measured_on = read_token_ids(evaluation, tokenizer, vocabulary, length=sequence_length)
+        evaluated = read_token_ids(evaluation, tokenizer, vocabulary, length=sequence_length)
     teacher = None if dense is None else open_model(dense, Dtype(dtype_name(model)))
     progress = sys.stderr.isatty()
     training = Training(steps, batch, accumulate, learning_rate, seed)
     search = Search(held_out, evaluations, seed, history or own_history()) if evaluations else None
-    before = metrics.perplexity(model, measured_on, progress=progress).perplexity
-    unfinished = output.resolve().with_name(f"{output.resolve().name}.resume")
-    try:
+    before = metrics.perplexity(model, evaluated, progress=progress).perplexity
+    trained_tokens = steps * batch * accumulate * token_ids.shape[1]
+    facts = {"steps": steps, "tokens": trained_tokens, "rank": rank, "seed": seed}
+    recovery = {**facts, "data": text.name, "dense": dense}
+    with unfinished_work(output) as resume_dir:
         recover(
             model, token_ids, training, Lora(rank, search_steps),
-            dense=teacher, search=search, resume_dir=unfinished, progress=progress,
+            dense=teacher, search=search, resume_dir=resume_dir, progress=progress,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        print("rana: interrupted. The same command goes on where this one stopped", file=sys.stderr)
-        raise
-    after = metrics.perplexity(model, measured_on, progress=progress).perplexity
-    facts = {
-        "steps": steps,
-        "tokens": steps * batch * accumulate * token_ids.shape[1],
-        "rank": rank,
-        "seed": seed,
-    }
-    recovery = {**facts, "data": text.name, "dense": dense}
-    measured = f"rows left out of {text.name}" if evaluation is None else evaluation.name
-    found = {"compressed": after, "unrecovered": before, "data": measured}
-    # what was noted of the dense model was perhaps measured on something else
-    note(model, recovery=recovery, perplexity={**found, "dense": None})
-    save(model, output, tokenizer)
-    shutil.rmtree(unfinished)
+        after = metrics.perplexity(model, evaluated, progress=progress).perplexity
+        data = f"sequences held out of {text.name}" if evaluation is None else evaluation.name
+        found = {"compressed": after, "unrecovered": before, "data": data}
+        # the dense perplexity in the model card, if any, may have been measured on other text
+        note(model, recovery=recovery, perplexity={**found, "dense": None})
+        save(model, output, tokenizer)
     if as_json:
         searched = {"losses": search.losses, "before": search.baseline_loss} if search else None
         print_json({"directory": str(output), **recovery, "perplexity": found, "search": searched})

@@ -1,4 +1,4 @@
-"""What the commands print for people: tables and lines on stdout."""
+"""The tables and lines that the commands print on stdout for people."""
 
 import sys
 from pathlib import Path
@@ -17,24 +17,24 @@ def _out() -> Console:
 
 
 def show_compression(report: CompressReport, output: Path, stored: int) -> None:
-    """Planned ranks, FLOPs and bytes; `stored` bytes are in the directory."""
+    """Print the planned ranks, FLOPs and bytes. `stored` is the size of the directory in bytes."""
     console = _out()
     console.print(_rank_table(report.plan))
     blocks, whole = report.block_flops_reduction, report.model_flops_reduction
     before, after = report.bytes_before / 1e6, report.bytes_after / 1e6
     inside = [size / 1e6 for size in (report.block_bytes_before, report.block_bytes_after)]
     time = report.block_time_reduction
-    faster = "" if time is None else f", {time:.1%} less time expected there"
+    faster = "" if time is None else f" ({time:.1%} less time expected)"
     console.print(
-        f"{blocks:.1%} fewer FLOPs in the blocks' linears{faster}, {whole:.1%} with lm_head. "
-        f"{before:.1f} MB of weights became {after:.1f} ({inside[0]:.1f} of these linears {inside[1]:.1f}); "
-        f"{stored / 1e6:.1f} MB written to {output}",
+        f"{blocks:.1%} fewer FLOPs in the blocks' linears{faster}, {whole:.1%} fewer with lm_head. "
+        f"{before:.1f} MB of weights became {after:.1f} MB (in these linears, {inside[0]:.1f} MB became "
+        f"{inside[1]:.1f} MB); {stored / 1e6:.1f} MB written to {output}",
         highlight=False,
     )
 
 
 def show_evaluation(facts: dict[str, Any], plan: Plan) -> None:
-    """`facts`, as the command has them: speeds and perplexities, kept rows and their spread, and examples."""
+    """Print the facts of `rana eval`: speed and perplexity, kept rows and their spread, and examples."""
     table = Table("", "perplexity", "tokens/s", "tokens/s, writing one by one")
     for name, numbers in (("compressed", facts["model"]), ("dense", facts["dense"])):
         if numbers is not None:
@@ -45,7 +45,7 @@ def show_evaluation(facts: dict[str, Any], plan: Plan) -> None:
     density = facts["density"]
     spread = ", ".join(f"{name} {value:.3f}" for name, value in density["tokens"].items())
     _out().print(
-        f"Cost of the blocks' linears, of the dense cost: {density['measured']:.3f} measured, "
+        f"Cost of the blocks' linears, as a fraction of the dense cost: {density['measured']:.3f} measured, "
         f"{density['planned']:.3f} planned; over tokens {spread}",
         highlight=False,
     )
@@ -55,14 +55,14 @@ def show_evaluation(facts: dict[str, Any], plan: Plan) -> None:
 
 
 def _spread_table(adapters: list[dict[str, Any]], plan: Plan) -> Table:
-    """Rows that each adapter keeps: planned and measured means, and quantiles over tokens."""
+    """Return the table of the rows that each adapter keeps: means, planned and measured, and quantiles."""
     columns = ("stored", "planned", "mean", "p5", "median", "p95", "max")
     table = Table("layer", "", *columns, title="Rows kept a token", title_justify="left")
     for entry in adapters:
         adapter = plan.adapter_of(entry["names"][0])
         assert adapter is not None, "the entries are of the plan's adapters"
         shown = {"stored": entry["rank"], "mean": entry["live"], **entry}
-        table.add_row(*_place(adapter), *(f"{shown[column]:.0f}" for column in columns))
+        table.add_row(*_layer_and_linears(adapter), *(f"{shown[column]:.0f}" for column in columns))
     return table
 
 
@@ -76,7 +76,7 @@ def _example_table(title: str, examples: list[dict[str, Any]]) -> Table:
 
 
 def show_tuning(choices: dict[str, Any], path: Path) -> None:
-    """{problem: (configuration, its µs, the rule's µs)}."""
+    """Print the choices of `rana tune`, {problem: (configuration, its µs, µs of the rule's)}."""
     table = Table("problem", "µs", "µs by the rule", "configuration", title=f"written to {path}")
     for key, (configuration, best, rule) in choices.items():
         table.add_row(key, f"{best:.1f}", f"{rule:.1f}", str(configuration))
@@ -84,10 +84,10 @@ def show_tuning(choices: dict[str, Any], path: Path) -> None:
 
 
 def _rank_table(plan: Plan) -> Table:
-    """Kept of stored rows: a line a layer."""
+    """Return the table of kept and stored rows, with one line for each layer."""
     layers: dict[str, dict[str, str]] = {}
     for adapter in plan.adapters:
-        layer, column = _place(adapter)
+        layer, column = _layer_and_linears(adapter)
         shown = "dense" if adapter.kind == "dense" else f"{adapter.live:.0f}/{adapter.rank}"
         layers.setdefault(layer, {})[column] = shown
     columns = list(dict.fromkeys(column for cells in layers.values() for column in cells))
@@ -97,7 +97,7 @@ def _rank_table(plan: Plan) -> Table:
     return table
 
 
-def _place(adapter: AdapterSpec) -> tuple[str, str]:
-    """Its row and column in a table: "3" and "q k v"."""
+def _layer_and_linears(adapter: AdapterSpec) -> tuple[str, str]:
+    """Return the layer and the linears of an adapter as a table shows them: "3" and "q k v"."""
     layer = next((part for part in adapter.names[0].split(".") if part.isdigit()), "")
     return layer, " ".join(name.rpartition(".")[2].removesuffix("_proj") for name in adapter.names)

@@ -1,4 +1,4 @@
-"""From a file to rows of tokens, for calibration and evaluation."""
+"""Reading token ids from a file, for calibration and evaluation."""
 
 import os
 from pathlib import Path
@@ -13,30 +13,29 @@ from torch import Tensor
 def read_token_ids(
     path: str | os.PathLike, tokenizer: Any, vocabulary: int, *, length: int, tokens: int | None = None
 ) -> Tensor:
-    """Rows of token ids, int64 [n, T], from a text or from a safetensors file with `input_ids` [n, T].
+    """Read token ids, int64 [n, T], from a text or from a safetensors file with `input_ids` [n, T].
 
-    tokenizer    of transformers; None where the file must hold tokens already
-    vocabulary   the model's: ids must be below it
-    length       T for text, which is cut into rows without overlap; the shorter rest is dropped.
+    tokenizer    a tokenizer of transformers; None if the model has none: the file must be a safetensors file
+    vocabulary   size of the model's vocabulary; all ids must be less
+    length       T for text, which is cut into sequences without overlap; a shorter rest is dropped.
                  A safetensors file has its own T
-    tokens       read at most the first so many, in whole rows and at least one; None: all
+    tokens       read at most this many tokens, in whole sequences and at least one; None: all
 
-    Raises FileNotFoundError, or ValueError for a file that is too short, damaged or not of this model.
+    Raises FileNotFoundError, or ValueError for a file that is too short, damaged or not for this model.
     """
     place = Path(path)
     if not place.is_file():
         raise FileNotFoundError(
             f"{place}: there is no such file, wanted a text or a .safetensors of input_ids"
         )
-    rows = (
-        _stored_token_ids(place) if place.suffix == ".safetensors" else _split_text(place, tokenizer, length)
-    )
-    if rows.min() < 0 or rows.max() >= vocabulary:
+    stored = place.suffix == ".safetensors"
+    token_ids = _stored_token_ids(place) if stored else _split_text(place, tokenizer, length)
+    if token_ids.min() < 0 or token_ids.max() >= vocabulary:
         raise ValueError(
-            f"{place} has token ids {int(rows.min())} to {int(rows.max())}, wanted 0 to {vocabulary - 1}, "
-            "the model's vocabulary: was it made with another tokenizer?"
+            f"{place} has token ids {int(token_ids.min())} to {int(token_ids.max())}, wanted 0 to "
+            f"{vocabulary - 1}, the model's vocabulary: was it made with another tokenizer?"
         )
-    return rows if tokens is None else rows[: max(1, tokens // rows.shape[1])]
+    return token_ids if tokens is None else token_ids[: max(1, tokens // token_ids.shape[1])]
 
 
 def _stored_token_ids(path: Path) -> Tensor:
@@ -58,11 +57,13 @@ def _split_text(path: Path, tokenizer: Any, length: int) -> Tensor:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
-    # a model whose tokenizer begins every text with a token of its own wants that in every row
+    # if the tokenizer begins every text with a special token, every sequence must begin with it
     first = [t for t in tokenizer("").input_ids[:1] if t == tokenizer.bos_token_id]
     own = length - len(first)
     count = len(ids) // own
     if count == 0:
-        raise ValueError(f"{path} has {len(ids)} tokens, wanted at least one row of {own}: give more text")
+        raise ValueError(
+            f"{path} has {len(ids)} tokens, wanted at least one sequence of {own}: give more text"
+        )
     beginning = torch.tensor(first, dtype=torch.int64).expand(count, len(first))
     return torch.cat([beginning, ids[: count * own].view(count, own)], dim=1)

@@ -19,21 +19,29 @@ from rana_kernels.integrations.transformers import load
     epilog="""\b
 Example:
   rana tune llama-rana --text train.txt
-The table is used from then on, by every model with layers of those sizes.""",
+From then on, every model with layers of these sizes uses the table.""",
 )
 def tune_kernels(
     directory: Checkpoint,
-    text: Annotated[Path, typer.Option(help="Text (UTF-8), or a .safetensors with input_ids [n, T].")],
+    text: Annotated[
+        Path,
+        typer.Option(
+            help="Run the model on this text (UTF-8), or on a .safetensors file with input_ids [n, T]."
+        ),
+    ],
     tokens: Annotated[
-        list[int], typer.Option(min=1, help="Tokens a step may have; give it several times for several.")
+        list[int],
+        typer.Option(min=1, help="Tune for steps of this many tokens. Repeat the option for more sizes."),
     ] = [1, 2, 16, 64, 512],  # noqa: B006 - typer wants a list
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="JSON file; default: where the package looks for your tables."),
+        typer.Option(
+            "--output", "-o", help="JSON file to write. Default: the file where the package looks for it."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how the Triton kernels run fastest on this card, for the layers of a model."""
+    """Find the fastest configurations of the Triton kernels on this GPU, for the layers of a model."""
     if not torch.cuda.is_available():
         raise RuntimeError("tuning needs a CUDA device, and this machine has none")
     from rana_kernels.backends.triton import configurations
@@ -45,8 +53,8 @@ def tune_kernels(
         text, open_tokenizer(directory), model.config.vocab_size, length=length, tokens=length
     )
     choices = tune(model, token_ids[:1].to(model.device), tokens, progress=sys.stderr.isatty())
-    card = configurations.gpu_name(model.device)
-    write(path := output or configurations.own_table(card), card, choices)
+    gpu_name = configurations.gpu_name(model.device)
+    write(path := output or configurations.own_table(gpu_name), gpu_name, choices)
     if as_json:
         shown = {k: c._asdict() | {"configuration": asdict(c.configuration)} for k, c in choices.items()}
         print_json({"table": str(path), "choices": shown})

@@ -156,7 +156,7 @@ def test_the_command_line(folder, compressed, tmp_path, run):  # noqa: F811
     assert sorted(path.name for path in tmp_path.iterdir()) == ["history", "out"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| recovered | 4 steps, 1024 tokens, of text.txt, LoRA of rank 2, merged, distilled from" in card
-    assert " unrecovered, on rows left out of text.txt |" in card
+    assert " unrecovered, on sequences held out of text.txt |" in card
     plain = asked[: asked.index("--dense")]
     code, out, _ = run(*plain, "-o", tmp_path / "out", "--evaluation", folder / "text.txt")
     before, after = re.search(r"perplexity ([\d.]+) became ([\d.]+)", out).groups()
