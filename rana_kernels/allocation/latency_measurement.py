@@ -24,11 +24,8 @@ from rana_kernels.nn.dense import DenseLinear
 from rana_kernels.system.cpu import clock, cold_bytes, processor_name
 from rana_kernels.system.huge_pages import collapse
 
-PARTS = (
-    0.25,
-    0.5,
-    1.0,
-)  # shares that are measured: of the ranks that can be stored, and of the stored rows that are live
+# Measured sizes: these parts of all ranks are stored, and of the stored rows these parts are live.
+PARTS = (0.25, 0.5, 1.0)
 ROUNDS = 15  # the time is the median over the rounds
 SHORTEST = 1e-3  # seconds: a shorter call is repeated, and the repeats are timed together
 FAR = 1e30  # a threshold that no score reaches

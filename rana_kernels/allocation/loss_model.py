@@ -15,10 +15,8 @@ from torch import Tensor
 
 from rana_kernels.statistics.calibration import INPUTS
 
-SLOPES, CURVES = (
-    3,
-    2,
-)  # coefficients of each kind of input, one for each power of the depth: linear and quadratic ones
+# Each kind of input has so many linear and quadratic coefficients, one for each power of the depth.
+SLOPES, CURVES = 3, 2
 SIZE = len(INPUTS) * (SLOPES + CURVES) + 1
 CURVATURE = 0.3  # the prior mean of the quadratic coefficients: leaving the reference raises the loss
 NOISE = 0.03  # standard deviation of an outcome around the quadratic

@@ -74,7 +74,7 @@ def count_live_rows(
     Masks are computed twice for this. A few thousand tokens are enough for a stable mean.
     """
     with count_live(model) as counts:
-        for part in _batches(model, input_ids, batch, "counting kept rows", progress):
+        for part in _batches(model, input_ids, batch, "counting live rows", progress):
             model(input_ids=part, use_cache=False)
     return counts
 
