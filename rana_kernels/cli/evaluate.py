@@ -33,7 +33,6 @@ from rana_kernels.model.plan import Plan
 from rana_kernels.statistics.thresholds import evenly
 
 LIVE_TOKENS = 16384  # for the count of kept rows: with fewer, the mean depends on the choice of documents
-
 EXAMPLES = 5
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 
