@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import track
 
 from bench.kernels import check, compare
-from bench.kernels.baselines import DTYPES
 from bench.kernels.cases import COST_RATIO, MODELS, PUBLISHED, Case, grid
 from bench.kernels.timing import measure, thread_counts
+from bench.kernels.weights import DTYPES
 from bench.report.results import RESULTS, ROOT, conditions, processor, write_csv, write_json
 from bench.report.tables import show
 from rana_kernels.backends import NAMES

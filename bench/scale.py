@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench.kernels.linears import Lowrank
+from bench.kernels.layers import Lowrank
 from bench.kernels.timing import interleave, thread_counts
 from bench.report.fits import fit
 from bench.report.plots import draw_scale

@@ -14,7 +14,7 @@ import rana_kernels
 from bench import __main__ as command
 from bench import cost, scale
 from bench.cost import Decomposition, decompositions
-from bench.kernels import baselines, check, compare, linears, stream, timing, weights
+from bench.kernels import baselines, check, compare, layers, stream, timing, weights
 from bench.kernels.baselines import can_pack
 from bench.kernels.cases import COST_RATIO, MODELS, PUBLISHED, Lowrank, Mlp, Neurons, cases
 from bench.kernels.timing import interleave, measure, repeats
@@ -59,18 +59,19 @@ def test_a_case_is_what_it_says(case):
     shapes = {call().shape for call in found.calls.values()}
     assert len(shapes) == 1, shapes
     if case.M == 1:  # then the rows read are the live ones
-        assert found.flops / found.bytes == 2 / baselines.DTYPES[case.dtype].itemsize
+        assert found.flops / found.bytes == 2 / weights.DTYPES[case.dtype].itemsize
     first, second = (found.calls["rana"]() for _ in range(2))
     assert not torch.equal(first, second), "the copies are one"
 
 
 def test_contenders_compute_the_same():
     """Packed products agree with plain ones."""
-    x, w = torch.randn(4, 64).bfloat16(), weights.weight(96, 64, torch.bfloat16)
+    x = torch.randn(4, 64).bfloat16()
+    w = weights.weight(96, 64, like=x)
     if can_pack(torch.bfloat16):
         y = baselines.packed_linear(x, baselines.packed(w, 4))
         torch.testing.assert_close(y, torch.nn.functional.linear(x, w))
-    A, B = weights.weight(96, 32, torch.float32), weights.weight(32, 64, torch.float32)
+    A, B = weights.weight(96, 32, like=x.float()), weights.weight(32, 64, like=x.float())
     if can_pack(torch.float32):
         y = baselines.packed_low_rank(x.float(), baselines.packed(B, 4), baselines.packed(A, 4))
         torch.testing.assert_close(y, x.float() @ B.T @ A.T)
@@ -88,8 +89,8 @@ def test_compiled_is_compiled():
 
 
 def test_a_wrong_kernel_shows_as_an_error(monkeypatch):
-    right = linears.ops.masked_lowrank_linear
-    monkeypatch.setattr(linears.ops, "masked_lowrank_linear", lambda *args: 1.5 * right(*args))
+    right = layers.ops.masked_lowrank_linear
+    monkeypatch.setattr(layers.ops, "masked_lowrank_linear", lambda *args: 1.5 * right(*args))
     assert TINY[0].contenders().error() == pytest.approx(0.5, abs=0.02)
 
 

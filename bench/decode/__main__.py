@@ -21,9 +21,9 @@ from bench.decode.models import SHAPES, from_directory, from_random, random_mode
 from bench.decode.profile import share_table, where_time_goes
 from bench.decode.steps import Decoder, compiled, forget_compiled
 from bench.gpu.tests import require_green_gates
-from bench.kernels.baselines import DTYPES
 from bench.kernels.cases import COST_RATIO
 from bench.kernels.timing import thread_counts, using
+from bench.kernels.weights import DTYPES
 from bench.report.results import RESULTS, Row, card, conditions, processor, write, write_csv
 from bench.report.tables import show
 from rana_kernels.evaluation.metrics import perplexity

@@ -12,6 +12,7 @@ from torch._inductor import config as inductor
 from torch._inductor.codecache import PyCodeCache
 from transformers import PreTrainedModel, StaticCache
 
+from bench.kernels.timing import captured
 from rana_kernels.system.cpu import clock
 
 WRITTEN = "torch._inductor.runtime.compile_tasks."  # modules that torch.compile writes are named so
@@ -78,14 +79,6 @@ class Decoder:
             torch.cuda.synchronize(self.model.device)
             return time.perf_counter()
         return clock(torch.get_num_threads())()
-
-
-def captured(run: Callable[[], None]) -> Callable[[], None]:
-    """Capture `run` in a CUDA graph, and return its replay. Capturing computes nothing."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def compiled(model: PreTrainedModel) -> Callable:

@@ -5,16 +5,20 @@ many copies that each leaves the card's cache between two uses. Replays are time
 time over its number of calls. The CSV is written after every problem.
 """
 
-import statistics
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from bench.gpu.problems import Problem, Request, problems
-from bench.gpu.timing import bandwidths, microseconds, peak
+from bench.gpu.problems import DEVICE, Problem, Request, problems
+from bench.kernels.timing import captured, summary
+from bench.kernels.weights import DTYPES, Call
 from bench.report.results import Row, conditions, write_csv
+
+CALLS = 32  # of a graph, at least, so that its own start does not count
 
 
 def main(
@@ -54,20 +58,57 @@ def line(row: Row) -> str:
 
 
 def row(problem: Problem, limits: dict[str, float]) -> Row:
-    times = microseconds(problem.contenders)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    facts: Row = {"op": problem.op, "model": problem.model, "density": problem.density, "M": problem.M}
-    facts |= {"dtype": problem.dtype, "MB": round(problem.bytes / 1e6, 3)}
-    facts |= {"MFLOP": round(problem.flops / 1e6, 3)}
-    for name, values in times.items():
-        facts[f"{name} us"] = round(medians[name], 2)
+    case = problem.case
+    times = {name: summary(values) for name, values in replay_seconds(problem.contenders).items()}
+    facts: Row = {"op": case.op, "model": problem.model, "density": problem.density, "M": case.M}
+    facts |= {"dtype": case.dtype, "MB": round(problem.bytes / 1e6, 3)}
+    facts |= {"MFLOP": round(2 * case.M * case.multiply_adds / 1e6, 3)}
+    for name, us in times.items():
+        facts[f"{name} us"] = round(us.median, 2)
         if name.startswith("rana "):
-            gigabytes = problem.bytes / medians[name] / 1e3
-            facts[f"{name} p20"] = round(values[len(values) // 5], 2)
-            facts[f"{name} p80"] = round(values[4 * len(values) // 5], 2)
+            gigabytes = problem.bytes / us.median / 1e3
+            facts[f"{name} p20"], facts[f"{name} p80"] = round(us.p20, 2), round(us.p80, 2)
             facts[f"{name} % of copy"] = round(100 * gigabytes / limits["copy GB/s"], 1)
-            facts[f"{name} x dense"] = round(medians["dense"] / medians[name], 2)
+            facts[f"{name} x dense"] = round(times["dense"].median / us.median, 2)
     return facts | {name: round(value) for name, value in limits.items()}
+
+
+def replay_seconds(contenders: dict[str, list[Call]], rounds: int = 15) -> dict[str, list[float]]:
+    """Return the seconds a call of each contender, one a round. Contenders take turns."""
+    graphs = {name: graph(calls) for name, calls in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(1 + rounds):
+        for name, (replay, calls) in graphs.items():
+            begin.record()
+            replay()
+            end.record()
+            end.synchronize()
+            times[name].append(1e-3 * begin.elapsed_time(end) / calls)
+    return {name: values[1:] for name, values in times.items()}
+
+
+def graph(calls: list[Call]) -> tuple[Callable[[], None], int]:
+    """Capture a graph that repeats the calls. Return its replay, and its number of calls."""
+    for call in calls:  # compiles, and warms the libraries up
+        call()
+    torch.cuda.synchronize()
+    repeated = calls * math.ceil(CALLS / len(calls))
+    return captured(lambda: [call() for call in repeated]), len(repeated)
+
+
+def bandwidths() -> tuple[float, float]:
+    """Return the best GB/s of torch on 1 GiB: of a copy (bytes read and written), and of a read."""
+    source = torch.ones(2**28, device=DEVICE)
+    target = torch.empty_like(source)
+    times = replay_seconds({"copy": [lambda: target.copy_(source)], "read": [lambda: source.sum()]})
+    return 2e-9 * source.nbytes / min(times["copy"]), 1e-9 * source.nbytes / min(times["read"])
+
+
+def peak(dtype: str) -> float:
+    """Return the GFLOP/s of a product of two large square matrices."""
+    a = torch.randn(8192, 8192, device=DEVICE).to(DTYPES[dtype])
+    return 2e-9 * len(a) ** 3 / min(replay_seconds({"product": [lambda: a @ a]})["product"])
 
 
 if __name__ == "__main__":

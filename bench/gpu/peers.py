@@ -7,63 +7,61 @@ Both take one token and add up with atomics, TEAL in float16. So they are timed 
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-DTYPE = torch.float16
+from bench.kernels.cases import Case
+from bench.kernels.weights import Call
 
 
-def rana_lowrank(checkout: Path) -> Callable[[Tensor, Tensor, Tensor, float], Callable[[], Tensor]]:
-    """Return f(x [1, K], B, rows, threshold) -> a call of RaNA's masked rank linear."""
+def published(
+    peer_dir: Path | None, case: Case, x: Tensor, weights: list[tuple[Tensor, ...]]
+) -> dict[str, list[Call]]:
+    """Return {"RaNA": calls, "TEAL": calls}, if they are in `peer_dir` and compute the op of `case`."""
+    if peer_dir is None or case.M != 1 or case.dtype != "fp16":
+        return {}
+    return {
+        name: [make(peer_dir / name, x, *given) for given in weights]
+        for (name, op), make in PUBLISHED.items()
+        if op == case.op and (peer_dir / name).is_dir()
+    }
+
+
+def _rana_lowrank(checkout: Path, x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor) -> Call:
+    # the class squares h, and so compares with the threshold's square
+    masked = SimpleNamespace(A=_linear(rows.T), B=_linear(B), thresh=float(threshold) ** 2)
+    layer = _module(checkout, "kernel_utils_fast").MaskedRankLinearKernel(masked).to(x.device)
+    return lambda: layer(x[None])
+
+
+def _rana_neurons(checkout: Path, h: Tensor, rows: Tensor, threshold: Tensor, norms: Tensor) -> Call:
+    """Return a call of RaNA's masked input linear, which adds to zeros."""
     theirs = _module(checkout, "kernel_utils_fast")
-
-    def build(x: Tensor, B: Tensor, rows: Tensor, threshold: float) -> Callable[[], Tensor]:
-        # the class squares h, and so compares with the threshold's square
-        masked = SimpleNamespace(A=_linear(rows.T), B=_linear(B), thresh=threshold**2)
-        layer = theirs.MaskedRankLinearKernel(masked).to(x.device)
-        return lambda: layer(x[None])
-
-    return build
+    layer = theirs.MaskedInputLinearKernel(_linear(rows.T), float(threshold)).to(h.device)
+    layer.W_norm.data.fill_(1)
+    return lambda: layer(h[None], torch.zeros(1, 1, rows.shape[1], device=h.device))
 
 
-def rana_neurons(checkout: Path) -> Callable[[Tensor, Tensor, float], Callable[[], Tensor]]:
-    """Return f(h [1, R], rows, threshold) -> a call of RaNA's masked input linear, which adds to zeros."""
-    theirs = _module(checkout, "kernel_utils_fast")
-
-    def build(h: Tensor, rows: Tensor, threshold: float) -> Callable[[], Tensor]:
-        layer = theirs.MaskedInputLinearKernel(_linear(rows.T), threshold).to(h.device)
-        layer.W_norm.data.fill_(1)
-        return lambda: layer(h[None], torch.zeros(1, 1, rows.shape[1], device=h.device))
-
-    return build
-
-
-def teal_neurons(checkout: Path) -> Callable[[Tensor, Tensor, float], Callable[[], Tensor]]:
-    """Return f(h [1, R], rows, threshold) -> a call of TEAL's sparse product."""
+def _teal_neurons(checkout: Path, h: Tensor, rows: Tensor, threshold: Tensor, norms: Tensor) -> Call:
     # TEAL imports a wrapper for torch.compile, which needs one more package and is not used here
     sys.modules.setdefault("compile_wrapper", cast(ModuleType, SimpleNamespace(BaseKernel=object)))
-    theirs = _module(checkout / "kernels", "sparse_gemv")
-
-    def build(h: Tensor, rows: Tensor, threshold: float) -> Callable[[], Tensor]:
-        # TEAL tunes by the share that is dropped, in hundredths
-        dropped = round(100 * float((h.abs() < threshold).float().mean()))
-        return lambda: theirs.splitk_sparse_gemv(h[None], rows.T, threshold, dropped)
-
-    return build
+    theirs, at = _module(checkout / "kernels", "sparse_gemv"), float(threshold)
+    # TEAL tunes by the share that is dropped, in hundredths
+    dropped = round(100 * float((h.abs() < at).float().mean()))
+    return lambda: theirs.splitk_sparse_gemv(h[None], rows.T, at, dropped)
 
 
-def found(peer_dir: Path | None) -> Iterator[tuple[str, Path]]:
-    """Yield (name, checkout) of those that are there."""
-    for name in ("RaNA", "TEAL"):
-        if peer_dir is not None and (peer_dir / name).is_dir():
-            yield name, peer_dir / name
+PUBLISHED = {
+    ("RaNA", "masked_lowrank_linear"): _rana_lowrank,
+    ("RaNA", "masked_linear"): _rana_neurons,
+    ("TEAL", "masked_linear"): _teal_neurons,
+}
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -73,14 +71,5 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 def _module(folder: Path, name: str) -> ModuleType:
-    with _on_path(folder):
+    with patch.object(sys, "path", [str(folder), *sys.path]):
         return import_module(name)
-
-
-@contextmanager
-def _on_path(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))

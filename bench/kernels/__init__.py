@@ -1,12 +1,11 @@
 """`python -m bench`: every op against its baselines on this machine's processor.
 
 cases        shapes of known models, and the published cases
-linears      a rank adapter and a neuron adapter, with their baselines
-mlp          a whole MLP, likewise
+layers       a rank adapter, a neuron adapter and a whole MLP, each beside its baselines
 baselines    the dense and static low-rank layers that ours is compared with
 weights      random weights in rotated copies, and thresholds
 stream       memory bandwidth of this machine (stream.cpp)
 timing       interleaved rounds, and the row of results that they give
 check        this revision against the stored results
-compare      this revision against another one; worker is the process that times one of them
+compare      this revision against another one, in two processes
 """

@@ -1,47 +1,31 @@
 """The layers that ours is compared with: dense and static low rank, eager, compiled and packed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.kernels.weights import copies, far, turns, weight
+from bench.kernels.weights import Call, copies, far, turns, weight
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-Product = Callable[..., Tensor]
-Call = Callable[[], Tensor]
+Layer = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
-class Contenders:
-    """Calls that take turns over copies of their weights.
-
-    bytes   of weights that ours must read: B, and the rows that any token keeps
-    flops   of ours: two a multiply-add, for the rows that each token keeps
-    error   of ours, ‖y - exact‖ / ‖exact‖ against the reference in float64; computed when called
-    """
-
-    calls: dict[str, Call]
-    bytes: float
-    flops: float
-    error: Callable[[], float]
+def one_linear(x: Tensor, *weights: Tensor, linear: Layer = F.linear) -> Tensor:
+    """Compute one linear. `linear` takes one weight, or the two factors of a static low-rank one."""
+    return linear(x, *weights)
 
 
-@dataclass(frozen=True)
-class Forms:
-    """One layer in four forms f(x, *weights). Static forms take two factors, B and A, for each weight."""
-
-    dense: Product
-    static: Product
-    dense_packed: Product
-    static_packed: Product
+def gated_mlp(x: Tensor, *weights: Tensor, linear: Layer = F.linear) -> Tensor:
+    """Compute a gated MLP from the weights, or from the factors, of up, gate and down."""
+    each = len(weights) // 3
+    up, gate, down = weights[:each], weights[each : 2 * each], weights[2 * each :]
+    return linear(F.silu(linear(x, *gate)) * linear(x, *up), *down)
 
 
 def baselines(
-    x: Tensor, shapes: Sequence[tuple[int, int]], cost_ratio: float, forms: Forms
+    x: Tensor, shapes: Sequence[tuple[int, int]], cost_ratio: float, layer: Layer
 ) -> dict[str, Call]:
     """Return the baselines of a layer with weights of `shapes` [N, K]; packed ones where torch can pack.
 
@@ -49,22 +33,25 @@ def baselines(
     """
 
     def dense() -> list[Tensor]:
-        return [weight(*shape, x.dtype) for shape in shapes]
+        return [weight(*shape, like=x) for shape in shapes]
 
     def factors() -> list[Tensor]:
         sizes = [(static_rank(cost_ratio, K, N), N, K) for N, K in shapes]
-        return [w for R, N, K in sizes for w in (weight(R, K, x.dtype), weight(N, R, x.dtype))]
+        return [w for R, N, K in sizes for w in (weight(R, K, like=x), weight(N, R, like=x))]
 
     pack = partial(packed, M=len(x))
     weights = copies(lambda: (x, *dense()))
     calls = {
-        "dense": turns(forms.dense, weights),
-        "dense compiled": turns(compiled(forms.dense), far(weights)),
-        "static low rank": turns(forms.static, copies(lambda: (x, *factors()))),
+        "dense": turns(layer, weights),
+        "dense compiled": turns(compiled(layer), far(weights)),
+        "static low rank": turns(partial(layer, linear=low_rank), copies(lambda: (x, *factors()))),
     }
     if can_pack(x.dtype):
-        calls["dense packed"] = turns(forms.dense_packed, copies(lambda: (x, *map(pack, dense()))))
-        calls["static packed"] = turns(forms.static_packed, copies(lambda: (x, *map(pack, factors()))))
+        for name, linear, make in (
+            ("dense packed", packed_linear, dense), ("static packed", packed_low_rank, factors),
+        ):  # fmt: skip
+            turned = copies(lambda make=make: (x, *map(pack, make())))
+            calls[name] = turns(partial(layer, linear=linear), turned)
     return calls
 
 
@@ -77,7 +64,7 @@ def low_rank(x: Tensor, B: Tensor, A: Tensor) -> Tensor:
     return F.linear(F.linear(x, B), A)
 
 
-def compiled(function: Product) -> Product:
+def compiled(function: Layer) -> Layer:
     """Compile `function` for one shape.
 
     torch falls back to eager calls, silently, once too many shapes are compiled. So drop earlier ones first.
@@ -111,15 +98,3 @@ def packed_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def packed_low_rank(x: Tensor, B: Tensor, A: Tensor) -> Tensor:
     return packed_linear(packed_linear(x, B), A)
-
-
-LINEAR = Forms(F.linear, low_rank, packed_linear, packed_low_rank)
-
-
-def masked(h: Tensor, threshold: Tensor) -> Tensor:
-    """Zero the values of h whose size is below the threshold, in torch's own operations."""
-    return torch.where(h.abs() < threshold, 0, h)
-
-
-def difference(y: Tensor, exact: Tensor) -> float:
-    return float((y.double() - exact).norm() / exact.norm())

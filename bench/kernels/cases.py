@@ -4,10 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-from bench.kernels.linears import Lowrank, Neurons
-from bench.kernels.mlp import Mlp
-
-Case = Lowrank | Neurons | Mlp
+from bench.kernels.layers import Case, Lowrank, Mlp, Neurons
 
 COST_RATIO = 0.56  # of the dense cost; also the live share of the stored ranks that sizes them
 RANK_MULTIPLE = 16

@@ -4,21 +4,22 @@ The other revision is checked out and built in a temporary directory. Both proce
 benchmarks, on weights made from the same seed.
 """
 
-import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
-from bench.kernels.cases import Case
-from bench.kernels.timing import summary
+import rana_kernels
+from bench.kernels.layers import Case
+from bench.kernels.timing import once, repeats, summary
 from bench.report.results import ROOT, Row
 
 
@@ -67,12 +68,11 @@ def worker(package: Path) -> Iterator["Worker"]:
         # Python looks for modules here first
         for name, place in (("bench", ROOT / "bench"), ("rana_kernels", package)):
             (Path(folder) / name).symlink_to(place)
-        command = [sys.executable, "-m", "bench.kernels.worker"]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, text=True)
+        command = [sys.executable, "-m", __name__]
+        process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             started = Worker(process, package)
-            imported = started.ask({"package": None})
+            imported = started.ask(None)
             if Path(str(imported)).resolve() != package.resolve():
                 raise ValueError(f"the worker runs {imported}, wanted {package}")
             yield started
@@ -81,20 +81,52 @@ def worker(package: Path) -> Iterator["Worker"]:
 
 
 class Worker:
-    """A process that answers one line of JSON with another."""
+    """A process that answers requests: see `answer`."""
 
     def __init__(self, process: subprocess.Popen, package: Path) -> None:
         self.process, self.package = process, package
 
-    def ask(self, request: dict[str, object]) -> object:
+    def ask(self, request: object) -> object:
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin and stdout, "both are pipes"
-        stdin.write(json.dumps(request) + "\n")
+        pickle.dump(request, stdin)
         stdin.flush()
-        answer = stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the process that times {self.package} ended: it printed the reason above")
-        return json.loads(answer)
+        try:
+            return pickle.load(stdout)
+        except EOFError:
+            reason = "it printed the reason above"
+            raise RuntimeError(f"the process that times {self.package} ended: {reason}") from None
+
+
+@torch.inference_mode()
+def answer() -> None:
+    """Answer requests on the standard input.
+
+    None              the folder that rana_kernels was imported from
+    (case, threads)   True, once the weights are made
+    "time"            the seconds of one call
+    """
+    time: Callable[[], float] | None = None
+    with suppress(EOFError):
+        while True:
+            request = pickle.load(sys.stdin.buffer)
+            if request is None:
+                found: object = rana_kernels.__path__[0]
+            elif request == "time":
+                assert time is not None, "a case comes first"
+                found = time()
+            else:
+                time, found = prepared(*request), True
+            pickle.dump(found, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+
+
+def prepared(case: Case, threads: int) -> Callable[[], float]:
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    run = case.contenders().calls["rana"]
+    calls = repeats(run)
+    return lambda: once(run, threads, calls)
 
 
 def rounds_of(
@@ -102,8 +134,8 @@ def rounds_of(
 ) -> tuple[list[float], list[float]]:
     """Return the seconds of a call in each round, of both."""
     for each in (ours, theirs):
-        each.ask({"case": {type(case).__name__: asdict(case)}, "threads": threads})
-    pairs = [(ours.ask({"time": None}), theirs.ask({"time": None})) for _ in range(1 + rounds)][1:]
+        each.ask((case, threads))
+    pairs = [(ours.ask("time"), theirs.ask("time")) for _ in range(1 + rounds)][1:]
     return [float(str(a)) for a, _ in pairs], [float(str(b)) for _, b in pairs]
 
 
@@ -120,3 +152,7 @@ def row(case: Case, threads: int, ours: list[float], theirs: list[float]) -> Row
         "p20": round(ratio.p20, 3),
         "p80": round(ratio.p80, 3),
     }
+
+
+if __name__ == "__main__":
+    answer()

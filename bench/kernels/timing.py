@@ -11,9 +11,9 @@ from typing import TypeVar
 
 import torch
 
-from bench.kernels.baselines import DTYPES, Contenders
-from bench.kernels.cases import Case
+from bench.kernels.layers import Case, Contenders
 from bench.kernels.stream import LOOPS, bandwidth
+from bench.kernels.weights import DTYPES
 from bench.report.results import Row
 from rana_kernels import use_backend
 from rana_kernels.system.cpu import clock
@@ -156,6 +156,14 @@ def once(run: Callable[[], object], threads: int, calls: int) -> float:
     for _ in range(calls):
         run()
     return (now() - begin) / calls
+
+
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """Capture `run` in a CUDA graph, and return its replay. Capturing computes nothing."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def summary(seconds: list[float]) -> Timing:
