@@ -15,11 +15,10 @@ from typer.testing import CliRunner
 pytest.importorskip("matplotlib", reason="the plots need the extra `plots`")
 
 from bench.quality.__main__ import main
-from bench.quality.contenders import CONTENDERS, Candidate, cats, one_budget
+from bench.quality.contenders import CONTENDERS, Candidate, one_budget
 from bench.quality.docs import PAGE, filled
-from bench.quality.layers import kept_energy
 from bench.quality.masks import refit
-from bench.quality.measure import TOLERANCE, fit, measure, measured_cost
+from bench.quality.measure import TOLERANCE, fit, kept_energy, measure, measured_cost
 from bench.quality.run import Comparison, Settings
 from bench.quality.store import Store
 from bench.quality.subject import SCOPES, Subject, open_subject, scoped
@@ -194,7 +193,7 @@ def test_wina_weighs_inputs_by_their_columns(subject):
 
 
 def test_cats_costs_the_gate_and_the_neurons_it_keeps(subject):
-    candidate = cats(subject, "mlp", 0.6)
+    candidate = CONTENDERS["cats"](subject, "mlp", 0.6)
     neurons: list[torch.Tensor] = []
     for block in subject.blocks:
         down = candidate.model.get_submodule(block.down)
@@ -252,7 +251,7 @@ def test_asking_is_corrected_until_the_cost_is_right(subject):
 
 
 def test_the_dense_model_keeps_all_of_its_energy(subject):
-    shares = kept_energy(subject, subject.dense, subject.evaluation[:2])
+    shares = kept_energy(subject, subject.copy()[0], subject.evaluation[:2])
     assert shares == {"qkv": [1.0, 1.0], "mlp": [1.0, 1.0]}
     worse = kept_energy(subject, CONTENDERS["teal"](subject, "both", 0.2).model, subject.evaluation[:2])
     assert all(0 < share < 1 for part in worse.values() for share in part)

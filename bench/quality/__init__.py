@@ -2,12 +2,11 @@
 
 __main__.py    the command
 run.py         the order of a run
-subject.py     the model and its texts
+subject.py     the model, its texts, and a candidate made of it
 contenders.py  every method, as a function from a budget to a model and the costs of its tokens
 masks.py       the baselines that keep weights and zero inputs: TEAL, WINA, CATS
 recovery.py    a short training of a candidate, the same for all
-measure.py     perplexity and cost of a candidate, and the budget that gives the wanted cost
-layers.py      the share of its energy that each block's output keeps
+measure.py     perplexity, cost and kept energy of a candidate, and the budget that gives the wanted cost
 spread.py      live rows token by token, the tokens that lose most, and another kind of text
 store.py       finished measurements on disk, so that an interrupted run goes on
 tables.py      the tables

@@ -6,47 +6,22 @@ meet.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-
-from torch import nn
 
 import rana_kernels as rana
 from bench.quality.masks import mask_gates, mask_inputs
-from bench.quality.subject import Subject, scoped
+from bench.quality.subject import Candidate, Subject, scoped
 from rana_kernels.allocation.methods import METHODS
 from rana_kernels.allocation.request import Request
 from rana_kernels.allocation.search import Search
 from rana_kernels.allocation.specs import dense_spec
 from rana_kernels.allocation.spending import Curve, Ways
 from rana_kernels.allocation.whole_model import plan_curves
-from rana_kernels.compression.report import CompressReport
-from rana_kernels.evaluation.density import Costs, costs_of
+from rana_kernels.evaluation.density import costs_of
 from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.statistics.block import CalibratedBlock
 
 EVALUATIONS = 20  # allocations that rankadaptor measures
-
-
-@dataclass
-class Candidate:
-    """A model that skips work. If it has adapters, `report` says what `rana.compress` did."""
-
-    model: nn.Module
-    costs: Costs
-    report: CompressReport | None = None
-
-    @property
-    def plan(self) -> Plan | None:
-        return self.report and self.report.plan
-
-
-def masked_inputs(subject: Subject, scope: str, cost_ratio: float, *, weighted: bool) -> Candidate:
-    return Candidate(*mask_inputs(subject, scope, cost_ratio, weighted=weighted))
-
-
-def cats(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
-    return Candidate(*mask_gates(subject, scope, cost_ratio))
 
 
 def uniform(subject: Subject, scope: str, cost_ratio: float, *, method: str) -> Candidate:
@@ -86,9 +61,9 @@ def by_search(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
 
 CONTENDERS: dict[str, Callable[[Subject, str, float], Candidate]] = {
     "static": partial(uniform, method="static"),
-    "teal": partial(masked_inputs, weighted=False),
-    "wina": partial(masked_inputs, weighted=True),
-    "cats": cats,
+    "teal": partial(mask_inputs, weighted=False),
+    "wina": partial(mask_inputs, weighted=True),
+    "cats": mask_gates,
     "paper": partial(uniform, method="paper"),
     "unmasked": without_masks,
     "global": one_budget,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.quality.subject import Subject, scoped
+from bench.quality.subject import Candidate, Subject, scoped
 from rana_kernels.evaluation.density import Costs
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.thresholds import threshold_for
@@ -66,9 +66,7 @@ class MaskedActivation(Masked):
         return torch.where(self.masks(x)[""], self.act(x), 0)
 
 
-def mask_inputs(
-    subject: Subject, scope: str, cost_ratio: float, *, weighted: bool
-) -> tuple[nn.Module, Costs]:
+def mask_inputs(subject: Subject, scope: str, cost_ratio: float, *, weighted: bool) -> Candidate:
     """Return TEAL, or `weighted` WINA: a copy whose linears in `scope` read `cost_ratio` of their inputs."""
     model, _ = subject.copy()
     rows, dense = {}, 0
@@ -82,10 +80,10 @@ def mask_inputs(
             model.set_submodule(name, masked)
             rows[name] = len(weight)
             dense += weight.numel()
-    return model, Costs(dense, 0, rows)
+    return Candidate(model, Costs(dense, 0, rows))
 
 
-def mask_gates(subject: Subject, scope: str, cost_ratio: float) -> tuple[nn.Module, Costs]:
+def mask_gates(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
     """Return CATS: a copy that computes the neurons with large gates, at `cost_ratio` of the cost of `scope`.
 
     Raise ValueError for an MLP without a gate of its own, or a budget below what stays dense.
@@ -107,7 +105,7 @@ def mask_gates(subject: Subject, scope: str, cost_ratio: float) -> tuple[nn.Modu
         masked.fit(gates, share * gates.shape[1])
         model.set_submodule(block.act, masked)
         rows[block.act] = (cost[block.up] + cost[block.down]) // gates.shape[1]
-    return model, Costs(dense, dense - skipped, rows)
+    return Candidate(model, Costs(dense, dense - skipped, rows))
 
 
 @torch.no_grad()

@@ -1,18 +1,19 @@
-"""Perplexity and cost of a candidate over the same tokens, in one pass; and candidates of equal cost.
+"""Perplexity, cost and kept energy of a candidate, and candidates of equal cost.
 
 Thresholds come from the calibration text, and on other text they keep a little more or less; methods differ
 in how much. So the cost of a candidate is measured, and another one with a corrected budget is built, until
 the two agree.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bench.quality.contenders import Candidate
-from bench.quality.subject import BATCH
+from bench.quality.subject import BATCH, Candidate, Subject
 from rana_kernels.evaluation.density import Costs
 from rana_kernels.evaluation.live import LiveCount, count_live
 from rana_kernels.evaluation.metrics import count_live_rows, token_losses
@@ -30,7 +31,7 @@ class Row:
     budget      the wanted cost, as a fraction of the dense cost of the linears in `scope`
     asked       the budget that the method was given, so that it comes to that cost
     cost_ratio  the cost measured on the evaluation text; `tokens` has its quantiles over tokens
-    layers      the share of its energy that each layer's output keeps (`layers.py`)
+    layers      the share of its energy that each layer's output keeps (`kept_energy`)
     over_dense  the fraction by which its perplexity exceeds that of the dense model
     failed      why there is no candidate; the numbers are then missing
     """
@@ -117,3 +118,35 @@ def measured_cost(candidate: Candidate, token_ids: Tensor) -> float:
         return candidate.costs.cost_ratio({})
     counts = count_live_rows(candidate.model, token_ids, batch=BATCH, progress=False)
     return candidate.costs.cost_ratio(counts)
+
+
+@torch.inference_mode()
+def kept_energy(subject: Subject, model: nn.Module, token_ids: Tensor) -> dict[str, list[float]]:
+    """Return {"qkv", "mlp": one share a layer}: the share of its output's energy that each layer keeps.
+
+    A layer of `model` reads the dense layer's input. The share is 1 - ‖y - ŷ‖² / ‖y‖² over the tokens. Blocks
+    whose MLP is no module of its own have no "mlp".
+    """
+    lost, whole = Counter[str](), Counter[str]()
+
+    def compare(name: str, _: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        lost[name] += float((y.double() - model.get_submodule(name)(inputs[0]).double()).square().sum())
+        whole[name] += float(y.double().square().sum())
+
+    parts = {
+        "qkv": [block.qkv for block in subject.blocks if block.qkv],
+        "mlp": [(block.mlp,) for block in subject.blocks if block.mlp],
+    }
+    names = [name for groups in parts.values() for group in groups for name in group]
+    hooks = [subject.dense.get_submodule(n).register_forward_hook(partial(compare, n)) for n in names]
+    try:
+        for part in token_ids.split(BATCH):
+            subject.dense(input_ids=part.to(subject.dense.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        part: [1 - sum(lost[n] for n in group) / sum(whole[n] for n in group) for group in groups]
+        for part, groups in parts.items()
+        if groups
+    }

@@ -7,32 +7,29 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.quality.tables import LABELS, LAYER_BUDGET, TITLES, label, ordered
+from bench.quality.tables import LABELS, LAYER_BUDGET, TITLES, label, layer_rows, ordered
 from bench.report.plots import STYLE
 
-COLOURS = dict(
-    zip(
-        LABELS,
-        ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#8C8C8C", "#009E73", "#222222"),
-        strict=True,
-    )
-)
+INK = ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#8C8C8C", "#009E73", "#222222")
+COLOURS = dict(zip(LABELS, INK, strict=True))
 MARKERS = dict(zip(LABELS, "sv^<oXDP", strict=True))
 
 
 def draw(data: dict[str, Any], path: Path) -> list[Path]:
     """Write `path`.png, and plots of layers and of live rows beside it. Return the files written."""
     figures = {
-        path.with_suffix(".png"): cost(data),
-        path.with_name(f"{path.stem}-layers.png"): layers(data),
-        path.with_name(f"{path.stem}-rows.png"): live_rows(data),
+        path.with_suffix(".png"): cost,
+        path.with_name(f"{path.stem}-layers.png"): layers,
+        path.with_name(f"{path.stem}-rows.png"): live_rows,
     }
     written = []
-    for place, figure in figures.items():
-        if figure is not None:
-            figure.supxlabel(data["conditions"][-1], fontsize=6, color="0.4")
-            figure.savefig(place, dpi=130, metadata={"Software": None})
-            written.append(place)
+    for place, plot in figures.items():
+        with matplotlib.rc_context(STYLE):
+            figure = plot(data)
+            if figure is not None:
+                figure.supxlabel(data["conditions"][-1], fontsize=6, color="0.4")
+                figure.savefig(place, dpi=130, metadata={"Software": None})
+                written.append(place)
     return written
 
 
@@ -40,15 +37,14 @@ def cost(data: dict[str, Any]) -> Figure:
     """Draw perplexity over dense against measured cost, one panel a scope."""
     rows = [row for row in ordered(data["rows"].values()) if not row["failed"]]
     scopes = [scope for scope in TITLES if any(row["scope"] == scope for row in rows)]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3 + 4 * len(scopes), 4.6))
-        panels = figure.subplots(1, len(scopes), sharey=True, squeeze=False)[0]
-        for axes, scope in zip(panels, scopes, strict=True):
-            _cost_panel(axes, [row for row in rows if row["scope"] == scope])
-            axes.set_title(TITLES[scope].split(" (")[0], loc="left", fontsize=9)
-            axes.set_xlabel("multiply-adds measured, of the dense ones")
-        panels[0].set_ylabel("perplexity above dense")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    figure = Figure(figsize=(3 + 4 * len(scopes), 4.6))
+    panels = figure.subplots(1, len(scopes), sharey=True, squeeze=False)[0]
+    for axes, scope in zip(panels, scopes, strict=True):
+        _cost_panel(axes, [row for row in rows if row["scope"] == scope])
+        axes.set_title(TITLES[scope].split(" (")[0], loc="left", fontsize=9)
+        axes.set_xlabel("multiply-adds measured, of the dense ones")
+    panels[0].set_ylabel("perplexity above dense")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
@@ -70,26 +66,21 @@ def _cost_panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 def layers(data: dict[str, Any]) -> Figure | None:
     """Draw the share of its output's energy that each layer loses, at one budget."""
-    rows = [
-        row
-        for row in ordered(data["rows"].values())
-        if row["scope"] == "both" and row["budget"] == LAYER_BUDGET and row["layers"]
-    ]
+    rows = layer_rows(data["rows"].values())
     if not rows:
         return None
     parts = list(rows[0]["layers"])
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1 + 4 * len(parts), 4))
-        panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
-        for axes, part in zip(panels, parts, strict=True):
-            for row in (row for row in rows if not row["recovered"]):
-                method = row["method"]
-                lost = [1 - share for share in row["layers"][part]]
-                axes.semilogy(lost, MARKERS[method] + "-", color=COLOURS[method], label=label(row))
-            axes.set_title(f"{part}, at a cost of {LAYER_BUDGET}", loc="left", fontsize=9)
-            axes.set_xlabel("layer")
-        panels[0].set_ylabel("share of the output's energy that is lost")
-        panels[-1].legend()
+    figure = Figure(figsize=(1 + 4 * len(parts), 4))
+    panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    for axes, part in zip(panels, parts, strict=True):
+        for row in rows:
+            method = row["method"]
+            lost = [1 - share for share in row["layers"][part]]
+            axes.semilogy(lost, MARKERS[method] + "-", color=COLOURS[method], label=label(row))
+        axes.set_title(f"{part}, at a cost of {LAYER_BUDGET}", loc="left", fontsize=9)
+        axes.set_xlabel("layer")
+    panels[0].set_ylabel("share of the output's energy that is lost")
+    panels[-1].legend()
     return figure
 
 
@@ -98,13 +89,12 @@ def live_rows(data: dict[str, Any]) -> Figure | None:
     found = data.get("spread", {})
     if not found:
         return None
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 1 + 2.6 * len(found)))
-        panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
-        for axes, (key, entry) in zip(panels, found.items(), strict=True):
-            _rows_panel(axes, entry["adapters"])
-            axes.set_title(key, loc="left", fontsize=9)
-        panels[0].legend(ncols=3)
+    figure = Figure(figsize=(9, 1 + 2.6 * len(found)))
+    panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+    for axes, (key, entry) in zip(panels, found.items(), strict=True):
+        _rows_panel(axes, entry["adapters"])
+        axes.set_title(key, loc="left", fontsize=9)
+    panels[0].legend(ncols=3)
     return figure
 
 

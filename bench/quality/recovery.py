@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from bench.quality.contenders import Candidate
 from bench.quality.masks import refit
-from bench.quality.subject import BATCH, Subject, scoped
+from bench.quality.subject import BATCH, Candidate, Subject, scoped
 from rana_kernels.evaluation.metrics import count_live_rows
 from rana_kernels.recovery.training import Training, train
 

@@ -9,12 +9,11 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.quality import recovery
-from bench.quality.contenders import CONTENDERS, EVALUATIONS, WHOLE, Candidate
-from bench.quality.layers import kept_energy
-from bench.quality.measure import Row, fill, fit, measure
+from bench.quality.contenders import CONTENDERS, EVALUATIONS, WHOLE
+from bench.quality.measure import Row, fill, fit, kept_energy, measure
 from bench.quality.spread import in_prose, spread
 from bench.quality.store import Store
-from bench.quality.subject import SCOPES, Subject, some_rows
+from bench.quality.subject import SCOPES, Candidate, Subject, some_rows
 
 LAYER_ROWS = 8  # rows of text on which layers are compared
 SPREAD = (("global", 0.56), ("paper", 0.56), ("global", 0.35))

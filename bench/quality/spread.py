@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from bench.quality.contenders import CONTENDERS, Candidate
+from bench.quality.contenders import CONTENDERS
 from bench.quality.measure import QUANTILES, Measured, measure
-from bench.quality.subject import Subject, some_rows
+from bench.quality.subject import Candidate, Subject, some_rows
 from rana_kernels.evaluation.density import planned_live
 from rana_kernels.evaluation.examples import Predictions, costs_of_predictions
 

@@ -1,4 +1,4 @@
-"""The model that is compressed, and its texts: for calibration, for evaluation, and prose."""
+"""The model that is compressed, its texts (calibration, evaluation and prose), and a candidate made of it."""
 
 import copy
 import tempfile
@@ -15,7 +15,10 @@ from rana_kernels.allocation.spending import Ways
 from rana_kernels.allocation.whole_model import model_curves
 from rana_kernels.cli.options import Dtype, hold_out, open_model, open_tokenizer
 from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.compression.report import CompressReport
+from rana_kernels.evaluation.density import Costs
 from rana_kernels.model.architectures import Block, find_blocks
+from rana_kernels.model.plan import Plan
 from rana_kernels.statistics.calibration import Stats, calibrate
 
 BATCH = 4  # rows at a time; the logits of more rows exceed the caches
@@ -60,6 +63,22 @@ class Subject:
 
     def linears(self, scope: str) -> set[str]:
         return {name for block in self.blocks for name in scoped(block, scope)}
+
+
+@dataclass
+class Candidate:
+    """A model that skips work, and the costs of its tokens.
+
+    report   what `rana.compress` did, if the model has adapters
+    """
+
+    model: nn.Module
+    costs: Costs
+    report: CompressReport | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.report and self.report.plan
 
 
 def scoped(block: Block, scope: str) -> tuple[str, ...]:

@@ -51,6 +51,12 @@ def ordered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (list(LABELS).index(row["method"]), row["recovered"]))
 
 
+def layer_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows whose layers are shown: all linears compressed to one budget, not recovered."""
+    at = [row for row in ordered(rows) if row["scope"] == "both" and row["budget"] == LAYER_BUDGET]
+    return [row for row in at if row["layers"] and not row["recovered"]]
+
+
 def label(row: dict[str, Any]) -> str:
     return LABELS[row["method"]] + (" + recovery" if row["recovered"] else "")
 
@@ -110,8 +116,7 @@ def recovered(rows: list[dict[str, Any]]) -> str:
 
 def layers(rows: list[dict[str, Any]], part: str) -> str:
     """Show the share of its output's energy that `part` of each layer loses, with all linears compressed."""
-    at = [row for row in ordered(rows) if row["scope"] == "both" and row["budget"] == LAYER_BUDGET]
-    at = [row for row in at if row["layers"] and not row["recovered"]]
+    at = layer_rows(rows)
     if not at:
         return "Not measured."
     table = [["Layer", *map(str, range(len(at[0]["layers"][part]))), "mean"]]
