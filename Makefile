@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py rana_kernels/ops.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+SOURCES := setup.py rana_kernels/ops/schemas.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* bench/*.cpp bench/gpu/*.cu examples/*/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
 .PHONY: help build demo test test-slow test-stacks test-vllm test-transformers lint format bench gpu compile-check sanitize clean

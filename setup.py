@@ -42,7 +42,7 @@ CUDA_TARGETS = ("80", "90", "100")
 CUDA_COMPILE = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 # the list of ops, and the file made of it
-OPS, SCHEMAS = "rana_kernels/ops.py", "build/schemas.cpp"
+OPS, SCHEMAS = "rana_kernels/ops/schemas.py", "build/schemas.cpp"
 
 
 def why_not() -> str | None:
@@ -98,7 +98,7 @@ def op_libraries() -> list[Extension]:
 
 
 def schemas_library() -> Extension:
-    """The schemas alone: for C++ programs, which lack `rana_kernels/ops.py`. Python never loads it."""
+    """The schemas alone: for C++ programs, which lack `rana_kernels/ops/schemas.py`. Python never loads it."""
     from torch.utils.cpp_extension import CppExtension
 
     return CppExtension(
@@ -111,7 +111,7 @@ def schemas_library() -> Extension:
 
 
 def write_schemas() -> None:
-    """`SCHEMAS` of ops.py as C++. The file is read, not imported: it would load the package being built."""
+    """`SCHEMAS` of ops/schemas.py as C++. The file is read, not imported: it would load the package being built."""
     assigned = [node for node in ast.parse(Path(OPS).read_text()).body if isinstance(node, ast.Assign)]
     table = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "SCHEMAS")
     lines = [f"  m.def({json.dumps(name + schema)});" for name, schema in ast.literal_eval(table).items()]

@@ -25,9 +25,9 @@ from bench.estimates import (
 from bench.fits import Fit, fit
 from bench.models import LARGE, MODELS, Model
 from bench.report import RESULTS, conditions, processor, write_json
-from rana_kernels import layer
-from rana_kernels.decompose import decompose
-from rana_kernels.machine import clock
+from rana_kernels.statistics import block as calibrated_block
+from rana_kernels.statistics.decomposition import decompose
+from rana_kernels.system.cpu import clock
 
 LINEARS = [
     Decomposition(N, K, of_inputs=N >= K)
@@ -160,7 +160,7 @@ def timed_decompositions(now: Any) -> Iterator[list[float]]:
         seconds.append(now() - begin)
         return factors
 
-    with patch.object(layer, "decompose", timed):
+    with patch.object(calibrated_block, "decompose", timed):
         yield seconds
 
 

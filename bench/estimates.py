@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bench.fits import Fit
 from bench.models import Model
-from rana_kernels.sensitivity import TOKENS as DIFFERENTIATED
+from rana_kernels.statistics.fisher import TOKENS as DIFFERENTIATED
 
 CALIBRATION = 65536  # tokens
 

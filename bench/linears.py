@@ -22,7 +22,7 @@ from bench.baselines import (
 )
 from bench.weights import copies, far, threshold_keeping, turns, wanted, weight
 from rana_kernels import ops
-from rana_kernels.backends import reference
+from rana_kernels.ops import reference
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from bench.baselines import (
 )
 from bench.weights import copies, far, threshold_keeping, turns, wanted, weight
 from rana_kernels import ops
-from rana_kernels.backends import reference
+from rana_kernels.ops import reference
 
 
 class Weights(NamedTuple):
@@ -34,7 +34,7 @@ class Weights(NamedTuple):
     gate: Tensor
     threshold: Tensor
     down: Tensor
-    scale: Tensor
+    norms: Tensor
     down_threshold: Tensor
 
 
@@ -116,8 +116,8 @@ class Mlp:
         B = weight(2 * self.ranks, self.K, x.dtype)
         threshold = threshold_keeping(2 * self.live, (x.float() @ B.float().T).abs())
         up, gate = weight(self.ranks, self.I, x.dtype), weight(self.ranks, self.I, x.dtype)
-        down, scale = weight(self.I, self.K, x.dtype), torch.ones(self.I)
-        made = Weights(B, up, gate, threshold.expand(len(B)).contiguous(), down, scale, threshold)
+        down, norms = weight(self.I, self.K, x.dtype), torch.ones(self.I)
+        made = Weights(B, up, gate, threshold.expand(len(B)).contiguous(), down, norms, threshold)
         kept = threshold_keeping(self.neurons, expand(x, made).float().abs())
         return made._replace(down_threshold=kept)
 
@@ -152,7 +152,7 @@ def expand(x: Tensor, w: Weights) -> Tensor:
 
 
 def parts(x: Tensor, w: Weights) -> Tensor:
-    return ops.masked_linear(expand(x, w), w.down, w.down_threshold, w.scale)
+    return ops.masked_linear(expand(x, w), w.down, w.down_threshold, w.norms)
 
 
 def fused(x: Tensor, w: Weights) -> Tensor:

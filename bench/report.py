@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rana_kernels import backends
-from rana_kernels.machine import cpu_field, processor_name
+from rana_kernels.system.cpu import cpu_field, processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from rana_kernels.huge_pages import collapse
-from rana_kernels.machine import clock, cold_bytes
+from rana_kernels.system.cpu import clock, cold_bytes
+from rana_kernels.system.huge_pages import collapse
 
 LOOPS = ("stream_read", "stream_dot", "stream_axpy")
 

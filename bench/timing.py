@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from bench.stream import LOOPS, bandwidth
-from rana_kernels.machine import clock
+from rana_kernels.system.cpu import clock
 
 # Seconds; what takes less is called several times in a row, about as long as a pass of the streaming loops.
 SHORTEST = 5e-3

@@ -11,8 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from rana_kernels.huge_pages import collapse
-from rana_kernels.machine import cold_bytes
+from rana_kernels.system.cpu import cold_bytes
+from rana_kernels.system.huge_pages import collapse
 
 PART = 2**22  # values of a weight that are drawn together, from a pool of twice as many
 

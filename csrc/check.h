@@ -1,4 +1,4 @@
-// The checks of each op's arguments, in the same words as rana_kernels/checks.py. Every compiled backend uses them.
+// The checks of each op's arguments, in the same words as rana_kernels/ops/checks.py. Every compiled backend uses them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

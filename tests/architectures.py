@@ -1,4 +1,4 @@
-"""Small random models of every architecture: what the tests build, and what the README's table says."""
+"""Small random models of every architecture: what the tests build, and the table of docs/models.md."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +72,7 @@ MODELS = {
 
 
 def table() -> str:
-    """The README's table."""
+    """Return the table of docs/models.md."""
     lines = ["| Models | `model_type` | What is adapted, and how |", "| --- | --- | --- |"]
     for model in MODELS.values():
         config = getattr(transformers, f"{model.config or model.name}Config")

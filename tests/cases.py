@@ -197,12 +197,12 @@ def _mlp(case: Case, draw) -> dict:
         "up_bias": draw.bias(case.I, top=1),
         "gate_bias": None if gate is None else draw.bias(case.I, top=1),
         "down_rows": draw.matrix(case.I, case.N, fan=16, along=0),
-        "down_scale": draw.scale(case.I),
+        "down_norms": draw.scale(case.I),
         "down_threshold": None,
         "down_bias": draw.bias(case.N),
         "activation": draw.activation(case.activation),
     }
-    scores = _neurons(_cast(args, torch.float64), _decide).abs() * args["down_scale"].double()
+    scores = _neurons(_cast(args, torch.float64), _decide).abs() * args["down_norms"].double()
     args["down_threshold"] = draw.threshold(scores, case.per_row, after_rounding=True)
     return args
 
@@ -326,7 +326,7 @@ def dense(op: str, args: dict, dtype: torch.dtype, masks: list[Tensor] | None = 
         return _affine(masked(a["h"], a["threshold"], a["scale"]), a["rows"], a["bias"]), used
     if op == "masked_lowrank_linear":
         return _affine(masked(a["x"] @ a["B"].T, a["threshold"]), a["rows"], a["bias"]), used
-    g = masked(_neurons(a, masked), a["down_threshold"], a["down_scale"])
+    g = masked(_neurons(a, masked), a["down_threshold"], a["down_norms"])
     return _affine(g, a["down_rows"], a["down_bias"]), used
 
 

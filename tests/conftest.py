@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import rana_kernels.ops  # noqa: F401 - defines torch.ops.rana
-from rana_kernels.backends import reference, triton
+from rana_kernels.backends import triton
+from rana_kernels.ops import reference
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every architecture of the README's table, and models of somebody's own."""
+"""Every architecture of docs/models.md, and models of somebody's own."""
 
 import copy
 from pathlib import Path
@@ -9,11 +9,11 @@ from torch import nn
 from transformers import Conv1D
 
 import rana_kernels as rana
-from rana_kernels.allocate import NEEDS
-from rana_kernels.install import install
-from rana_kernels.methods.search import Search
-from rana_kernels.models import ARCHITECTURES, describe, find_blocks
-from rana_kernels.modules import RanaLinear, RanaMLP, RanaReceiver
+from rana_kernels.allocation.methods import NEEDS
+from rana_kernels.allocation.search import Search
+from rana_kernels.model.architectures import ARCHITECTURES, describe, find_blocks
+from rana_kernels.model.install import install
+from rana_kernels.nn.adapters import RanaLinear, RanaMLP, RanaReceiver
 from tests.architectures import MODELS, table
 from tests.child import python
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
@@ -25,8 +25,8 @@ def written(model: nn.Module) -> list[int]:
     return model.generate(tokens(1, 8).clamp_min(3), max_new_tokens=8, do_sample=False)[0].tolist()
 
 
-def test_the_readme_has_the_table():
-    assert table() in (Path(__file__).parent.parent / "README.md").read_text()
+def test_the_page_of_models_has_the_table():
+    assert table() in (Path(__file__).parent.parent / "docs" / "models.md").read_text()
     assert {make_model(name).config.model_type for name in MODELS} == set(ARCHITECTURES)
 
 

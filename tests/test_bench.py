@@ -21,11 +21,11 @@ from bench.models import KEEP, MODELS, cases
 from bench.page import PAGE, page
 from bench.report import RESULTS, ROOT, machine, read_csv, write_csv, write_json
 from bench.timing import interleave, repeats
-from rana_kernels import layer
+from rana_kernels.allocation.whole_model import block_curves
 from rana_kernels.cli import bench as handover
-from rana_kernels.machine import cold_bytes
-from rana_kernels.methods.budget import block_curves
-from rana_kernels.models import find_blocks
+from rana_kernels.model.architectures import find_blocks
+from rana_kernels.statistics.block import CalibratedBlock
+from rana_kernels.system.cpu import cold_bytes
 
 TINY = [
     Lowrank(64, 96, 32, 20, 1, "bf16"),
@@ -322,7 +322,7 @@ def test_the_decompositions_counted_are_those_that_are_done():
     model = cost.random_block(64)
     stats = rana_kernels.calibrate(model, [torch.randint(256, (2, 64))], progress=False)
     for block in find_blocks(model):
-        worked = layer.Layer(model, block, stats)
+        worked = CalibratedBlock(model, block, stats)
         block_curves(worked)
         done += worked._factors
     by_input = find_blocks(model)[0].inputs

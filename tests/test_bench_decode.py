@@ -18,9 +18,9 @@ from bench.decode.measure import Setting, take_turns
 from bench.decode.profile import where_time_goes
 from bench.decode.shapes import SHAPES, random_model
 from bench.decode.steps import Decoder, compiled
-from rana_kernels.dense import DenseLinear
-from rana_kernels.evaluation.evaluate import kept_rows
-from rana_kernels.modules import RanaLinear, RanaMLP
+from rana_kernels.evaluation.metrics import count_live_rows
+from rana_kernels.nn.adapters import RanaLinear, RanaMLP
+from rana_kernels.nn.dense import DenseLinear
 
 KEEP = 0.56
 TINY = LlamaConfig(
@@ -51,7 +51,7 @@ def test_random_models_cost_what_was_asked_for(models):
     dense = sum(p.numel() for n, p in models["dense"].named_parameters() if "proj" in n)
     o = sum(p.numel() for n, p in models["dense"].named_parameters() if "o_proj" in n)
     ids = torch.randint(TINY.vocab_size, (2, 100))
-    counts = kept_rows(models["rana"], ids, progress=False)
+    counts = count_live_rows(models["rana"], ids, progress=False)
     for name in ("rana", "static"):
         cost = o
         for place, module in models[name].named_modules():

@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from rana_kernels.allocate import plan
-from rana_kernels.calibrate import calibrate
-from rana_kernels.compress import compress
-from rana_kernels.decompose import decompose
-from rana_kernels.layer import Layer
-from rana_kernels.methods import budget
-from rana_kernels.methods.prices import MULTIPLY_ADDS
-from rana_kernels.methods.spend import Choice, least_cost, least_memory, spend
-from rana_kernels.methods.split import threshold_for
-from rana_kernels.models import find_blocks
-from rana_kernels.plan import Adapter
-from rana_kernels.sensitivity import drawn
+from rana_kernels.allocation import whole_model
+from rana_kernels.allocation.cost import MULTIPLY_ADDS
+from rana_kernels.allocation.methods import plan
+from rana_kernels.allocation.spending import Choice, least_cost, least_memory, spend
+from rana_kernels.compression.run import compress
+from rana_kernels.model.architectures import find_blocks
+from rana_kernels.model.plan import AdapterSpec
+from rana_kernels.statistics.block import CalibratedBlock
+from rana_kernels.statistics.calibration import calibrate
+from rana_kernels.statistics.decomposition import decompose
+from rana_kernels.statistics.fisher import drawn
+from rana_kernels.statistics.thresholds import threshold_for
 from tests.test_compress import hand_plan, logits, make_model, tokens
 
 DEMO_MODEL = Path(__file__).parent.parent / "examples" / "demo_model"
@@ -120,7 +120,7 @@ def test_the_moment_of_outputs_decomposes_as_that_of_inputs():
 
 
 def choice(cost: float, error: float, size: int = 0) -> Choice:
-    return Choice(cost, size, error, Adapter("dense", (f"{cost} {error}",), 1, (1,)))
+    return Choice(cost, size, error, AdapterSpec("dense", (f"{cost} {error}",), 1, (1,)))
 
 
 def random_curve(generator: torch.Generator) -> list[Choice]:
@@ -215,13 +215,13 @@ def test_errors_of_the_curves_are_what_the_modules_do():
     model = make_model()
     stats = calibrate(model, [tokens()], progress=False)
     block = find_blocks(model)[0]
-    layer = Layer(model, block, stats)
+    layer = CalibratedBlock(model, block, stats)
     for names in (block.qkv, (block.down,), (block.o,)):
         x = layer.sample(layer.input_of(names))
         y = x @ layer.weight(names).T
-        curve = list(budget._ranks(layer, names, MULTIPLY_ADDS))
+        curve = list(whole_model._ranks(layer, names, MULTIPLY_ADDS))
         if len(names) == 1:
-            curve += budget._neurons(layer, names[0], MULTIPLY_ADDS)
+            curve += whole_model._neurons(layer, names[0], MULTIPLY_ADDS)
         for point in curve[::7]:
             adapter = point.adapter
             metric = layer.metric(names).float()
@@ -230,7 +230,7 @@ def test_errors_of_the_curves_are_what_the_modules_do():
                 h, rows = x @ factors.B[: adapter.rank].T, factors.rows[: adapter.rank]
                 score = h.abs() / factors.norms[: adapter.rank]
             else:
-                h, rows, score = x, layer.weight(names).T, x.abs() * layer.scale(names[0], "loss")
+                h, rows, score = x, layer.weight(names).T, x.abs() * layer.neuron_norms(names[0], "loss")
             threshold, _ = threshold_for(score, adapter.live)
             approximate = torch.where(score < threshold, 0, h) @ rows
             error = ((y - approximate) * metric).square().sum(1).mean()
@@ -253,7 +253,7 @@ def test_thresholds_of_ranks_are_their_own():
     adapters = [a if a.kind == "dense" else replace(a, metric="loss", threshold=0.01) for a in made.adapters]
     stats = calibrate(model, [tokens()], progress=False)
     block = find_blocks(model)[0]
-    norms = Layer(model, block, stats).factors(block.qkv, "loss").norms
+    norms = CalibratedBlock(model, block, stats).factors(block.qkv, "loss").norms
     compress(model, stats=stats, plan=made.with_adapters(tuple(adapters)), progress=False)
     threshold = model.get_submodule(block.qkv[0]).threshold
     torch.testing.assert_close(threshold, 0.01 * norms)

@@ -14,9 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import rana_kernels as rana
-from rana_kernels.card import card, note
-from rana_kernels.checkpoint import CARD, MANIFEST, attach_plan, attached_plan, read_manifest, write_manifest
-from rana_kernels.headers import CheckpointError, read_header
+from rana_kernels.checkpoint.attachment import attach_plan, attached_plan
+from rana_kernels.checkpoint.headers import CheckpointError, read_header
+from rana_kernels.checkpoint.manifest import CARD, MANIFEST, read_manifest, write_manifest
+from rana_kernels.checkpoint.model_card import note, write_card
 from tests.child import python
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 
@@ -111,7 +112,7 @@ def test_facts_that_are_none_are_left_out_of_the_card(made, model):
     broken = copy.copy(model)
     broken.config = copy.deepcopy(model.config)
     attach_plan(broken, attached_plan(model), made)
-    assert "| perplexity | not measured |" in card(broken)
+    assert "| perplexity | not measured |" in write_card(broken)
 
 
 def test_shards_come_back(model, tmp_path):

@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rana_kernels as rana
 from rana_kernels import cli
+from rana_kernels.cli.tokens import read_token_ids
 from rana_kernels.evaluation.density import MARGIN
-from rana_kernels.evaluation.evaluate import decode_speed, kept_rows, perplexity
-from rana_kernels.integrations import handover
-from rana_kernels.tokens import read_rows
+from rana_kernels.evaluation.metrics import count_live_rows, decode_speed, perplexity
+from rana_kernels.integrations import programs
 
 VOCABULARY = 300
 TEXT = Path(rana.modules.__file__).read_text() * 2  # text of about the right length, and at hand
@@ -215,10 +215,10 @@ def test_other_programs_get_their_arguments_unchanged(command, program, argument
     seen: list[list[str]] = []
     script = SimpleNamespace(load=lambda: lambda: seen.append(sys.argv))
     monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(handover, "entry_points", lambda group, name: [script] if name == program else [])
+    monkeypatch.setattr(programs, "entry_points", lambda group, name: [script] if name == program else [])
     assert run(command, *asked)[0] == 0
     assert seen == [[program, *arguments, *asked]]
-    monkeypatch.setattr(handover, "entry_points", lambda group, name: [])
+    monkeypatch.setattr(programs, "entry_points", lambda group, name: [])
     code, _, err = run(command)
     assert code == 1 and f"rana: {program} is not installed: pip install" in err
 
@@ -283,7 +283,7 @@ def test_perplexity_is_that_of_the_rows_one_by_one(compressed):
     assert found.nll == pytest.approx(sum(losses) / 5, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(found.nll)) and found.predictions == 5 * 19
     assert found.tokens_per_second > 0 and decode_speed(model, rows[:1], 4) > 0
-    counts = kept_rows(model, rows, progress=False)
+    counts = count_live_rows(model, rows, progress=False)
     assert all(count.tokens == 100 and 0 < count.mean <= count.rows for count in counts.values())
 
 
@@ -298,7 +298,7 @@ def test_perplexity_errors(compressed):
 
 def test_rows_are_the_text(folder, tmp_path):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    rows = read_rows(folder / "text.txt", tokenizer, VOCABULARY, length=32, tokens=100)
+    rows = read_token_ids(folder / "text.txt", tokenizer, VOCABULARY, length=32, tokens=100)
     assert rows.shape == (3, 32) and TEXT.startswith(tokenizer.decode(rows.flatten()))
 
 
@@ -308,7 +308,7 @@ def test_a_token_that_begins_every_text_begins_every_row(folder):
     with pytest.MonkeyPatch.context() as patch:
         begin = lambda self, text, **options: plain(self, text if options else "<end>" + text, **options)  # noqa: E731
         patch.setattr(type(tokenizer), "__call__", begin)
-        rows = read_rows(folder / "text.txt", tokenizer, VOCABULARY, length=32)
+        rows = read_token_ids(folder / "text.txt", tokenizer, VOCABULARY, length=32)
     assert (rows[:, 0] == 0).all() and TEXT.startswith(tokenizer.decode(rows[:, 1:].flatten()))
 
 
@@ -326,13 +326,13 @@ def test_token_files_that_are_none(content, message, tmp_path):
     path = tmp_path / "tokens.safetensors"
     path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
     with pytest.raises(ValueError, match=message):
-        read_rows(path, None, VOCABULARY, length=4)
+        read_token_ids(path, None, VOCABULARY, length=4)
 
 
 def test_text_needs_a_tokenizer_and_utf8(folder, tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="the model has no tokenizer"):
-        read_rows(path, None, VOCABULARY, length=4)
+        read_token_ids(path, None, VOCABULARY, length=4)
     with pytest.raises(ValueError, match="is not UTF-8 text"):
-        read_rows(path, PreTrainedTokenizerFast.from_pretrained(folder), VOCABULARY, length=4)
+        read_token_ids(path, PreTrainedTokenizerFast.from_pretrained(folder), VOCABULARY, length=4)

@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from rana_kernels.allocate import plan
-from rana_kernels.calibrate import INPUTS, calibrate
-from rana_kernels.compress import compress
-from rana_kernels.decompose import decompose
+from rana_kernels.allocation.cost import MULTIPLY_ADDS
+from rana_kernels.allocation.methods import plan
+from rana_kernels.allocation.split import Splits
+from rana_kernels.compression.run import compress
 from rana_kernels.evaluation.live import count_live
-from rana_kernels.layer import linear_of
-from rana_kernels.methods.prices import MULTIPLY_ADDS
-from rana_kernels.methods.split import Splits, threshold_for
-from rana_kernels.models import find_blocks
-from rana_kernels.modules import RanaMLP, RanaReceiver
-from rana_kernels.plan import Adapter, Plan
+from rana_kernels.model.architectures import find_blocks
+from rana_kernels.model.linears import linear_of
+from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.nn.adapters import RanaMLP, RanaReceiver
+from rana_kernels.statistics.calibration import INPUTS, calibrate
+from rana_kernels.statistics.decomposition import decompose
+from rana_kernels.statistics.thresholds import threshold_for
 from tests.architectures import MODELS
 
 ARCHITECTURES = tuple(MODELS)
@@ -54,7 +55,7 @@ def hand_plan(model: nn.Module, joint: bool = False, o: str = "dense", down: str
             rank = {"rank": min(K, sum(widths)), "neuron": K, "dense": 0}[kind]
             bias = any(linear.bias is not None for linear in linears)
             adapters.append(
-                Adapter(kind, names, K, widths, rank, rank, None if kind == "dense" else 0.0, bias)
+                AdapterSpec(kind, names, K, widths, rank, rank, None if kind == "dense" else 0.0, bias)
             )
     return Plan(tuple(adapters))
 
@@ -285,7 +286,7 @@ def test_what_is_no_plan_is_refused(text):
 def test_plans_that_do_not_fit_the_model_leave_it_alone():
     model = make_model()
     good = hand_plan(model).adapters
-    swapped = Adapter(
+    swapped = AdapterSpec(
         **{**vars(good[0]), "names": good[0].names[::-1], "out_features": good[0].out_features[::-1]}
     )
     for adapters, message in [
@@ -347,7 +348,7 @@ def test_what_the_paper_drops_is_the_error_of_the_output():
 def test_missing_thresholds_are_chosen_from_the_sample():
     model = make_model()
     asked = hand_plan(model, joint=True, o="neuron")
-    adapters = [Adapter(**{**vars(a), "threshold": None, "live": a.rank / 2}) for a in asked.adapters]
+    adapters = [AdapterSpec(**{**vars(a), "threshold": None, "live": a.rank / 2}) for a in asked.adapters]
     report = compress(model, [tokens()], plan=Plan(tuple(adapters)), progress=False)
     with count_live(model) as counts:
         logits(model)

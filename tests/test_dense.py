@@ -8,8 +8,8 @@ import transformers
 from torch import nn
 
 import rana_kernels as rana
-from rana_kernels.dense import DenseLinear, serve_dense
-from rana_kernels.plan import Adapter
+from rana_kernels.model.plan import AdapterSpec
+from rana_kernels.nn.dense import DenseLinear, serve_dense
 
 
 def linear(bias: bool = True) -> nn.Linear:
@@ -114,7 +114,7 @@ def test_a_plan_of_dense_adapters_is_the_model_itself():
     linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"}
     plan = rana.Plan(
         tuple(
-            Adapter("dense", (n,), m.in_features, (m.out_features,), bias=m.bias is not None)
+            AdapterSpec("dense", (n,), m.in_features, (m.out_features,), bias=m.bias is not None)
             for n, m in linears.items()
         )
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import rana_kernels
-from rana_kernels import checks, gradients, ops
-from rana_kernels.backends import reference
+from rana_kernels import ops
+from rana_kernels.ops import checks, gradients, reference
 from tests.cases import SMALL
 
 ROOT = Path(__file__).parent.parent

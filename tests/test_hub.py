@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, modeling_utils
 from transformers.utils import hub
 
 import rana_kernels as rana
-from rana_kernels.card import card, note
+from rana_kernels.checkpoint.model_card import note, write_card
 from tests.test_compress import logits, make_model, tokens
 
 
@@ -66,7 +66,7 @@ def test_the_repository_is_what_save_writes(way, loaded, model, repository, tmp_
     way(pushed, tmp_path / "folder")
     names, wanted = ({path.name for path in place.iterdir()} for place in (repository, tmp_path / "saved"))
     assert names == wanted
-    assert ModelCard((repository / "README.md").read_text()).text == ModelCard(card(model)).text
+    assert ModelCard((repository / "README.md").read_text()).text == ModelCard(write_card(model)).text
     assert torch.equal(logits(rana.load(repository)), logits(model))
 
 

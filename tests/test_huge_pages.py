@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rana_kernels.huge_pages import use_huge_pages
+from rana_kernels.system.huge_pages import use_huge_pages
 
 LINUX = platform.system() == "Linux"
 VERSION = tuple(map(int, re.findall(r"\d+", platform.release())[:2])) if LINUX else (0, 0)

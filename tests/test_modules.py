@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from rana_kernels.backends import reference
 from rana_kernels.evaluation.live import count_live
-from rana_kernels.modules import RanaLinear, RanaMLP, RanaNeuronLinear, check_thresholds, joint_linears
+from rana_kernels.nn.adapters import RanaLinear, RanaMLP, RanaNeuronLinear, check_thresholds, joint_linears
+from rana_kernels.ops import reference
 
 K, N, I = 24, 40, 56  # noqa: E741
 
@@ -19,7 +19,7 @@ def filled(module: nn.Module, threshold: float = 0.0) -> nn.Module:
         nn.init.normal_(parameter)
     for part in module.modules():
         if hasattr(part, "scale"):
-            part.scale.uniform_(0.5, 2)
+            part.norms.uniform_(0.5, 2)
         if hasattr(part, "threshold"):
             part.threshold.fill_(threshold)
     return module
@@ -74,7 +74,7 @@ def test_linear_above_every_value_is_its_bias(x):
 
 def test_neuron_linear_drops_light_inputs(x):
     module = MODULES["neuron"]()
-    kept = torch.where(x.abs() * module.scale >= 0.5, x, 0)
+    kept = torch.where(x.abs() * module.norms >= 0.5, x, 0)
     assert 0 < (kept == 0).sum() < x.numel()
     torch.testing.assert_close(module(x), kept @ module.rows + module.bias)
 
@@ -95,7 +95,7 @@ def test_mlp_is_its_parts(x, joint):
     h = torch.where(h.abs() >= 1, h, 0)
     h_up, h_gate = h[..., :16], h[..., 0 if joint else 16 :]
     g = nn.functional.silu(h_gate @ gate.rows + gate.bias) * (h_up @ up.rows + up.bias)
-    g = torch.where(g.abs() * down.scale >= 1, g, 0)
+    g = torch.where(g.abs() * down.norms >= 1, g, 0)
     wanted = g @ down.rows + down.bias
     # large terms cancel: the error is one of the terms, not of the sum
     torch.testing.assert_close(y, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import rana_kernels
-from rana_kernels.backends import reference
+from rana_kernels.ops import reference
 from tests.cases import (
     ACTIVATIONS,
     CASES,
@@ -27,7 +27,7 @@ from tests.cases import (
 )
 
 NAN, INF = float("nan"), float("inf")
-MASKED = ("threshold", "scale", "down_scale", "down_threshold")
+MASKED = ("threshold", "scale", "down_norms", "down_threshold")
 
 
 def grid(cases):
@@ -397,7 +397,7 @@ def test_masks_are_decided_in_float32(implementation, dtype, h, threshold, kept,
     }
     linear = {"h": tokens, "rows": one, "threshold": unit * threshold, "scale": unit * h}
     mlp = {"x": tokens, "B": one, "up_rows": one, "gate_rows": None, "threshold": unit * 0, "up_bias": rest}
-    mlp |= {"gate_bias": None, "down_rows": one, "down_scale": unit, "down_threshold": unit * threshold}
+    mlp |= {"gate_bias": None, "down_rows": one, "down_norms": unit, "down_threshold": unit * threshold}
     calls = {
         "masked_linear": linear,
         "masked_lowrank_linear": {**lowrank, "threshold": unit * threshold},
@@ -458,7 +458,7 @@ def test_activations_over_the_whole_range(implementation, activation):
     v = torch.cat([-v, torch.zeros(1), v, torch.linspace(-20, 20, 999)]).to(implementation.device)
     one = torch.ones(1, 1, device=implementation.device)
     args = {"x": v[:, None], "B": one, "up_rows": one, "gate_rows": None, "threshold": one[0] * 0}
-    args |= {"up_bias": None, "gate_bias": None, "down_rows": one, "down_scale": one[0]}
+    args |= {"up_bias": None, "gate_bias": None, "down_rows": one, "down_norms": one[0]}
     args |= {"down_threshold": one[0] * 0, "down_bias": None, "activation": activation}
     wanted = ACTIVATIONS[activation](v.double())
     for block in (v.numel(), 1):
@@ -591,8 +591,8 @@ BAD = {
     "gate_bias_dtype": ("masked_mlp", "gate_bias", lambda b: b.half()),
     "down_rows_short": ("masked_mlp", "down_rows", lambda rows: rows[1:]),
     "down_rows_elsewhere": ("masked_mlp", "down_rows", lambda rows: rows.to("meta")),
-    "down_scale_dtype": ("masked_mlp", "down_scale", lambda s: s.half()),
-    "down_scale_short": ("masked_mlp", "down_scale", lambda s: s[1:]),
+    "down_norms_dtype": ("masked_mlp", "down_norms", lambda s: s.half()),
+    "down_norms_short": ("masked_mlp", "down_norms", lambda s: s[1:]),
     "down_threshold_short": ("masked_mlp", "down_threshold", lambda t: t[1:]),
     "down_bias_short": ("masked_mlp", "down_bias", lambda b: b[1:]),
     "linear_x_scalar": ("linear", "x", lambda x: x.sum()),

@@ -12,9 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rana_kernels as rana
-from rana_kernels.integrations import parallel
-from rana_kernels.plan import Plan
-from rana_kernels.pool import exact
+from rana_kernels.integrations.tensor_parallel import modules
+from rana_kernels.model.plan import Plan
+from rana_kernels.statistics.processes import exact
 from tests.test_compress import hand_plan, make_model, tokens
 
 pytest.importorskip("accelerate", reason="transformers shares models among devices with accelerate")
@@ -87,5 +87,5 @@ def test_cards_project_without_a_copy_of_the_weights():
     """Their product has an output of its own dtype; without a card its shapes and dtypes are played."""
     with FakeTensorMode():
         x, B = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((2, 3, 8), (16, 8)))
-        h = parallel._project(x, B)
+        h = modules._project(x, B)
     assert (h.shape, h.dtype) == ((2, 3, 16), torch.float32)

@@ -25,11 +25,11 @@ from bench.quality.run import Comparison, Settings
 from bench.quality.store import Store
 from bench.quality.subject import SCOPES, Subject, open_subject, scoped
 from bench.report import RESULTS
+from rana_kernels.allocation.request import Request
+from rana_kernels.allocation.whole_model import plan_curves
 from rana_kernels.evaluation.density import costs_of, planned_live
-from rana_kernels.evaluation.evaluate import kept_rows
-from rana_kernels.methods.budget import plan_curves
-from rana_kernels.methods.request import Request
-from rana_kernels.models import find_blocks
+from rana_kernels.evaluation.metrics import count_live_rows
+from rana_kernels.model.architectures import find_blocks
 from tests.results import numbers_in
 
 BUDGETS = (0.56, 0.4)
@@ -142,7 +142,7 @@ def test_the_page_has_the_tables_of_the_results(results):
 @pytest.mark.parametrize("build", [teal, wina, cats])
 def test_masks_fitted_again_keep_what_they_kept(build, subject):
     candidate, rows = build(subject, "both", 0.7), subject.calibration
-    before, counts = measured_keep(candidate, rows), kept_rows(candidate.model, rows, progress=False)
+    before, counts = measured_keep(candidate, rows), count_live_rows(candidate.model, rows, progress=False)
     with torch.no_grad():
         for parameter in candidate.model.parameters():
             parameter.mul_(0.7)
@@ -182,8 +182,8 @@ def test_masked_inputs_cost_the_inputs_that_are_not_zero(build, scope, subject):
     for name in subject.linears(scope):
         candidate.model.get_submodule(f"{name}.linear").register_forward_pre_hook(count)
     found = measure(candidate.model, subject.evaluation)
-    assert candidate.costs.keep(found.counts) == pytest.approx(sum(done) / sum(all_of_it))
-    assert candidate.costs.keep(found.counts) == pytest.approx(0.5, abs=0.05)
+    assert candidate.costs.cost_ratio(found.counts) == pytest.approx(sum(done) / sum(all_of_it))
+    assert candidate.costs.cost_ratio(found.counts) == pytest.approx(0.5, abs=0.05)
     assert len(done) > len(subject.linears(scope))
 
 
@@ -204,8 +204,8 @@ def test_cats_costs_the_gate_and_the_neurons_it_keeps(subject):
         down.register_forward_pre_hook(lambda _module, args: neurons.append((args[0] != 0).sum(-1)))
     found = measure(candidate.model, subject.evaluation)
     kept = torch.cat([n.flatten() for n in neurons]).double().mean() / 176
-    assert candidate.costs.keep(found.counts) == pytest.approx((1 + 2 * float(kept)) / 3)
-    assert candidate.costs.keep(found.counts) == pytest.approx(0.6, abs=0.05)
+    assert candidate.costs.cost_ratio(found.counts) == pytest.approx((1 + 2 * float(kept)) / 3)
+    assert candidate.costs.cost_ratio(found.counts) == pytest.approx(0.6, abs=0.05)
 
 
 @pytest.mark.parametrize("method", ["static", "paper", "unmasked", "global"])
@@ -220,9 +220,9 @@ def test_adapters_cost_what_their_plan_says(method, subject):
     )
     assert costs.fixed + sum(live[name] * row for name, row in costs.row.items()) == pytest.approx(by_hand)
     found = measure(candidate.model, subject.evaluation)
-    per_token = costs.keep_of_tokens(found.counts)
+    per_token = costs.cost_ratio_of_tokens(found.counts)
     assert len(per_token) == subject.evaluation.numel()
-    assert float(per_token.mean()) == pytest.approx(costs.keep(found.counts))
+    assert float(per_token.mean()) == pytest.approx(costs.cost_ratio(found.counts))
     assert costs.drift(found.counts, {n: c.mean for n, c in found.counts.items()}) == pytest.approx(0)
 
 

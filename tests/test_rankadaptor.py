@@ -6,24 +6,24 @@ import pytest
 import torch
 
 import rana_kernels as rana
-from rana_kernels.allocate import plan
-from rana_kernels.calibrate import INPUTS, calibrate
-from rana_kernels.evaluation.evaluate import perplexity
-from rana_kernels.methods import rankadaptor
-from rana_kernels.methods.performance import PerformanceModel, Site, features
-from rana_kernels.methods.search import Search, best_allocation
-from rana_kernels.resume import ResumeDir
+from rana_kernels.allocation import rankadaptor
+from rana_kernels.allocation.loss_model import InputShare, LossModel, features
+from rana_kernels.allocation.methods import plan
+from rana_kernels.allocation.search import Search, best_allocation
+from rana_kernels.checkpoint.resume import ResumeDir
+from rana_kernels.evaluation.metrics import perplexity
+from rana_kernels.statistics.calibration import INPUTS, calibrate
 from tests.test_cli import compression, folder, run  # noqa: F401 - fixtures
 from tests.test_compress import logits, make_model, tokens
 
 WANTED = {"qkv": 0.8, "o": -0.5, "mlp": -0.3, "down": 0.4}
 
 
-def some_sites(layers: int) -> list[Site]:
-    return [Site(r, i / (layers - 1), 1 / (4 * layers)) for i in range(layers) for r in INPUTS]
+def some_sites(layers: int) -> list[InputShare]:
+    return [InputShare(r, i / (layers - 1), 1 / (4 * layers)) for i in range(layers) for r in INPUTS]
 
 
-def loss_of(sites: list[Site]):
+def loss_of(sites: list[InputShare]):
     """Least where each role has its own weight and later blocks have more; 3.0 of a dense 2.0 at zero."""
     best = torch.tensor([WANTED[s.role] + 0.6 * (s.depth - 0.5) for s in sites], dtype=torch.float64)
 
@@ -35,7 +35,7 @@ def loss_of(sites: list[Site]):
 
 
 def a_search(evaluations: int, **options) -> Search:
-    return Search(tokens(), evaluations, anchor=2.0, **options)
+    return Search(tokens(), evaluations, baseline_loss=2.0, **options)
 
 
 # the performance model
@@ -48,7 +48,7 @@ def test_a_number_added_to_all_sites_changes_nothing():
 
 
 def test_what_was_learnt_on_four_layers_holds_for_nine():
-    model, (short, long) = PerformanceModel(), (some_sites(4), some_sites(9))
+    model, (short, long) = LossModel(), (some_sites(4), some_sites(9))
     seen, asked = torch.randn(60, 16, dtype=torch.float64), 0.5 * torch.randn(20, 36, dtype=torch.float64)
     wanted = torch.tensor([loss_of(long)(a) - 3 for a in asked])
     unsure = model.predict(features(long, asked))[1]
@@ -130,7 +130,7 @@ def test_a_plan_measured_is_the_plan_that_is_made(stats):
     made = plan(stats, flops_reduction=0.5, method="rankadaptor", search=search, progress=False)
     assert torch.equal(logits(stats.model), dense)  # the linears are back
     assert made.method == "rankadaptor" and made.reduction == pytest.approx(0.5, abs=0.002)
-    assert search.anchor == perplexity(stats.model, tokens(3), progress=False).nll
+    assert search.baseline_loss == perplexity(stats.model, tokens(3), progress=False).nll
     for reference, found in (("global", search.losses[0]), (made, min(search.losses))):
         model, how = make_model(), {}
         how = {"flops_reduction": 0.5} if reference == "global" else {"plan": made}
@@ -150,7 +150,7 @@ def test_shares_of_the_sites_are_those_of_the_errors(stats):
 
 
 def test_requests_that_do_not_fit(stats):
-    with pytest.raises(ValueError, match="wanted a rana_kernels.methods.search.Search with method"):
+    with pytest.raises(ValueError, match="wanted a rana_kernels.allocation.search.Search with method"):
         rana.compress(stats.model, stats=stats, flops_reduction=0.5, method="rankadaptor", progress=False)
     with pytest.raises(ValueError, match="and only there"):
         plan(stats, flops_reduction=0.5, method="global", search=Search(tokens()), progress=False)

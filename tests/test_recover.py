@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import rana_kernels as rana
-from rana_kernels import recover
-from rana_kernels.checkpoint import attached_plan
-from rana_kernels.cli import recover as command
+from rana_kernels.checkpoint.attachment import attached_plan
+from rana_kernels.cli import training as command
 from rana_kernels.evaluation.live import count_live
-from rana_kernels.recover import Training, learning_rate, train
-from rana_kernels.recovery import lora_ranks
-from rana_kernels.recovery.factored import FactoredLinear, close, factor, factored
+from rana_kernels.nn.factored import FactoredLinear, factored, from_linears, to_linears
+from rana_kernels.recovery import lora_ranks, training
 from rana_kernels.recovery.refit import refit
+from rana_kernels.recovery.training import Training, learning_rate, train
 from tests.test_cli import compressed, folder, run  # noqa: F401 - fixtures
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 
@@ -38,10 +37,10 @@ def adapted(name: str = "Llama", **how) -> nn.Module:
 def test_factored_it_is_the_same_model_and_closed_the_same_bits(name, joint):
     model = adapted(name, plan=hand_plan(make_model(name), joint))
     wanted, again = logits(model), copy.deepcopy(model)
-    factor(again)
+    to_linears(again)
     assert any(isinstance(module, FactoredLinear) for _, module in factored(again))
     torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-4)
-    close(again)
+    from_linears(again)
     assert not list(factored(again))
     assert_equal_states(model, again)
     assert torch.equal(logits(again), wanted)
@@ -50,7 +49,7 @@ def test_factored_it_is_the_same_model_and_closed_the_same_bits(name, joint):
 def test_factors_share_the_memory_of_the_adapters():
     model = adapted()
     owner = model.model.layers[0].self_attn.q_proj
-    factor(model)
+    to_linears(model)
     made = model.model.layers[0].self_attn.q_proj
     assert made.B.weight.data_ptr() == owner.B.data_ptr()
     assert made.rows.weight.data_ptr() == owner.rows.data_ptr()
@@ -74,8 +73,8 @@ HOW = Training(steps=12, batch=2, accumulate=2, learning_rate=5e-3)
 def test_an_interrupted_training_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     state, rows, whole = tmp_path / "state.safetensors", tokens(7), trainable()
     losses = train(whole, rows, HOW, progress=False)
-    loss, calls = recover._loss, 0
-    monkeypatch.setattr(recover, "SAVED_EVERY", 4)
+    loss, calls = training._loss, 0
+    monkeypatch.setattr(training, "SAVED_EVERY", 4)
 
     def interrupted(*args):
         nonlocal calls
@@ -85,7 +84,7 @@ def test_an_interrupted_training_goes_on_with_the_same_bits(tmp_path, monkeypatc
         return loss(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(recover, "_loss", interrupted)
+        patch.setattr(training, "_loss", interrupted)
         train(trainable(), rows, HOW, state=state, progress=False)
     again = trainable()
     assert train(again, rows, HOW, state=state, progress=False) == losses[8:]
@@ -149,14 +148,14 @@ def test_trainings_that_cannot_be():
 def test_refitted_thresholds_keep_what_was_planned(method):
     model = adapted(flops_reduction=0.4, method=method)
     planned = attached_plan(model)
-    factor(model)
+    to_linears(model)
     with torch.no_grad():
         for _, module in factored(model):
             module.rows.weight *= 1.2
             if isinstance(module, FactoredLinear):
                 module.B.weight *= 0.6
     refit(model, tokens())
-    close(model)
+    from_linears(model)
     fitted = attached_plan(model)
     assert fitted.reduction == pytest.approx(planned.reduction, abs=1e-3)
     with count_live(model) as counts, torch.no_grad():
@@ -172,7 +171,7 @@ def test_refitted_thresholds_keep_what_was_planned(method):
 def test_ranks_that_are_always_on_stay_so():
     model = adapted(flops_reduction=0.3, method="static")
     planned = attached_plan(model)
-    factor(model)
+    to_linears(model)
     refit(model, tokens())
     assert attached_plan(model) == planned
     assert all((module.threshold == 0).all() for _, module in factored(model))
@@ -184,8 +183,8 @@ def test_ranks_that_are_always_on_stay_so():
 @pytest.mark.parametrize("name", MODELS)
 def test_shared_out_ranks_take_no_more_weights_than_equal_ones(name):
     model = adapted(name)
-    factor(model)
-    sites, owner = lora_ranks.sites(model)
+    to_linears(model)
+    sites, owner = lora_ranks.inputs_of(model)
     assert sum(site.share for site in sites) == pytest.approx(1) and set(owner.values()) == set(
         range(len(sites))
     )

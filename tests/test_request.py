@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rana_kernels as rana
-from rana_kernels.card import card
-from rana_kernels.checkpoint import attached_plan
+from rana_kernels.allocation.cost import MULTIPLY_ADDS, LinearCost, reduction
+from rana_kernels.allocation.latency import LatencyTable, ShapeLatency, fit_cost, sizes_of
+from rana_kernels.allocation.latency_measurement import measure_latency
+from rana_kernels.allocation.request import Request
+from rana_kernels.allocation.search import Search
+from rana_kernels.allocation.whole_model import model_curves, plan_curves
+from rana_kernels.checkpoint.attachment import attached_plan
+from rana_kernels.checkpoint.model_card import write_card
 from rana_kernels.cli import compress as command
-from rana_kernels.methods.budget import model_curves, plan_curves
-from rana_kernels.methods.prices import MULTIPLY_ADDS, Line, reduction
-from rana_kernels.methods.request import Request
-from rana_kernels.methods.search import Search
-from rana_kernels.models import find_blocks
-from rana_kernels.plan import Plan
-from rana_kernels.stopwatch import measure_times
-from rana_kernels.times import Shape, Times, line_through, sizes_of
+from rana_kernels.model.architectures import find_blocks
+from rana_kernels.model.plan import Plan
 from tests.test_budget import DEMO_MODEL
 from tests.test_cli import compression, folder, run  # noqa: F401 - fixtures
 from tests.test_compress import make_model, tokens
@@ -43,7 +43,7 @@ def stored_in_blocks(model: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
 
-def made_of(model: torch.nn.Module, dtype: str = "float32", neuron: float = 1.0) -> Times:
+def made_of(model: torch.nn.Module, dtype: str = "float32", neuron: float = 1.0) -> LatencyTable:
     """Times as if the machine did a multiply-add in a nanosecond, of neuron adapters in `neuron` of them."""
     shapes = []
     for K, N in sizes_of(model):
@@ -51,8 +51,8 @@ def made_of(model: torch.nn.Module, dtype: str = "float32", neuron: float = 1.0)
             (R, live, 1e-3 * (R * K + live * N)) for R, live in ((8.0, 8.0), (8.0, 2.0), (16.0, 4.0))
         )
         neurons = tuple((float(K), live, 1e-3 * neuron * live * N) for live in (4.0, 9.0))
-        shapes.append(Shape(K, N, 1e-3 * K * N, ranks, neurons))
-    return Times({"processor": "none", "dtype": dtype}, tuple(shapes))
+        shapes.append(ShapeLatency(K, N, 1e-3 * K * N, ranks, neurons))
+    return LatencyTable({"processor": "none", "dtype": dtype}, tuple(shapes))
 
 
 # a cap on memory
@@ -72,7 +72,7 @@ def test_a_compressed_model_stores_what_it_may(demo, part):
     assert report.block_bytes_after > 0.99 * part * dense and report.plan.reduction >= 0.435
     assert attached_plan(model).max_memory == report.plan.max_memory == int(part * dense)
     shown = rf"most that these linears may store \| {part * dense / 1e6:.1f} MB"
-    assert re.search(shown, card(model)) and "of the blocks' linears |" in card(model)
+    assert re.search(shown, write_card(model)) and "of the blocks' linears |" in write_card(model)
 
 
 def test_a_cap_is_paid_for_in_loss(demo):
@@ -111,11 +111,11 @@ def test_bytes_are_those_of_every_architecture(architecture):
 
 def test_lines_go_through_their_points():
     points = [(R, live, 3 + 0.5 * R + 0.25 * live) for R in (16.0, 64.0) for live in (4.0, 9.0)]
-    line = line_through(tuple(points))
+    line = fit_cost(tuple(points))
     assert (line.fixed, line.stored, line.live) == pytest.approx((3, 0.5, 0.25))
-    neurons = line_through(((64.0, 16.0, 5.0), (64.0, 32.0, 6.0), (64.0, 64.0, 8.0)))
+    neurons = fit_cost(((64.0, 16.0, 5.0), (64.0, 32.0, 6.0), (64.0, 64.0, 8.0)))
     assert (neurons.fixed, neurons.stored, neurons.live) == pytest.approx((4, 0, 1 / 16))
-    falling = line_through(((64.0, 16.0, 6.0), (64.0, 64.0, 5.0)))
+    falling = fit_cost(((64.0, 16.0, 6.0), (64.0, 64.0, 5.0)))
     assert falling.live > 0 and falling.at(64, 16) == pytest.approx(5.5, rel=0.02)
 
 
@@ -144,12 +144,14 @@ def test_what_takes_long_is_not_used(method):
     assert kinds[0.2] > 2 and kinds[50.0] == 0
     report = rana.compress(model, stats=stats, **asked, progress=False)
     assert report.block_time_reduction == pytest.approx(0.4, abs=0.003)
-    assert "| time saved there for one token" in card(model) and "(40.0% asked for)" in card(model)
+    assert "| time saved there for one token" in write_card(model) and "(40.0% asked for)" in write_card(
+        model
+    )
 
 
 def test_measured_times_are_of_every_shape_and_survive_the_disk(tmp_path):
     model = make_model("Qwen2").bfloat16()
-    times = measure_times(model, progress=False)
+    times = measure_latency(model, progress=False)
     assert times.machine["dtype"] == "bfloat16" and times.machine["threads"] == torch.get_num_threads()
     assert [(s.in_features, s.width) for s in times.shapes] == sizes_of(model)
     block = find_blocks(model)[0]
@@ -160,12 +162,12 @@ def test_measured_times_are_of_every_shape_and_survive_the_disk(tmp_path):
         full = min(shape.in_features, shape.width)
         assert shape.ranks[-1][:2] == (full, full) and shape.neurons[-1][:2] == (shape.in_features,) * 2
     times.save(tmp_path / "times.json")
-    assert Times.load(tmp_path / "times.json") == times
+    assert LatencyTable.load(tmp_path / "times.json") == times
 
 
 def test_a_larger_linear_takes_longer():
     model = make_model(hidden_size=512, intermediate_size=2048, num_hidden_layers=1)
-    times = measure_times(model, progress=False)
+    times = measure_latency(model, progress=False)
     small, large = times.rank(512, 2048), times.rank(512, 4096)  # up alone, and gate and up together
     assert large.at(512, 512) > 1.3 * small.at(512, 512) > 0
     assert large.at(512, 512) > 1.2 * large.at(512, 64)
@@ -193,7 +195,7 @@ def test_a_damaged_table_is_an_error(name, tmp_path):
     text, message = DAMAGED[name]
     (tmp_path / "times.json").write_text(text)
     with pytest.raises(ValueError, match=f"times.json is no table of times .*{message}"):
-        Times.load(tmp_path / "times.json")
+        LatencyTable.load(tmp_path / "times.json")
 
 
 # requests
@@ -247,7 +249,7 @@ def test_prices_are_what_adapters_say_of_themselves(demo):
     for ways in demo.curves:
         for choice in (choice for way in ways for curve in way for choice in curve[::11]):
             assert choice.cost == pytest.approx(choice.adapter.flops / 2)
-    assert MULTIPLY_ADDS.rank(3, 5) == Line(0, 3, 5)
+    assert MULTIPLY_ADDS.rank(3, 5) == LinearCost(0, 3, 5)
 
 
 # the command line
@@ -271,7 +273,7 @@ def test_time_and_memory_on_the_command_line(folder, tmp_path, run, monkeypatch)
         assert found["block_bytes_after"] <= 250_000 < found["block_bytes_before"]
         assert found["plan"]["time_reduction"] == 0.3 and found["plan"]["flops_reduction"] is None
         assert found["plan"]["max_memory"] == 250_000
-    assert len(measured) == 1 and Times.load(table).machine["processor"] == "none"
+    assert len(measured) == 1 and LatencyTable.load(table).machine["processor"] == "none"
     assert len({(out / "model.safetensors").read_bytes() for out in outs}) == 1
     code, _, err = run(*compression(folder, tmp_path / "out"), "--time-reduction", 0.3)
     assert code == 1 and "wanted both or neither" in err

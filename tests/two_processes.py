@@ -17,11 +17,11 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from transformers import AutoModelForCausalLM
 
 import rana_kernels as rana
-from rana_kernels import sensitivity
-from rana_kernels.checkpoint import attached_plan
-from rana_kernels.integrations import parallel, sharding
-from rana_kernels.modules import Handoff, RanaLinear, RanaMLP, RanaNeuronLinear
-from rana_kernels.plan import Adapter
+from rana_kernels.checkpoint.attachment import attached_plan
+from rana_kernels.integrations.tensor_parallel import modules, shares
+from rana_kernels.model.plan import AdapterSpec
+from rana_kernels.nn.adapters import Handoff, RanaLinear, RanaMLP, RanaNeuronLinear
+from rana_kernels.statistics import fisher
 from tests.test_compress import make_model, tokens
 
 PLACE = Path(os.environ["RANA_TEST_MODELS"])
@@ -55,7 +55,7 @@ def test_layers_dealt_out_to_processes_give_the_same_tokens(name):
 
 def held(model: nn.Module) -> int:
     """Values of the adapters, and of the dense linears among them."""
-    kinds = (parallel._Piece, RanaLinear, RanaNeuronLinear, RanaMLP, nn.Linear)
+    kinds = (modules._Piece, RanaLinear, RanaNeuronLinear, RanaMLP, nn.Linear)
     tensors = {t for m in model.modules() if isinstance(m, kinds) for t in [*m.parameters(), *m.buffers()]}
     return sum(t.numel() for t in tensors)
 
@@ -85,7 +85,7 @@ def test_bfloat16_is_as_close_to_float32_as_in_one_process(name):
 def counted():
     """The bytes that each process sends in a ring, by collective."""
     sent, size = Counter(), dist.get_world_size()
-    real = parallel._all_gather, parallel._reduce_scatter, parallel._all_reduce
+    real = modules._all_gather, modules._reduce_scatter, modules._all_reduce
 
     def gather(whole, share, group):
         sent["gather"] += share.nbytes * (size - 1)
@@ -99,11 +99,11 @@ def counted():
         sent["sum"] += 2 * tensor.nbytes * (size - 1) // size
         real[2](tensor, group=group)
 
-    with mock.patch.multiple(parallel, _all_gather=gather, _reduce_scatter=scatter, _all_reduce=total):
+    with mock.patch.multiple(modules, _all_gather=gather, _reduce_scatter=scatter, _all_reduce=total):
         yield sent
 
 
-def place(adapter: Adapter) -> str:
+def place(adapter: AdapterSpec) -> str:
     """The linear, of any layer: transformers shares those that are dense in every layer by itself."""
     return re.sub(r"\d+", "*", adapter.names[0])
 
@@ -144,7 +144,7 @@ def filled(module: nn.Module) -> nn.Module:
 
 def shared(module: nn.Module, style: str) -> nn.Module:
     state = module.state_dict(prefix="m.")
-    return sharding.form(style, sharding.Shares("m", module, state.__getitem__, dist.group.WORLD))
+    return shares.form(style, shares.Shares("m", module, state.__getitem__, dist.group.WORLD))
 
 
 def mine(x: torch.Tensor) -> torch.Tensor:
@@ -234,7 +234,7 @@ def test_what_the_processes_cannot_share_is_refused(dimension):
 
 def test_heads_that_the_processes_cannot_share_are_refused():
     with (
-        mock.patch.object(sharding, "processes", lambda model: 3),
+        mock.patch.object(shares, "processes", lambda model: 3),
         pytest.raises(ValueError, match="3 processes"),
     ):
         load("Llama-paper")
@@ -314,7 +314,7 @@ def test_calibration_by_all_is_that_of_one_bit_for_bit(name, group):
 
 def test_only_the_first_tokens_are_differentiated_whoever_has_them(group):
     model, options = make_model("Llama"), {"inputs": ["qkv"], "progress": False}
-    with mock.patch.object(sensitivity, "TOKENS", 10):  # all of them in the first row, of the first process
+    with mock.patch.object(fisher, "TOKENS", 10):  # all of them in the first row, of the first process
         together = rana.calibrate(model, tokens(4, 12).split(1), **options, group=group)
     first = rana.calibrate(model, tokens(4, 12)[:1].split(1), **options)
     assert together.gradients.keys() == first.gradients.keys()

@@ -26,7 +26,7 @@ from bench.gpu import card
 from bench.gpu.tests import require_green_gates
 from bench.models import KEEP
 from bench.timing import thread_counts, using
-from rana_kernels.evaluation.evaluate import perplexity
+from rana_kernels.evaluation.metrics import perplexity
 
 DRAFT_PROMPTS, DRAFT_PROMPT, DRAFT_TOKENS = 4, 64, 64
 Models = dict[str, PreTrainedModel]

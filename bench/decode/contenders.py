@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import rana_kernels as rana
 from bench.decode.random_adapters import LIVE_SHARE, adapt
-from rana_kernels.dense import serve_dense
-from rana_kernels.huge_pages import use_huge_pages
+from rana_kernels.nn.dense import serve_dense
+from rana_kernels.system.huge_pages import use_huge_pages
 
 NAMES = ("dense", "dense, ours", "static", "rana")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rana_kernels.machine import clock
+from rana_kernels.system.cpu import clock
 
 DRAFTED = (2, 4, 8)  # tokens drafted before each check
 

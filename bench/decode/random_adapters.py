@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from bench.models import stored_ranks
 from bench.weights import threshold_keeping
-from rana_kernels.install import install
-from rana_kernels.layer import linear_of
-from rana_kernels.models import Block, find_blocks
-from rana_kernels.modules import RanaLinear, RanaMLP
-from rana_kernels.plan import Adapter, Plan
+from rana_kernels.model.architectures import Block, find_blocks
+from rana_kernels.model.install import install
+from rana_kernels.model.linears import linear_of
+from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.nn.adapters import RanaLinear, RanaMLP
 
 LIVE_SHARE = 0.5  # of the stored ranks that the masks keep
 SAMPLE = 64  # tokens that the thresholds are set on
@@ -44,18 +44,18 @@ def randomize(module: nn.Module) -> None:
         nn.init.normal_(weight, std=max(weight.shape) ** -0.5)
 
 
-def _adapters(dense: PreTrainedModel, block: Block, keep: float, live_share: float) -> Iterator[Adapter]:
+def _adapters(dense: PreTrainedModel, block: Block, keep: float, live_share: float) -> Iterator[AdapterSpec]:
     """q, k and v jointly, gate, up and down; o stays dense, and the others make up for it."""
     weights = {name: linear_of(dense, name).weight for name in block.linears}
     whole, o = sum(w.numel() for w in weights.values()), weights[block.o].numel()
     keep = (keep * whole - o) / (whole - o)
 
-    def adapter(kind: str, names: tuple[str, ...]) -> Adapter:
+    def adapter(kind: str, names: tuple[str, ...]) -> AdapterSpec:
         K, widths = weights[names[0]].shape[1], tuple(len(weights[name]) for name in names)
         N = sum(widths)
         rank = stored_ranks(K, N, keep, live_share)
         sizes = {"rank": (rank, live_share * rank), "neuron": (K, keep * K), "dense": (0, 0.0)}[kind]
-        return Adapter(kind, names, K, widths, *sizes)
+        return AdapterSpec(kind, names, K, widths, *sizes)
 
     yield adapter("rank", block.qkv)
     yield adapter("rank", (block.gate,))
@@ -93,5 +93,5 @@ def set_mlp_thresholds(mlp: RanaMLP, x: Tensor, neurons: int) -> None:
     up, gate = (torch.where(h.abs() < t, 0, h) for h, t in zip((up, gate), thresholds, strict=True))
     g = F.silu(gate @ mlp.gate_proj.rows.float()) * (up @ mlp.up_proj.rows.float())
     scale = mlp.down_proj.rows.float().norm(dim=1)
-    mlp.down_proj.scale.copy_(scale)
+    mlp.down_proj.norms.copy_(scale)
     mlp.down_proj.set_threshold(threshold_keeping(neurons, (g * scale).abs()))

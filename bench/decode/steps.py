@@ -12,7 +12,7 @@ from torch._inductor import config as inductor
 from torch._inductor.codecache import PyCodeCache
 from transformers import PreTrainedModel, StaticCache
 
-from rana_kernels.machine import clock
+from rana_kernels.system.cpu import clock
 
 WRITTEN = "torch._inductor.runtime.compile_tasks."  # names of modules that torch.compile writes
 WARM_UP = 2  # steps before one is captured: they compile, and show that they need not compile again

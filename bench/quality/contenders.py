@@ -12,16 +12,16 @@ from torch import nn
 import rana_kernels as rana
 from bench.quality.masks import mask_gates, mask_inputs
 from bench.quality.subject import Subject, scoped
-from rana_kernels.calibrate import Stats
+from rana_kernels.allocation.methods import METHODS
+from rana_kernels.allocation.request import Request
+from rana_kernels.allocation.search import Search
+from rana_kernels.allocation.specs import dense_spec
+from rana_kernels.allocation.spending import Curve, Ways
+from rana_kernels.allocation.whole_model import plan_curves
 from rana_kernels.evaluation.density import Costs, costs_of
-from rana_kernels.layer import Layer
-from rana_kernels.methods import paper
-from rana_kernels.methods.adapters import dense_adapter
-from rana_kernels.methods.budget import plan_curves
-from rana_kernels.methods.request import Request
-from rana_kernels.methods.search import Search
-from rana_kernels.methods.spend import Curve, Ways
-from rana_kernels.plan import Adapter, Plan
+from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.statistics.block import CalibratedBlock
+from rana_kernels.statistics.calibration import Stats
 
 EVALUATIONS = 20  # of a search of rankadaptor
 
@@ -120,12 +120,13 @@ def _same_for_every_layer(subject: Subject, scope: str, keep: float, method: str
         raise ValueError(
             f"{method} leaves {1 - adapted / sum(cost.values()):.2f} of the cost dense, wanted {keep}"
         )
-    adapters: list[Adapter] = []
+    adapters: list[AdapterSpec] = []
     for block in subject.blocks:
-        layer, inside = Layer(subject.dense, block, subject.stats), set(scoped(block, scope))
-        for adapter in paper.plan_layer(layer, share, method):
+        calibrated = CalibratedBlock(subject.dense, block, subject.stats)
+        inside = set(scoped(block, scope))
+        for adapter in METHODS[method].plan_block(calibrated, share):
             own = adapter.names[0] in inside
-            adapters += [adapter] if own else [dense_adapter(layer, name) for name in adapter.names]
+            adapters += [adapter] if own else [dense_spec(calibrated, name) for name in adapter.names]
     return Plan(tuple(adapters), method)
 
 

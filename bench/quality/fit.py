@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.quality.contenders import Candidate
 from bench.quality.subject import BATCH
-from rana_kernels.evaluation.evaluate import kept_rows
+from rana_kernels.evaluation.metrics import count_live_rows
 
 TOLERANCE = 0.005  # of the dense cost
 FIT_ROWS = 16  # of the evaluation text, spread over it, on which the cost is measured for the fit
@@ -46,5 +46,5 @@ def fit(
 
 def measured_keep(candidate: Candidate, rows: Tensor) -> float:
     if not candidate.costs.row:
-        return candidate.costs.keep({})
-    return candidate.costs.keep(kept_rows(candidate.model, rows, batch=BATCH, progress=False))
+        return candidate.costs.cost_ratio({})
+    return candidate.costs.cost_ratio(count_live_rows(candidate.model, rows, batch=BATCH, progress=False))

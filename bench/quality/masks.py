@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from bench.quality.subject import Subject, scoped
 from rana_kernels.evaluation.density import Costs
-from rana_kernels.layer import Layer
-from rana_kernels.methods.split import threshold_for
+from rana_kernels.statistics.block import CalibratedBlock
+from rana_kernels.statistics.thresholds import threshold_for
 
 
 class Masked(nn.Module):
@@ -39,14 +39,14 @@ class Masked(nn.Module):
 
 
 class MaskedLinear(Masked):
-    """A linear that sees no input i with |x_i|·scale_i below the threshold. scale [K] float32."""
+    """A linear that sees no input i with |x_i|·norms_i below the threshold. norms [K] float32."""
 
-    def __init__(self, linear: nn.Module, scale: Tensor) -> None:
+    def __init__(self, linear: nn.Module, norms: Tensor) -> None:
         super().__init__()
-        self.linear, self.scale = linear, scale
+        self.linear, self.norms = linear, norms
 
     def scores(self, x: Tensor) -> Tensor:
-        return x.float().abs() * self.scale
+        return x.float().abs() * self.norms
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(torch.where(self.masks(x)[""], x, 0))
@@ -71,11 +71,11 @@ def mask_inputs(subject: Subject, scope: str, keep: float, *, weighted: bool) ->
     model, _ = subject.copy()
     rows, dense = {}, 0
     for block in subject.blocks:
-        layer = Layer(subject.dense, block, subject.stats)
+        calibrated = CalibratedBlock(subject.dense, block, subject.stats)
         for name in scoped(block, scope):
-            x, weight = layer.sample(layer.input_of((name,))), layer.linear(name).weight
-            scale = layer.scale(name) if weighted else torch.ones(x.shape[1], device=x.device)
-            masked = MaskedLinear(model.get_submodule(name), scale)
+            x, weight = calibrated.sample(calibrated.input_of((name,))), calibrated.linear(name).weight
+            norms = calibrated.neuron_norms(name) if weighted else torch.ones(x.shape[1], device=x.device)
+            masked = MaskedLinear(model.get_submodule(name), norms)
             masked.fit(x, keep * x.shape[1])
             model.set_submodule(name, masked)
             rows[name] = len(weight)
@@ -99,8 +99,8 @@ def mask_gates(subject: Subject, scope: str, keep: float) -> tuple[nn.Module, Co
     for block in subject.blocks:
         if not block.act or block.gate in ("", block.up):
             raise ValueError("CATS needs an MLP with a gate of its own")
-        layer = Layer(subject.dense, block, subject.stats)
-        gates = layer.dense(block.gate, layer.sample("mlp"))
+        calibrated = CalibratedBlock(subject.dense, block, subject.stats)
+        gates = calibrated.dense(block.gate, calibrated.sample("mlp"))
         masked = MaskedActivation(model.get_submodule(block.act))
         masked.fit(gates, share * gates.shape[1])
         model.set_submodule(block.act, masked)

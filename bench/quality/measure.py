@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from bench.quality.contenders import Candidate
 from bench.quality.subject import BATCH
 from rana_kernels.evaluation.density import Costs
-from rana_kernels.evaluation.evaluate import token_losses
 from rana_kernels.evaluation.live import LiveCount, count_live
+from rana_kernels.evaluation.metrics import token_losses
 
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 
@@ -59,7 +59,7 @@ class Measured:
         """Quantiles over tokens of what a token costs."""
         if not costs.row:
             return {}
-        keep = costs.keep_of_tokens(self.counts)
+        keep = costs.cost_ratio_of_tokens(self.counts)
         return {name: float(keep.quantile(share)) for name, share in QUANTILES.items()}
 
 
@@ -74,5 +74,5 @@ def fill(row: Row, candidate: Candidate, rows: Tensor, dense: float) -> None:
     found = measure(candidate.model, rows)
     row.perplexity = found.perplexity
     row.over_dense = found.perplexity / dense - 1
-    row.keep = candidate.costs.keep(found.counts)
+    row.keep = candidate.costs.cost_ratio(found.counts)
     row.tokens = found.spread(candidate.costs)

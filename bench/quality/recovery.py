@@ -15,8 +15,8 @@ import torch
 from bench.quality.contenders import Candidate
 from bench.quality.masks import refit
 from bench.quality.subject import BATCH, Subject, scoped
-from rana_kernels.evaluation.evaluate import kept_rows
-from rana_kernels.recover import Training, train
+from rana_kernels.evaluation.metrics import count_live_rows
+from rana_kernels.recovery.training import Training, train
 
 LEARNING_RATE = 1e-4  # above it, models that lose little lose more
 REFIT_ROWS = 8  # of the calibration text
@@ -43,16 +43,18 @@ def settings(subject: Subject, steps: int) -> dict[str, Any]:
 
 def recover(candidate: Candidate, subject: Subject, steps: int) -> None:
     """Train `candidate` for `steps` on the calibration text, in place."""
-    from rana_kernels.integrations import recovery
+    from rana_kernels.recovery import run
 
     how = training(steps)
     if candidate.plan is not None:
-        recovery.recover(candidate.model, subject.calibration, how, dense=subject.dense, progress=False)
+        run.recover(candidate.model, subject.calibration, how, dense=subject.dense, progress=False)
         return
     some = subject.calibration[:REFIT_ROWS]
-    live = {name: count.mean for name, count in kept_rows(candidate.model, some, progress=False).items()}
+    live = {
+        name: count.mean for name, count in count_live_rows(candidate.model, some, progress=False).items()
+    }
     torch.manual_seed(how.seed)
-    tuned = recovery.get_peft_model(candidate.model, _lora(candidate, subject))
+    tuned = run.get_peft_model(candidate.model, _lora(candidate, subject))
     train(tuned, subject.calibration, how, dense=subject.dense, progress=False)
     tuned.merge_and_unload()
     refit(candidate.model, some, live)
@@ -60,13 +62,13 @@ def recover(candidate: Candidate, subject: Subject, steps: int) -> None:
 
 def _lora(candidate: Candidate, subject: Subject):
     """On every linear, those behind masks among them."""
-    from rana_kernels.integrations import recovery
+    from rana_kernels.recovery import run
 
     modules = dict(candidate.model.named_modules())
     names = [name for block in subject.blocks for name in scoped(block, "both")]
-    return recovery.LoraConfig(
-        r=recovery.Lora().rank,
-        lora_alpha=recovery.ALPHA,
+    return run.LoraConfig(
+        r=run.Lora().rank,
+        lora_alpha=run.ALPHA,
         use_rslora=True,
         target_modules=[f"{name}.linear" if f"{name}.linear" in modules else name for name in names],
     )

@@ -13,7 +13,7 @@ from bench.quality.contenders import CONTENDERS, Candidate
 from bench.quality.measure import QUANTILES, Measured, measure
 from bench.quality.subject import Subject, some_rows
 from rana_kernels.evaluation.density import planned_live
-from rana_kernels.evaluation.spots import Field, keep_of_predictions
+from rana_kernels.evaluation.examples import Predictions, costs_of_predictions
 
 SPOTS = 8
 
@@ -47,7 +47,7 @@ def reading(candidate: Candidate, found: Measured, dense: Measured) -> dict[str,
     return {
         "over_dense": found.perplexity / dense.perplexity - 1,
         "planned": 1 - candidate.plan.reduction,
-        "keep": candidate.costs.keep(found.counts),
+        "keep": candidate.costs.cost_ratio(found.counts),
         "drift": candidate.costs.drift(found.counts, planned_live(candidate.plan)),
         "tokens": found.spread(candidate.costs),
         "more_loss": {name: float(more.quantile(share)) for name, share in QUANTILES.items()},
@@ -58,8 +58,8 @@ def details(
     subject: Subject, candidate: Candidate, found: Measured, dense: Measured, rows: Tensor
 ) -> dict[str, Any]:
     assert candidate.plan is not None
-    keep = keep_of_predictions(candidate.costs.keep_of_tokens(found.counts), rows)
-    field = Field(rows, keep, found.losses, dense.losses, subject.tokenizer)
+    keep = costs_of_predictions(candidate.costs.cost_ratio_of_tokens(found.counts), rows)
+    field = Predictions(rows, keep, found.losses, dense.losses, subject.tokenizer)
     adapters = []
     for adapter in candidate.plan.adapters:
         if adapter.kind != "dense":

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.quality.subject import Subject
 from bench.report import write
-from rana_kernels.resume import fingerprint
+from rana_kernels.checkpoint.resume import fingerprint
 
 
 class Store:

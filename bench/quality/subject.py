@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rana_kernels.calibrate import Stats, calibrate
+from rana_kernels.allocation.spending import Ways
+from rana_kernels.allocation.whole_model import model_curves
 from rana_kernels.cli.options import Dtype, hold_out, open_model, open_tokenizer
-from rana_kernels.methods.budget import model_curves
-from rana_kernels.methods.spend import Ways
-from rana_kernels.models import Block, find_blocks
-from rana_kernels.tokens import read_rows
+from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.model.architectures import Block, find_blocks
+from rana_kernels.statistics.calibration import Stats, calibrate
 
 BATCH = 4  # rows at a time: the logits of more fall out of the caches
 CHARACTERS = 8  # of prose for a token: more than any tokenizer takes
@@ -77,7 +77,7 @@ def open_subject(
     vocabulary = dense.config.vocab_size
 
     def read(path: Path) -> Tensor:
-        return read_rows(path, tokenizer, vocabulary, length=length, tokens=tokens)
+        return read_token_ids(path, tokenizer, vocabulary, length=length, tokens=tokens)
 
     found = [
         read(given or Path(model) / f"{name}.safetensors")

@@ -151,7 +151,7 @@ def _spread(key: str, found: dict[str, Any]) -> list[str]:
 def _spots(spots: list[dict[str, Any]]) -> str:
     table = [["after", "next", "loss", "dense", "cost"]]
     for spot in spots:
-        numbers = (spot["loss"], spot["dense_loss"], spot["keep"])
+        numbers = (spot["loss"], spot["dense_loss"], spot["cost_ratio"])
         table.append([_code(spot["text"]), _code(spot["next"]), *(f"{x:.2f}" for x in numbers)])
     return _table(table)
 

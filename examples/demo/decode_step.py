@@ -21,7 +21,7 @@ from bench.models import stored_ranks
 from bench.weights import copies, threshold_keeping, turns
 from examples.demo.results import DecodeStep, DensityPoint, DensitySweep, Timing
 from rana_kernels import RanaLinear, RanaMLP, ops, use_backend
-from rana_kernels.huge_pages import use_huge_pages
+from rana_kernels.system.huge_pages import use_huge_pages
 
 DTYPE = torch.bfloat16
 BYTES = 2

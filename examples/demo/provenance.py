@@ -11,7 +11,7 @@ import torch
 import rana_kernels
 from bench import report
 from rana_kernels import backends
-from rana_kernels.machine import processor_name
+from rana_kernels.system.cpu import processor_name
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 import rana_kernels as rana
 from examples.demo.model import DemoModel
 from examples.demo.results import Adapted, Quality, Variant
-from rana_kernels.calibrate import Stats
-from rana_kernels.evaluation.evaluate import kept_rows, perplexity
-from rana_kernels.measure import AdapterReport, CompressReport
-from rana_kernels.methods.budget import model_curves, plan_curves
-from rana_kernels.methods.request import Request
-from rana_kernels.plan import Adapter, Plan
+from rana_kernels.allocation.request import Request
+from rana_kernels.allocation.whole_model import model_curves, plan_curves
+from rana_kernels.compression.report import AdapterReport, CompressReport
+from rana_kernels.evaluation.metrics import count_live_rows, perplexity
+from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.statistics.calibration import Stats
 
 METHODS = ("global", "paper", "static")
 Compressed = dict[tuple[str, float], nn.Module]  # by method and budget
@@ -73,7 +73,7 @@ def _evaluate(model: nn.Module, report: CompressReport, evaluation: Tensor, dens
     found = perplexity(model, evaluation, batch=BATCH, progress=False).perplexity
     # rows apart from one another: neighbours come from the same file
     some = evaluation[:: -(-len(evaluation) // LIVE_ROWS)]
-    counts = kept_rows(model, some, batch=BATCH, progress=False)
+    counts = count_live_rows(model, some, batch=BATCH, progress=False)
     live = {name: count.mean for name, count in counts.items()}
     return Variant(
         method=report.plan.method,
@@ -89,7 +89,7 @@ def _evaluate(model: nn.Module, report: CompressReport, evaluation: Tensor, dens
 
 
 def _with_live(plan: Plan, live: dict[str, float]) -> Plan:
-    def measured() -> Iterator[Adapter]:
+    def measured() -> Iterator[AdapterSpec]:
         for adapter in plan.adapters:
             yield replace(adapter, live=live.get(adapter.names[0], adapter.live))
 

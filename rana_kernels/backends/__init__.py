@@ -4,7 +4,6 @@ State is asked of torch's dispatcher, never remembered: a library is loaded or i
 that is absent leaves its device to the next in line; one that is present and does not load raises.
 """
 
-import ctypes
 import os
 import warnings
 from pathlib import Path
@@ -12,10 +11,11 @@ from pathlib import Path
 import torch
 
 from rana_kernels import ops
-from rana_kernels.backends import reference, triton
+from rana_kernels.backends import triton
+from rana_kernels.ops import reference
+from rana_kernels.system.cpu import INSTRUCTION_SETS, runnable_instruction_sets
 
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -29,36 +29,8 @@ def instruction_set() -> str:
         if forced not in INSTRUCTION_SETS:
             raise ImportError(f"RANA_CPU_ISA is {forced!r}, wanted one of {', '.join(INSTRUCTION_SETS)}")
         return forced
-    built = [name for name in _runnable() if _cpu_library(name).exists()]
+    built = [name for name in runnable_instruction_sets() if _cpu_library(name).exists()]
     return built[-1] if built else "baseline"
-
-
-def _runnable() -> list[str]:
-    """What this processor can run of INSTRUCTION_SETS."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    found = ["baseline"]
-    if capability in ("AVX2", "AVX512"):
-        found.append("avx2")
-    if capability == "AVX512":
-        found.append("avx512")
-        flags = _processor_flags()
-        if "avx512_bf16" in flags:
-            found.append("avx512_bf16")
-        if {"avx512_bf16", "amx_tile", "amx_bf16"} <= flags and _may_use_tiles():
-            found.append("amx")
-    return found
-
-
-def _may_use_tiles() -> bool:
-    """Whether Linux lets this process have matrix tiles: sandboxes may not. As in `csrc/cpu/amx.h`."""
-    arch_prctl, request, tile_data = map(ctypes.c_long, (158, 0x1023, 18))
-    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
-
-
-def _processor_flags() -> set[str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def library(device: str) -> Path:

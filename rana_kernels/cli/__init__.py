@@ -14,16 +14,7 @@ try:
 except ModuleNotFoundError:  # optional for the package, not for its commands
     sys.exit("rana: the commands need transformers: pip install rana_kernels[transformers]")
 
-from rana_kernels.cli import (  # noqa: F401 - commands register
-    bench,
-    compress,
-    evaluate,
-    generate,
-    handover,
-    info,
-    recover,
-    tune,
-)
+from rana_kernels.cli import bench, compress, evaluate, generate, info, programs, recover, tune  # noqa: F401 - commands register
 from rana_kernels.cli.options import app
 
 

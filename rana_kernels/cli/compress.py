@@ -3,17 +3,21 @@
 import json
 import shutil
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from torch import nn
 
-from rana_kernels.allocate import DEFAULT, NEEDS
-from rana_kernels.calibrate import calibrate
-from rana_kernels.card import note
-from rana_kernels.checkpoint import attached_plan, check_target, read_manifest
+from rana_kernels.allocation.latency import LatencyTable
+from rana_kernels.allocation.latency_measurement import measure_latency
+from rana_kernels.allocation.methods import DEFAULT, METHODS
+from rana_kernels.allocation.search import Search, own_history
+from rana_kernels.checkpoint.attachment import attached_plan
+from rana_kernels.checkpoint.manifest import read_manifest
+from rana_kernels.checkpoint.model_card import note
+from rana_kernels.checkpoint.replacement import check_target
 from rana_kernels.cli.options import (
     AsJson,
     Dtype,
@@ -25,25 +29,14 @@ from rana_kernels.cli.options import (
     open_tokenizer,
     print_json,
 )
-from rana_kernels.compress import compress as compress_model
-from rana_kernels.evaluation import evaluate
+from rana_kernels.cli.tables import show_compression
+from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.compression.run import compress as compress_model
+from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import save
-from rana_kernels.methods.search import Search, own_history
-from rana_kernels.stopwatch import measure_times
-from rana_kernels.tables import show_compression
-from rana_kernels.times import Times
-from rana_kernels.tokens import read_rows
+from rana_kernels.statistics.calibration import calibrate
 
 FLOPS_REDUCTION = 0.44
-
-
-class Method(str, Enum):
-    """How ranks are chosen."""
-
-    one_budget = DEFAULT
-    rankadaptor = "rankadaptor"
-    paper = "paper"
-    static = "static"
 
 
 @app.command(
@@ -80,12 +73,12 @@ def compress(
         float | None, typer.Option(min=0.0, help="Most MB (millions of bytes) that these linears may store.")
     ] = None,
     method: Annotated[
-        Method,
+        str,
         typer.Option(
-            help="global: one budget for the whole model. rankadaptor: the same, corrected by measurements. "
-            "paper: RaNA as published. static: low rank."
+            click_type=click.Choice(list(METHODS)),
+            help="; ".join(f"{name}: {each.summary}" for name, each in METHODS.items()) + ".",
         ),
-    ] = Method.one_budget,
+    ] = DEFAULT,
     evaluations: Annotated[
         int,
         typer.Option(min=1, help="With rankadaptor: how many allocations to measure, global's the first."),
@@ -109,22 +102,22 @@ def compress(
     original, tokenizer = open_model(model, dtype), open_tokenizer(model)
     if attached_plan(original) is not None:
         raise ValueError(f"{model} is compressed already, wanted the original model")
-    rows = read_rows(
+    token_ids = read_token_ids(
         calibration, tokenizer, original.config.vocab_size, length=sequence_length, tokens=tokens
     )
     progress = sys.stderr.isatty()
     held_out = None
     if evaluation is not None:
-        held_out = read_rows(evaluation, tokenizer, original.config.vocab_size, length=sequence_length)
-        dense = evaluate.perplexity(original, held_out, progress=progress).perplexity
+        held_out = read_token_ids(evaluation, tokenizer, original.config.vocab_size, length=sequence_length)
+        dense = metrics.perplexity(original, held_out, progress=progress).perplexity
     flops = FLOPS_REDUCTION if flops_reduction is None and time_reduction is None else flops_reduction
     table = _table(times, original, progress)
     cap = None if max_memory is None else round(max_memory * 1e6)
     search = None
-    if method is Method.rankadaptor:
-        rows, measured_on = hold_out(rows)
+    if METHODS[method].searches:
+        token_ids, measured_on = hold_out(token_ids)
         search = Search(measured_on, evaluations, seed, history or own_history())
-    stats = calibrate(original, rows.split(4), seed=seed, progress=progress, **NEEDS[method.value])
+    stats = calibrate(original, token_ids.split(4), seed=seed, progress=progress, **METHODS[method].needs)
     unfinished = output.resolve().with_name(f"{output.resolve().name}.resume")
     try:
         report = compress_model(
@@ -134,7 +127,7 @@ def compress(
             time_reduction=time_reduction,
             times=table,
             max_memory=cap,
-            method=method.value,
+            method=method,
             search=search,
             resume_dir=unfinished,
             progress=progress,
@@ -144,7 +137,7 @@ def compress(
         raise
     note(original, base_model=model, calibration={"data": calibration.name})
     if held_out is not None and evaluation is not None:
-        found = evaluate.perplexity(original, held_out, progress=progress).perplexity
+        found = metrics.perplexity(original, held_out, progress=progress).perplexity
         note(original, perplexity={"compressed": found, "dense": dense, "data": evaluation.name})
     save(original, output, tokenizer)
     shutil.rmtree(unfinished)
@@ -152,7 +145,7 @@ def compress(
     if as_json:
         facts: dict[str, Any] = {"directory": str(output), "tokens": stats.tokens, "stored_bytes": stored}
         if search:
-            facts["search"] = {"losses": search.losses, "dense": search.anchor}
+            facts["search"] = {"losses": search.losses, "dense": search.baseline_loss}
         print_json({**facts, **json.loads(report.to_json())})
     else:
         show_compression(report, output, stored)
@@ -160,10 +153,10 @@ def compress(
             print(search.summary("of global", "of the dense model"))
 
 
-def _table(path: Path | None, model: nn.Module, progress: bool) -> Times | None:
+def _table(path: Path | None, model: nn.Module, progress: bool) -> LatencyTable | None:
     """Read, or measured and written."""
     if path is None or path.exists():
-        return None if path is None else Times.load(path)
-    table = measure_times(model, progress)
+        return None if path is None else LatencyTable.load(path)
+    table = measure_latency(model, progress)
     table.save(path)
     return table

@@ -9,7 +9,7 @@ import torch
 import typer
 from torch import Tensor
 
-from rana_kernels.checkpoint import attached_plan
+from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.cli.options import (
     AsJson,
     Checkpoint,
@@ -22,17 +22,18 @@ from rana_kernels.cli.options import (
     open_tokenizer,
     print_json,
 )
-from rana_kernels.evaluation import evaluate
+from rana_kernels.cli.tables import show_evaluation
+from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.evaluation import metrics
 from rana_kernels.evaluation.density import MARGIN, costs_of, planned_live
+from rana_kernels.evaluation.examples import Predictions, costs_of_predictions
 from rana_kernels.evaluation.live import LiveCount, count_live
-from rana_kernels.evaluation.spots import Field, keep_of_predictions
 from rana_kernels.integrations.transformers import load
-from rana_kernels.plan import Plan
-from rana_kernels.tables import show_evaluation
-from rana_kernels.tokens import read_rows
+from rana_kernels.model.plan import Plan
+from rana_kernels.statistics.thresholds import evenly
 
 LIVE_TOKENS = 16384  # on which kept rows are counted: on fewer, the mean depends on which file they are of
-SPOTS = 5
+EXAMPLES = 5
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 
 
@@ -58,16 +59,18 @@ def evaluate_model(
     """
     model: Any = load(directory, device=device())
     tokenizer = open_tokenizer(directory)
-    rows = read_rows(text, tokenizer, model.config.vocab_size, length=sequence_length, tokens=tokens)
+    token_ids = read_token_ids(
+        text, tokenizer, model.config.vocab_size, length=sequence_length, tokens=tokens
+    )
     original = None if against is None else open_model(against, Dtype(dtype_name(model)))
-    dense = None if original is None else _measure(original, rows)
-    found = _measure(model, rows)
+    dense = None if original is None else _measure(original, token_ids)
+    found = _measure(model, token_ids)
     # rows apart from one another: neighbours come from the same file
-    some = rows[:: -(-rows.numel() // LIVE_TOKENS)]
+    some = token_ids[evenly(token_ids.numel(), LIVE_TOKENS)]
     progress = sys.stderr.isatty()
     with count_live(model) as counts:
-        losses = evaluate.token_losses(model, some, progress=progress)
-    dense_losses = None if original is None else evaluate.token_losses(original, some, progress=progress)
+        losses = metrics.token_losses(model, some, progress=progress)
+    dense_losses = None if original is None else metrics.token_losses(original, some, progress=progress)
     plan = attached_plan(model)
     assert plan is not None, "load gives models with a plan"
     density = _density(plan, counts)
@@ -76,28 +79,31 @@ def evaluate_model(
         "dense": dense,
         "density": density,
         "adapters": _adapters(plan, counts),
-        **_spots(plan, counts, some, losses, dense_losses, tokenizer),
+        **_examples(plan, counts, some, losses, dense_losses, tokenizer),
     }
     print_json(facts) if as_json else show_evaluation(facts, plan)
     _warn(density)
 
 
-def _measure(model: Any, rows: Tensor) -> dict[str, float]:
-    found = evaluate.perplexity(model, rows, progress=sys.stderr.isatty())
-    half = max(1, min(64, rows.shape[1] // 2))
-    return {**asdict(found), "decode_tokens_per_second": evaluate.decode_speed(model, rows[:1, :half], half)}
+def _measure(model: Any, token_ids: Tensor) -> dict[str, float]:
+    found = metrics.perplexity(model, token_ids, progress=sys.stderr.isatty())
+    half = max(1, min(64, token_ids.shape[1] // 2))
+    return {
+        **asdict(found),
+        "decode_tokens_per_second": metrics.decode_speed(model, token_ids[:1, :half], half),
+    }
 
 
 def _density(plan: Plan, counts: dict[str, LiveCount]) -> dict[str, Any]:
     """Cost as a fraction of the dense cost: planned, measured, and its quantiles over tokens."""
     costs = costs_of(plan)
-    keep = costs.keep_of_tokens(counts)
+    cost_ratio = costs.cost_ratio_of_tokens(counts)
     return {
         "planned": 1 - plan.reduction,
-        "measured": float(keep.mean()),
+        "measured": float(cost_ratio.mean()),
         "drift": costs.drift(counts, planned_live(plan)),
         "margin": MARGIN,
-        "tokens": {name: float(torch.quantile(keep, share)) for name, share in QUANTILES.items()},
+        "tokens": {name: float(torch.quantile(cost_ratio, share)) for name, share in QUANTILES.items()},
     }
 
 
@@ -107,26 +113,26 @@ def _adapters(plan: Plan, counts: dict[str, LiveCount]) -> list[dict[str, Any]]:
         if adapter.kind != "dense":
             count = counts[adapter.names[0]]
             spread = dict(zip(QUANTILES, count.quantiles(*QUANTILES.values()), strict=True))
-            sizes = {"rank": adapter.rank, "planned": adapter.live, "kept": count.mean}
+            sizes = {"rank": adapter.rank, "planned": adapter.live, "live": count.mean}
             found.append({"names": adapter.names, "kind": adapter.kind, **sizes, **spread})
     return found
 
 
-def _spots(
+def _examples(
     plan: Plan,
     counts: dict[str, LiveCount],
-    rows: Tensor,
+    token_ids: Tensor,
     losses: Tensor,
     dense: Tensor | None,
     tokenizer: Any,
 ) -> dict[str, list[dict[str, Any]]]:
     """The tokens that keep most, and the predictions that lose most, if there is a dense model to lose to."""
-    keep = keep_of_predictions(costs_of(plan).keep_of_tokens(counts), rows)
-    field = Field(rows, keep, losses, dense, tokenizer)
-    most = {"keep_most": field.where_most(keep, SPOTS)}
+    cost_ratio = costs_of_predictions(costs_of(plan).cost_ratio_of_tokens(counts), token_ids)
+    predictions = Predictions(token_ids, cost_ratio, losses, dense, tokenizer)
+    most = {"cost_most": predictions.where_most(cost_ratio, EXAMPLES)}
     if dense is not None:
-        most["lose_most"] = field.where_most(losses - dense, SPOTS)
-    return {name: [asdict(spot) for spot in spots] for name, spots in most.items()}
+        most["lose_most"] = predictions.where_most(losses - dense, EXAMPLES)
+    return {name: [asdict(example) for example in found] for name, found in most.items()}
 
 
 def _warn(density: dict[str, Any]) -> None:

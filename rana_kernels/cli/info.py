@@ -1,6 +1,6 @@
 """`rana info`."""
 
-from rana_kernels import info
+from rana_kernels.backends import info
 from rana_kernels.cli.options import AsJson, app, print_json
 
 

@@ -65,15 +65,15 @@ def open_model(name: str, dtype: Dtype) -> Any:
     return model.to(device())  # type: ignore[arg-type]
 
 
-def hold_out(rows: Tensor) -> tuple[Tensor, Tensor]:
+def hold_out(token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """(Every row but one in eight, the ones left out.) ValueError for too few."""
-    chosen = torch.arange(len(rows)) % HELD_OUT == HELD_OUT - 1
+    chosen = torch.arange(len(token_ids)) % HELD_OUT == HELD_OUT - 1
     if not chosen.any():
         raise ValueError(
-            f"the text has {len(rows)} rows, wanted at least {HELD_OUT}: one in so many is held out to "
+            f"the text has {len(token_ids)} rows, wanted at least {HELD_OUT}: one in so many is held out to "
             "measure on"
         )
-    return rows[~chosen], rows[chosen]
+    return token_ids[~chosen], token_ids[chosen]
 
 
 def open_tokenizer(name: str | Path) -> Any:

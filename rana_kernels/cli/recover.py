@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from rana_kernels.card import note
-from rana_kernels.checkpoint import check_target
+from rana_kernels.allocation.search import Search, own_history
+from rana_kernels.checkpoint.model_card import note
+from rana_kernels.checkpoint.replacement import check_target
 from rana_kernels.cli.options import (
     AsJson,
     Checkpoint,
@@ -24,11 +25,10 @@ from rana_kernels.cli.options import (
     open_tokenizer,
     print_json,
 )
-from rana_kernels.evaluation import evaluate
+from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import load, save
-from rana_kernels.methods.search import Search, own_history
-from rana_kernels.recover import Training
-from rana_kernels.tokens import read_rows
+from rana_kernels.recovery.training import Training
 
 
 @app.command(
@@ -72,32 +72,37 @@ def recover_model(
     """
     if find_spec("peft") is None:
         raise ImportError("rana recover needs PEFT: pip install rana_kernels[peft]")
-    from rana_kernels.integrations.recovery import Lora, recover
+    from rana_kernels.recovery.run import Lora, recover
 
     _check_output(directory, output)
     model: Any = load(directory, device=device())
     vocabulary, tokenizer = model.config.vocab_size, open_tokenizer(directory)
-    read = read_rows(text, tokenizer, vocabulary, length=sequence_length, tokens=tokens)
-    rows, held_out = hold_out(read)
+    read = read_token_ids(text, tokenizer, vocabulary, length=sequence_length, tokens=tokens)
+    token_ids, held_out = hold_out(read)
     measured_on = held_out
     if evaluation is not None:
-        measured_on = read_rows(evaluation, tokenizer, vocabulary, length=sequence_length)
+        measured_on = read_token_ids(evaluation, tokenizer, vocabulary, length=sequence_length)
     teacher = None if dense is None else open_model(dense, Dtype(dtype_name(model)))
     progress = sys.stderr.isatty()
-    how = Training(steps, batch, accumulate, learning_rate, seed)
+    training = Training(steps, batch, accumulate, learning_rate, seed)
     search = Search(held_out, evaluations, seed, history or own_history()) if evaluations else None
-    before = evaluate.perplexity(model, measured_on, progress=progress).perplexity
+    before = metrics.perplexity(model, measured_on, progress=progress).perplexity
     unfinished = output.resolve().with_name(f"{output.resolve().name}.resume")
     try:
         recover(
-            model, rows, how, Lora(rank, search_steps),
+            model, token_ids, training, Lora(rank, search_steps),
             dense=teacher, search=search, resume_dir=unfinished, progress=progress,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("rana: interrupted. The same command goes on where this one stopped", file=sys.stderr)
         raise
-    after = evaluate.perplexity(model, measured_on, progress=progress).perplexity
-    facts = {"steps": steps, "tokens": steps * batch * accumulate * rows.shape[1], "rank": rank, "seed": seed}
+    after = metrics.perplexity(model, measured_on, progress=progress).perplexity
+    facts = {
+        "steps": steps,
+        "tokens": steps * batch * accumulate * token_ids.shape[1],
+        "rank": rank,
+        "seed": seed,
+    }
     recovery = {**facts, "data": text.name, "dense": dense}
     measured = f"rows left out of {text.name}" if evaluation is None else evaluation.name
     found = {"compressed": after, "unrecovered": before, "data": measured}
@@ -106,7 +111,7 @@ def recover_model(
     save(model, output, tokenizer)
     shutil.rmtree(unfinished)
     if as_json:
-        searched = {"losses": search.losses, "before": search.anchor} if search else None
+        searched = {"losses": search.losses, "before": search.baseline_loss} if search else None
         print_json({"directory": str(output), **recovery, "perplexity": found, "search": searched})
         return
     print(f"perplexity {before:.4f} became {after:.4f}; written to {output}")

@@ -9,9 +9,9 @@ import torch
 import typer
 
 from rana_kernels.cli.options import AsJson, Checkpoint, app, device, open_tokenizer, print_json
+from rana_kernels.cli.tables import show_tuning
+from rana_kernels.cli.tokens import read_token_ids
 from rana_kernels.integrations.transformers import load
-from rana_kernels.tables import show_tuning
-from rana_kernels.tokens import read_rows
 
 
 @app.command(
@@ -41,8 +41,10 @@ def tune_kernels(
 
     model: Any = load(directory, device=device())
     length = max(tokens)
-    rows = read_rows(text, open_tokenizer(directory), model.config.vocab_size, length=length, tokens=length)
-    choices = tune(model, rows[:1].to(model.device), tokens, progress=sys.stderr.isatty())
+    token_ids = read_token_ids(
+        text, open_tokenizer(directory), model.config.vocab_size, length=length, tokens=length
+    )
+    choices = tune(model, token_ids[:1].to(model.device), tokens, progress=sys.stderr.isatty())
     card = configurations.card(model.device)
     write(path := output or configurations.own_table(card), card, choices)
     if as_json:

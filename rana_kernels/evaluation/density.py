@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rana_kernels.evaluation.live import LiveCount
-from rana_kernels.plan import Plan
+from rana_kernels.model.plan import Plan
 
 # By how much, of what the plan says, the rows that are kept may differ before the text is called another
 # kind than the calibration's: docs/quality.md has the measurements between which it lies.
@@ -22,11 +22,11 @@ class Costs:
     fixed: float
     row: dict[str, int]
 
-    def keep(self, counts: dict[str, LiveCount]) -> float:
+    def cost_ratio(self, counts: dict[str, LiveCount]) -> float:
         """Measured cost, mean over tokens, as a fraction of the dense cost."""
         return (self.fixed + self._masked({name: count.mean for name, count in counts.items()})) / self.dense
 
-    def keep_of_tokens(self, counts: dict[str, LiveCount]) -> Tensor:
+    def cost_ratio_of_tokens(self, counts: dict[str, LiveCount]) -> Tensor:
         """float64 [tokens]: the cost of each token, as a fraction of the dense cost."""
         kept = [counts[name].per_token.double() * cost for name, cost in self.row.items()]
         return (self.fixed + torch.stack(kept).sum(0)) / self.dense

@@ -38,8 +38,8 @@ def _of_rows(threshold: Any) -> Any:
 
 
 @register_sharding(torch.ops.rana.masked_linear.default)
-def _masked_linear(h, rows, threshold, scale=None, bias=None):
-    last, arguments = Shard(h.ndim - 1), [h, rows, threshold, scale, bias]
+def _masked_linear(h, rows, threshold, norms=None, bias=None):
+    last, arguments = Shard(h.ndim - 1), [h, rows, threshold, norms, bias]
     columns = ([last], [WHOLE, COLUMN, WHOLE, WHOLE, ROW])
     ranks = ([PARTIAL], [last, ROW, _of_rows(threshold), ROW, PARTIAL])
     return _given([*_tokens(h, arguments[1:]), columns, ranks], arguments)
@@ -55,11 +55,11 @@ def _masked_lowrank_linear(x, B, rows, threshold, bias=None):
 
 @register_sharding(torch.ops.rana.masked_mlp.default)
 def _masked_mlp(
-    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_scale, down_threshold, down_bias,
+    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_norms, down_threshold, down_bias,
     activation,
 ):  # fmt: skip
     up_and_gate = [B, up_rows, gate_rows, threshold, up_bias, gate_bias]
-    down = [down_rows, down_scale, down_threshold, down_bias]
+    down = [down_rows, down_norms, down_threshold, down_bias]
     arguments = [x, *up_and_gate, *down, activation]
     of_down = [ROW, ROW, _of_rows(down_threshold), PARTIAL]
     neurons = ([PARTIAL], [WHOLE, WHOLE, COLUMN, COLUMN, WHOLE, ROW, ROW, *of_down, None])

@@ -15,8 +15,9 @@ import transformers
 from huggingface_hub import ModelCard
 from transformers.utils.hub import PushToHubMixin
 
-from rana_kernels.card import card
-from rana_kernels.checkpoint import CARD, attached_plan, write_manifest
+from rana_kernels.checkpoint.attachment import attached_plan
+from rana_kernels.checkpoint.manifest import CARD, write_manifest
+from rana_kernels.checkpoint.model_card import write_card
 
 
 def _describing(upload: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,7 +30,7 @@ def _describing(upload: Callable[..., Any]) -> Callable[..., Any]:
         if plan is not None:
             place = Path(working_dir)
             theirs = ModelCard((place / CARD).read_text(encoding="utf-8"))
-            (place / CARD).write_text(_merged(theirs, card(self)), encoding="utf-8")
+            (place / CARD).write_text(_merged(theirs, write_card(self)), encoding="utf-8")
             write_manifest(place, self, plan, _changed(place, files_timestamps))
         return upload(self, working_dir, repo_id, files_timestamps, **options)
 

@@ -13,6 +13,7 @@ from onnxscript.ir import DataType, Value
 from torch._ops import OpOverload
 
 from rana_kernels import ops
+from rana_kernels.ops.mlp import gate_ranks
 
 
 def translation_table() -> dict[OpOverload, Callable]:
@@ -25,9 +26,9 @@ def linear(x: Value, weight: Value, bias: Value | None = None) -> Value:
 
 
 def masked_linear(
-    h: Value, rows: Value, threshold: Value, scale: Value | None = None, bias: Value | None = None
+    h: Value, rows: Value, threshold: Value, norms: Value | None = None, bias: Value | None = None
 ) -> Value:
-    return op.CastLike(_product(_masked(_wide(h), threshold, scale), rows, bias), h)
+    return op.CastLike(_product(_masked(_wide(h), threshold, norms), rows, bias), h)
 
 
 def masked_lowrank_linear(
@@ -45,21 +46,19 @@ def masked_mlp(
     up_bias: Value | None,
     gate_bias: Value | None,
     down_rows: Value,
-    down_scale: Value,
+    down_norms: Value,
     down_threshold: Value,
     down_bias: Value | None,
     activation: str,
 ) -> Value:
     z = _masked(_ranks(x, B), threshold)
-    up = _product(_part(z, 0, up_rows.shape[0]), up_rows, up_bias)
+    up = _product(_part(z, slice(0, up_rows.shape[0])), up_rows, up_bias)
     if gate_rows is None:
         g = _activate(up, activation)
     else:
-        # shared ranks: gate reads what up reads; separate ranks: what follows it
-        first = B.shape[0] - gate_rows.shape[0]
-        gate = _product(_part(z, first, B.shape[0]), gate_rows, gate_bias)
-        g = op.Mul(_activate(gate, activation), up)
-    return op.CastLike(_product(_masked(g, down_threshold, down_scale), down_rows, down_bias), x)
+        gate_z = _part(z, gate_ranks(B.shape[0], gate_rows.shape[0]))
+        g = op.Mul(_activate(_product(gate_z, gate_rows, gate_bias), activation), up)
+    return op.CastLike(_product(_masked(g, down_threshold, down_norms), down_rows, down_bias), x)
 
 
 def _wide(t: Value) -> Value:
@@ -70,9 +69,9 @@ def _ranks(x: Value, B: Value) -> Value:
     return op.MatMul(_wide(x), op.Transpose(_wide(B), perm=[1, 0]))
 
 
-def _masked(h: Value, threshold: Value, scale: Value | None = None) -> Value:
-    """`h`, or 0 where `|h|·scale < threshold`: NaN is never less."""
-    score = op.Abs(h) if scale is None else op.Mul(op.Abs(h), scale)
+def _masked(h: Value, threshold: Value, norms: Value | None = None) -> Value:
+    """`h`, or 0 where `|h|·norms < threshold`: NaN is never less."""
+    score = op.Abs(h) if norms is None else op.Mul(op.Abs(h), norms)
     return op.Where(op.Less(score, threshold), 0.0, h)
 
 
@@ -81,8 +80,8 @@ def _product(z: Value, rows: Value, bias: Value | None) -> Value:
     return y if bias is None else op.Add(y, _wide(bias))
 
 
-def _part(z: Value, first: int, last: int) -> Value:
-    return op.Slice(z, [first], [last], [-1])
+def _part(z: Value, ranks: slice) -> Value:
+    return op.Slice(z, [ranks.start], [ranks.stop], [-1])
 
 
 def _relu(h: Value) -> Value:

@@ -17,9 +17,9 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from rana_kernels.checkpoint import attach_plan, attached_facts, attached_plan
-from rana_kernels.modules import RanaLinear, RanaMLP, RanaNeuronLinear, RanaReceiver
-from rana_kernels.recovery.split_mlp import RanaSplitMLP, put_together, take_apart
+from rana_kernels.checkpoint.attachment import attach_plan, attached_facts, attached_plan
+from rana_kernels.nn.adapters import RanaLinear, RanaMLP, RanaNeuronLinear, RanaReceiver
+from rana_kernels.nn.split_mlp import RanaSplitMLP, join_mlp, split_mlp
 
 
 def add(model: nn.Module, config: LoraConfig) -> PeftModel:
@@ -46,7 +46,7 @@ def merge(tuned: PeftModel) -> nn.Module:
     model: Any = tuned.merge_and_unload()
     for name, module in list(model.named_modules()):
         if isinstance(module, RanaSplitMLP):
-            model.set_submodule(name, put_together(module))
+            model.set_submodule(name, join_mlp(module))
     _note_ranks(model)
     return model
 
@@ -56,7 +56,7 @@ def _prepare(model: nn.Module, config: Any) -> None:
         raise ValueError(f"config is a {type(config).__name__}, wanted peft.LoraConfig")
     for name, module in list(model.named_modules()):
         if isinstance(module, RanaMLP):
-            model.set_submodule(name, take_apart(module))
+            model.set_submodule(name, split_mlp(module))
     owners = {id(m.handoff): m for m in model.modules() if isinstance(m, RanaLinear) and m.handoff}
     for module in model.modules():
         if isinstance(module, RanaReceiver):
@@ -146,7 +146,7 @@ class LoraNeuron(_Lora):
         return result.to(x.dtype)
 
     def _merge(self, down: Tensor, up: Tensor) -> None:
-        base: Any = self.get_base_layer()  # its scale stays, and so do the masks
+        base: Any = self.get_base_layer()  # its norms stay, and so do the masks
         base.rows = nn.Parameter(base.rows + (up @ down).T.to(base.rows.dtype), base.rows.requires_grad)
 
 

@@ -20,24 +20,16 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rana_kernels.card import card
-from rana_kernels.checkpoint import (
-    CARD,
-    MANIFEST,
-    METHOD,
-    attached_plan,
-    plan_from_config,
-    read_manifest,
-    read_plan,
-    replacing,
-    write_manifest,
-)
-from rana_kernels.headers import CheckpointError, check_tensors, read_header
-from rana_kernels.huge_pages import use_huge_pages
-from rana_kernels.install import install
+from rana_kernels.checkpoint.attachment import METHOD, attached_plan, plan_from_config, read_plan
+from rana_kernels.checkpoint.headers import CheckpointError, check_tensors, read_header
+from rana_kernels.checkpoint.manifest import CARD, MANIFEST, read_manifest, write_manifest
+from rana_kernels.checkpoint.model_card import write_card
+from rana_kernels.checkpoint.replacement import replacing
 from rana_kernels.integrations import hub  # noqa: F401  (what transformers uploads)
-from rana_kernels.integrations.sharding import SetAside, processes
-from rana_kernels.modules import check_thresholds
+from rana_kernels.integrations.tensor_parallel.shares import SetAside, processes
+from rana_kernels.model.install import install
+from rana_kernels.nn.adapters import check_thresholds
+from rana_kernels.system.huge_pages import use_huge_pages
 
 
 def save(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) -> None:
@@ -60,7 +52,7 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) 
         model.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        (new / CARD).write_text(card(model), encoding="utf-8")
+        (new / CARD).write_text(write_card(model), encoding="utf-8")
         write_manifest(new, model, plan, new.rglob("*"))
 
 
@@ -72,7 +64,7 @@ def load(
 ) -> transformers.PreTrainedModel:
     """Read what `save` wrote, after checking all of it, as a model in evaluation mode.
 
-    dtype    of the weights; "auto": that of the file. Thresholds and scales are float32 in any case
+    dtype    of the weights; "auto": that of the file. Thresholds and norms are float32 in any case
     device   where to put the model; None: the CPU
 
     Raises CheckpointError (a ValueError) for a checkpoint that is damaged, incomplete or of another

@@ -1,27 +1,27 @@
 """How many ranks of LoRA each linear of a factored model gets, of one budget of trained weights.
 
-All the same, or by an allocation of RankAdaptor's search (`search.py`): a site is what reads one input.
+All the same, or by an allocation of RankAdaptor's search (`search.py`): linears that read one input count as one.
 """
 
 from torch import Tensor, nn
 
-from rana_kernels.methods.performance import Site
-from rana_kernels.models import Block, find_blocks
-from rana_kernels.recovery.factored import factored
+from rana_kernels.allocation.loss_model import InputShare
+from rana_kernels.model.architectures import Block, find_blocks
+from rana_kernels.nn.factored import factored
 
 
-def sites(model: nn.Module) -> tuple[list[Site], dict[str, int]]:
-    """The sites of a factored model, and which one each of the linears to train belongs to."""
+def inputs_of(model: nn.Module) -> tuple[list[InputShare], dict[str, int]]:
+    """Return the inputs of a factored model, and which of them each linear to train reads."""
     blocks = find_blocks(model)
-    places = [(block, role) for block in blocks for role in block.inputs]
+    places = [(block, name) for block in blocks for name in block.inputs]
     owner = {name: i for i, place in enumerate(places) for name in _linears(model, *place)}
     cost = [0.0] * len(places)
     for name, i in owner.items():
         cost[i] += _cost(model, name)
     depth = {block.index: i / max(1, len(blocks) - 1) for i, block in enumerate(blocks)}
     found = [
-        Site(role, depth[block.index], part / sum(cost))
-        for (block, role), part in zip(places, cost, strict=True)
+        InputShare(name, depth[block.index], part / sum(cost))
+        for (block, name), part in zip(places, cost, strict=True)
     ]
     return found, owner
 
@@ -37,19 +37,19 @@ def ranks(model: nn.Module, owner: dict[str, int], allocation: Tensor, rank: int
     return {name: _rank(low, allocation, i) for name, i in owner.items()}
 
 
-def _rank(unit: float, allocation: Tensor, site: int) -> int:
-    return max(1, int(unit * float(allocation[site].exp()) + 1e-6))
+def _rank(unit: float, allocation: Tensor, place: int) -> int:
+    return max(1, int(unit * float(allocation[place].exp()) + 1e-6))
 
 
-def _linears(model: nn.Module, block: Block, role: str) -> list[str]:
+def _linears(model: nn.Module, block: Block, input_name: str) -> list[str]:
     """The plain linears of the adapters, or left dense, that read one input."""
     modules = dict(factored(model))
     names = []
-    for name in block.inputs[role]:
-        if name in modules:
-            names += [f"{name}.{part}" for part, _ in modules[name].named_children()]
-        elif _is_linear(model.get_submodule(name)):
-            names.append(name)
+    for linear in block.inputs[input_name]:
+        if linear in modules:
+            names += [f"{linear}.{part}" for part, _ in modules[linear].named_children()]
+        elif _is_linear(model.get_submodule(linear)):
+            names.append(linear)
     return names
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rana_kernels.checkpoint import attach_plan, attached_facts, attached_plan
-from rana_kernels.methods.split import threshold_for
-from rana_kernels.models import decoder_name
-from rana_kernels.plan import Adapter
-from rana_kernels.recovery.factored import Factored, factored
+from rana_kernels.checkpoint.attachment import attach_plan, attached_facts, attached_plan
+from rana_kernels.model.architectures import decoder_name
+from rana_kernels.model.plan import AdapterSpec
+from rana_kernels.nn.factored import Factored, factored
+from rana_kernels.statistics.thresholds import threshold_for
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def refit(model: nn.Module, rows: Tensor) -> None:
     """
     plan = attached_plan(model)
     assert plan is not None, "only compressed models have thresholds"
-    found: dict[str, Adapter] = {}
+    found: dict[str, AdapterSpec] = {}
     with _fitting(model, {a.names[0]: a for a in plan.adapters}, found):
         decoder: Any = model.get_submodule(decoder_name(model))
         decoder(rows.to(next(model.parameters()).device), use_cache=False)
@@ -33,7 +33,7 @@ def refit(model: nn.Module, rows: Tensor) -> None:
 
 
 @contextmanager
-def _fitting(model: nn.Module, planned: dict[str, Adapter], found: dict[str, Adapter]):
+def _fitting(model: nn.Module, planned: dict[str, AdapterSpec], found: dict[str, AdapterSpec]):
     def hook(name: str, module: Factored):
         def fit(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             found[name] = _fit(module, planned[name], args[0])
@@ -48,7 +48,7 @@ def _fitting(model: nn.Module, planned: dict[str, Adapter], found: dict[str, Ada
             handle.remove()
 
 
-def _fit(module: Factored, adapter: Adapter, x: Tensor) -> Adapter:
+def _fit(module: Factored, adapter: AdapterSpec, x: Tensor) -> AdapterSpec:
     assert adapter.threshold is not None, "compress has filled thresholds in"
     masked = module.threshold > 0
     if not masked.any():

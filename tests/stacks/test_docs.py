@@ -1,4 +1,4 @@
-"""The pages under docs/: all of their commands, run in the order of the page in an empty folder."""
+"""The README and the pages under docs/: all of their commands, run in the order of the page."""
 
 import json
 import os
@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from rana_kernels.checkpoint import attached_plan
+from rana_kernels.allocation.latency import LatencyTable
+from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.integrations.transformers import load
-from rana_kernels.times import Times
 
 ROOT = Path(__file__).parent.parent.parent
 NEEDS = {
+    "README": "transformers",
+    "models": "",
     "transformers": "transformers",
     "budgets": "",
     "serving": "fastapi lm_eval",
@@ -37,7 +39,8 @@ BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def script(page: str) -> str:
     """Everything in the page as one shell program; what Python it holds is one program, run last."""
-    blocks = BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text())
+    folder = ROOT if page == "README" else ROOT / "docs"
+    blocks = BLOCK.findall((folder / f"{page}.md").read_text())
     shell = [text for kind, text in blocks if kind == "sh" and not text.startswith("pip install")]
     python = "".join(text for kind, text in blocks if kind == "python")
     stop = "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"
@@ -91,6 +94,16 @@ def first_json(out: str) -> Any:
     return json.JSONDecoder().raw_decode(out[out.index('{"id"') :])[0]
 
 
+def test_readme(run, folder):
+    out = run("README")
+    assert "perplexity" in out and "def main():" in out
+    assert (folder / "build/compressed/rana.json").is_file()
+
+
+def test_models(run):
+    assert 0.15 < float(run("models").splitlines()[-1]) < 0.25
+
+
 def test_transformers(run, folder):
     out = run("transformers")
     card = (folder / "build/compressed/README.md").read_text()
@@ -103,7 +116,7 @@ def test_budgets(run, folder):
     small, fast = (attached_plan(load(folder / "build" / name)) for name in ("small", "fast"))
     assert small is not None and small.max_memory == 5_000_000
     assert fast is not None and fast.time_reduction == 0.1
-    assert Times.load(folder / "build/times.json").machine["dtype"] == "bfloat16"
+    assert LatencyTable.load(folder / "build/times.json").machine["dtype"] == "bfloat16"
 
 
 def test_serving(run, folder):

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import rana_kernels as rana
-from rana_kernels.checkpoint import attached_plan
-from rana_kernels.modules import RanaLinear, RanaMLP
-from rana_kernels.plan import Plan
-from rana_kernels.recovery.split_mlp import put_together, take_apart
+from rana_kernels.checkpoint.attachment import attached_plan
+from rana_kernels.model.plan import Plan
+from rana_kernels.nn.adapters import RanaLinear, RanaMLP
+from rana_kernels.nn.split_mlp import join_mlp, split_mlp
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 
 peft = pytest.importorskip("peft")
@@ -146,8 +146,8 @@ def test_what_cannot_be_merged_says_so():
 @pytest.mark.parametrize("name", ["Llama", "Phi3", "GPTNeoX"])
 def test_an_mlp_taken_apart_and_put_together_is_the_same(name, joint):
     mlp = next(m for m in compressed(name, joint).modules() if isinstance(m, RanaMLP))
-    again = put_together(take_apart(mlp))
+    again = join_mlp(split_mlp(mlp))
     assert_equal_states(mlp, again)
     x = torch.randn(3, 64)
-    torch.testing.assert_close(take_apart(mlp)(x), mlp(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(split_mlp(mlp)(x), mlp(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(again(x), mlp(x))

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import rana_kernels as rana
-from rana_kernels import recover as training
-from rana_kernels.checkpoint import attached_plan
-from rana_kernels.evaluation.evaluate import perplexity
+from rana_kernels.allocation.search import Search
+from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.evaluation.live import count_live
-from rana_kernels.methods.search import Search
-from rana_kernels.recover import Training
-from rana_kernels.recovery.factored import factor, factored
+from rana_kernels.evaluation.metrics import perplexity
+from rana_kernels.nn.factored import factored, to_linears
+from rana_kernels.recovery import training as training
+from rana_kernels.recovery.training import Training
 from tests.test_cli import compressed, folder, run  # noqa: F401 - fixtures
 from tests.test_compress import assert_equal_states, logits, make_model, tokens
 
@@ -59,7 +59,7 @@ def test_the_loss_falls_and_nothing_else_changes(name, tmp_path):
 def test_what_is_trained_is_what_is_merged():
     """The model with its LoRA, and without it but merged, before thresholds are fitted."""
     model = adapted()
-    factor(model)
+    to_linears(model)
     pattern = recovery._ranks(model, tokens(), HOW, LORA, None, None, None, False)
     assert set(pattern) == {
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name
@@ -110,7 +110,7 @@ def test_ranks_are_searched_and_an_interruption_costs_little(tmp_path, monkeypat
         return model, search
 
     whole, wanted = recovered()
-    assert len(wanted.losses) == 4 and min(wanted.losses) < wanted.anchor
+    assert len(wanted.losses) == 4 and min(wanted.losses) < wanted.baseline_loss
     monkeypatch.setattr(training, "SAVED_EVERY", 4)
     step, count = training._step, 0
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rana_kernels as rana
-from rana_kernels.checkpoint import MANIFEST
-from rana_kernels.headers import CheckpointError
-from rana_kernels.plan import Adapter, Plan
+from rana_kernels.checkpoint.headers import CheckpointError
+from rana_kernels.checkpoint.manifest import MANIFEST
+from rana_kernels.model.plan import AdapterSpec, Plan
 from tests.test_compress import hand_plan, make_model, tokens
 
 if not torch.cuda.is_available():
@@ -50,7 +50,7 @@ def masking(plan: Plan) -> Plan:
 
 def separate(plan: Plan, kinds: dict[str, tuple[str, int]]) -> Plan:
     """Every linear that `kinds` names with an adapter of its own: kind and ranks (0: as many as inputs)."""
-    changed: list[Adapter] = []
+    changed: list[AdapterSpec] = []
     for adapter in plan.adapters:
         found = [kinds.get(name.rpartition(".")[2]) for name in adapter.names]
         if None in found:
@@ -60,7 +60,7 @@ def separate(plan: Plan, kinds: dict[str, tuple[str, int]]) -> Plan:
             rank = adapter.in_features if kind == "neuron" else min(rank, width)
             threshold = 0.0 if kind != "dense" else None
             changed.append(
-                Adapter(kind, (name,), adapter.in_features, (width,), rank, rank, threshold, adapter.bias)
+                AdapterSpec(kind, (name,), adapter.in_features, (width,), rank, rank, threshold, adapter.bias)
             )
     return Plan(tuple(changed))
 
@@ -217,7 +217,7 @@ def test_ranks_must_be_divisible():
     from rana_kernels.integrations.vllm.weights import Share, pieces_of
 
     layer = SimpleNamespace(prefix="layers.0.o_proj", tp_rank=0, tp_size=3)
-    adapter = Adapter("rank", ("o_proj",), 96, (64,), 32, 16, 0.0)
+    adapter = AdapterSpec("rank", ("o_proj",), 96, (64,), 32, 16, 0.0)
     with pytest.raises(ValueError, match="32 ranks cannot be shared out among 3 processes"):
         pieces_of(layer, ["o_proj"], [adapter], Share(0, 32, 96), [64])
 
@@ -228,7 +228,7 @@ def test_a_plan_that_divides_the_model_otherwise_is_refused():
     from rana_kernels.integrations.vllm import RanaConfig
 
     layer = object.__new__(QKVParallelLinear)
-    joint = Adapter("rank", ("a.q_proj", "a.k_proj"), 64, (64, 32), 32, 16, 0.0)
+    joint = AdapterSpec("rank", ("a.q_proj", "a.k_proj"), 64, (64, 32), 32, 16, 0.0)
     config = RanaConfig(Plan((joint,)))
     with pytest.raises(
         ValueError, match="a.q_proj: vLLM computes a.q_proj here, the plan has a.q_proj, a.k_proj"

@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rana_kernels import checks
 from rana_kernels.backends.triton import configurations, products
 from rana_kernels.backends.triton.launch import packed, run, seated, tokens_of
 from rana_kernels.backends.triton.phases import project
+from rana_kernels.ops import checks
 
 
 @triton.jit

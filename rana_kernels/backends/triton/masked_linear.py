@@ -5,15 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rana_kernels import checks
 from rana_kernels.backends.triton import configurations, products
 from rana_kernels.backends.triton.launch import list_size, packed, run, scratch, seated, tokens_of
 from rana_kernels.backends.triton.phases import expand, finish, grid_barrier
+from rana_kernels.ops import checks
 
 
 @triton.jit
 def kernel(
-    h, rows, threshold, scale, bias, y, sums, kept_r, kept_h, M, R, N, stride_rows, state,
+    h, rows, threshold, norms, bias, y, sums, kept_r, kept_h, M, R, N, stride_rows, state,
     PER_ROW: tl.constexpr, M_PAD: tl.constexpr, SHARES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, THREADS: tl.constexpr, PHASE: tl.constexpr,
@@ -21,7 +21,7 @@ def kernel(
     """All phases, or the one that PHASE numbers."""
     if PHASE == 0 or PHASE == 1:
         expand(
-            h, rows, threshold, scale, sums, kept_r, kept_h, M, R, N, R, stride_rows,
+            h, rows, threshold, norms, sums, kept_r, kept_h, M, R, N, R, stride_rows,
             PER_ROW, SHARES, M_PAD, BLOCK_R, BLOCK_N, CHUNK, THREADS,
         )  # fmt: skip
     if PHASE == 0:
@@ -31,22 +31,22 @@ def kernel(
 
 
 def masked_linear(
-    h: Tensor, rows: Tensor, threshold: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+    h: Tensor, rows: Tensor, threshold: Tensor, norms: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    checks.masked_linear(h, rows, threshold, scale, bias)
+    checks.masked_linear(h, rows, threshold, norms, bias)
     tokens = tokens_of("masked_linear", "h", h)
-    threshold, scale, bias = threshold.contiguous(), packed(scale), packed(bias)
+    threshold, norms, bias = threshold.contiguous(), packed(norms), packed(bias)
     if len(tokens) == 0 or rows.shape[1] == 0:
         y = h.new_empty(len(tokens), rows.shape[1])
     elif configurations.decodes(len(tokens), tokens.dtype):
-        y = _decode(tokens, rows, threshold, scale, bias)
+        y = _decode(tokens, rows, threshold, norms, bias)
     else:
         config = configurations.prefill("masked_linear", tokens, rows)
-        y = products.masked_product(tokens, rows, threshold, scale, bias, config)
+        y = products.masked_product(tokens, rows, threshold, norms, bias, config)
     return y.view(*h.shape[:-1], rows.shape[1])
 
 
-def _decode(h: Tensor, rows: Tensor, threshold: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def _decode(h: Tensor, rows: Tensor, threshold: Tensor, norms: Tensor | None, bias: Tensor | None) -> Tensor:
     (M, R), N = h.shape, rows.shape[1]
     config = configurations.decode("masked_linear", h, rows)
     cut = config.cut(R, N, h.itemsize, h.device)
@@ -55,7 +55,7 @@ def _decode(h: Tensor, rows: Tensor, threshold: Tensor, scale: Tensor | None, bi
     y = h.new_empty(M, N)
     run(
         kernel, 2, programs, config, h.device,
-        h, rows, threshold, scale, bias, y, sums, kept_r.view(torch.int32), kept_h,
+        h, rows, threshold, norms, bias, y, sums, kept_r.view(torch.int32), kept_h,
         M, R, N, rows.stride(0),
         PER_ROW=threshold.dim() == 1, M_PAD=configurations.padded(M), SHARES=cut.shares,
         BLOCK_R=cut.rows, BLOCK_N=cut.columns,

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rana_kernels import checks
 from rana_kernels.backends.triton import configurations, products
 from rana_kernels.backends.triton.launch import list_size, packed, run, scratch, seated, tokens_of
 from rana_kernels.backends.triton.phases import expand, finish, grid_barrier, project
+from rana_kernels.ops import checks
 
 
 @triton.jit

@@ -5,15 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rana_kernels import checks
 from rana_kernels.backends.triton import configurations, products
 from rana_kernels.backends.triton.launch import list_size, packed, run, scratch, seated, tokens_of
 from rana_kernels.backends.triton.phases import expand, finish, finish_neurons, grid_barrier, project
+from rana_kernels.ops import checks
 
 
 @triton.jit
 def kernel(
-    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_scale, down_threshold, down_bias,
+    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_norms, down_threshold, down_bias,
     y, h, up_sums, gate_sums, g, down_sums, kept_r, kept_h,
     M, K, S, R_UP, R_GATE, I, N, stride_B, stride_up, stride_gate, stride_down, state,  # noqa: E741
     DOWN_PER_ROW: tl.constexpr, ACTIVATION: tl.constexpr, M_PAD: tl.constexpr,
@@ -47,7 +47,7 @@ def kernel(
         grid_barrier(state)
     if PHASE == 0 or PHASE == 4:
         expand(
-            g, down_rows, down_threshold, down_scale, down_sums, kept_r, kept_h, M, I, N, I, stride_down,
+            g, down_rows, down_threshold, down_norms, down_sums, kept_r, kept_h, M, I, N, I, stride_down,
             DOWN_PER_ROW, DOWN_SHARES, M_PAD, BLOCK_DOWN, BLOCK_N, CHUNK, THREADS,
         )  # fmt: skip
     if PHASE == 0:
@@ -65,14 +65,14 @@ def masked_mlp(
     up_bias: Tensor | None,
     gate_bias: Tensor | None,
     down_rows: Tensor,
-    down_scale: Tensor,
+    down_norms: Tensor,
     down_threshold: Tensor,
     down_bias: Tensor | None,
     activation: str,
 ) -> Tensor:
     checks.masked_mlp(
         x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
-        down_rows, down_scale, down_threshold, down_bias, activation,
+        down_rows, down_norms, down_threshold, down_bias, activation,
     )  # fmt: skip
     tokens, N = tokens_of("masked_mlp", "x", x), down_rows.shape[1]
     if len(tokens) == 0 or N == 0:
@@ -80,14 +80,14 @@ def masked_mlp(
     form = _decode if configurations.decodes(len(tokens), tokens.dtype) else _prefill
     y = form(
         tokens, B, up_rows, gate_rows, threshold.contiguous(), packed(up_bias), packed(gate_bias),
-        down_rows, down_scale.contiguous(), down_threshold.contiguous(), packed(down_bias), activation,
+        down_rows, down_norms.contiguous(), down_threshold.contiguous(), packed(down_bias), activation,
     )  # fmt: skip
     return y.view(*x.shape[:-1], N)
 
 
 def _decode(
     x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
-    down_rows, down_scale, down_threshold, down_bias, activation,
+    down_rows, down_norms, down_threshold, down_bias, activation,
 ):  # fmt: skip
     (M, K), S, (R_up, I), N = x.shape, len(B), up_rows.shape, down_rows.shape[1]  # noqa: E741
     R_gate, gate_stride = (0, 0) if gate_rows is None else (len(gate_rows), gate_rows.stride(0))
@@ -104,7 +104,7 @@ def _decode(
     run(
         kernel, 5, programs, config, x.device,
         x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
-        down_rows, down_scale, down_threshold, down_bias,
+        down_rows, down_norms, down_threshold, down_bias,
         y, h, up_sums, None if gate_rows is None else gate_sums, g, down_sums,
         kept_r.view(torch.int32), kept_h,
         M, K, S, R_up, R_gate, I, N, B.stride(0), up_rows.stride(0), gate_stride, down_rows.stride(0),
@@ -118,13 +118,13 @@ def _decode(
 
 def _prefill(
     x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
-    down_rows, down_scale, down_threshold, down_bias, activation,
+    down_rows, down_norms, down_threshold, down_bias, activation,
 ):  # fmt: skip
     config = configurations.prefill("masked_mlp", x, B, up_rows, gate_rows, down_rows)
     z = products.project(x, B, threshold, config)
     first_gate = 0 if gate_rows is None else len(B) - len(gate_rows)
     g = products.neurons(
         z[:, : len(up_rows)], z[:, first_gate:], up_rows, gate_rows, up_bias, gate_bias,
-        down_threshold, down_scale, activation, config,
+        down_threshold, down_norms, activation, config,
     )  # fmt: skip
     return products.expand(g, down_rows, down_bias, config)

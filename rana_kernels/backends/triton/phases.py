@@ -82,7 +82,7 @@ def project(
 
 @triton.jit
 def expand(
-    h, rows, threshold, scale, sums, kept_r, kept_h, M, R, N, stride_h, stride_rows,
+    h, rows, threshold, norms, sums, kept_r, kept_h, M, R, N, stride_h, stride_rows,
     PER_ROW: tl.constexpr, SHARES: tl.constexpr,
     M_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, THREADS: tl.constexpr,
@@ -100,14 +100,14 @@ def expand(
         out = sums + share * M * N
         if M_PAD == 1:
             total = _expand_one(
-                h, rows, threshold, scale,
+                h, rows, threshold, norms,
                 kept_r + tl.program_id(0) * CHUNK, kept_h + tl.program_id(0) * CHUNK,
                 n, share, R, N, stride_rows, PER_ROW, SHARES, BLOCK_R, BLOCK_N, CHUNK, THREADS,
             )  # fmt: skip
             tl.store(out + n, total, mask=n < N)
         else:
             total = _expand_many(
-                h, rows, threshold, scale, n, m, share, M, R, N, stride_h, stride_rows,
+                h, rows, threshold, norms, n, m, share, M, R, N, stride_h, stride_rows,
                 PER_ROW, SHARES, M_PAD, BLOCK_R, BLOCK_N,
             )  # fmt: skip
             tl.store(out + m[:, None] * N + n[None, :], total, mask=(m < M)[:, None] & (n < N)[None, :])
@@ -115,7 +115,7 @@ def expand(
 
 @triton.jit
 def _expand_one(
-    h, rows, threshold, scale, kept_r, kept_h, n, share, R, N, stride_rows,
+    h, rows, threshold, norms, kept_r, kept_h, n, share, R, N, stride_rows,
     PER_ROW: tl.constexpr, SHARES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def _expand_one(
     for first in range(share, R, SHARES * CHUNK):
         r = first + SHARES * tl.arange(0, CHUNK)
         value = tl.load(h + r, mask=r < R, other=0, cache_modifier=".cg").to(tl.float32)
-        keep = (r < R) & keeps(value, r, threshold, scale, R, PER_ROW)
+        keep = (r < R) & keeps(value, r, threshold, norms, R, PER_ROW)
         place = tl.cumsum(keep.to(tl.int32), 0) - 1
         kept = tl.sum(keep.to(tl.int32), 0)
         tl.debug_barrier()  # the list of the chunk before has been read
@@ -147,7 +147,7 @@ def _expand_one(
 
 @triton.jit
 def _expand_many(
-    h, rows, threshold, scale, n, m, share, M, R, N, stride_h, stride_rows,
+    h, rows, threshold, norms, n, m, share, M, R, N, stride_h, stride_rows,
     PER_ROW: tl.constexpr, SHARES: tl.constexpr,
     M_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +163,7 @@ def _expand_many(
         value = tl.load(h + m[:, None] * stride_h + r[None, :], mask=here, other=0, cache_modifier=".cg").to(
             tl.float32
         )
-        keep = here & keeps(value, r, threshold, scale, R, PER_ROW)
+        keep = here & keeps(value, r, threshold, norms, R, PER_ROW)
         wanted = tl.max(keep.to(tl.int32), 0) > 0
         if tl.max(wanted.to(tl.int32), 0) > 0:
             pointers = rows + r[:, None].to(tl.int64) * stride_rows + n[None, :]
@@ -209,11 +209,11 @@ def _add_shares(sums, bias, e, M, N, SHARES: tl.constexpr):
 
 
 @triton.jit
-def keeps(value, r, threshold, scale, R, PER_ROW: tl.constexpr):
-    """The mask of the package: keep unless |h|·scale < threshold, so that NaN is kept."""
+def keeps(value, r, threshold, norms, R, PER_ROW: tl.constexpr):
+    """The mask of the package: keep unless |h|·norms < threshold, so that NaN is kept."""
     score = tl.abs(value)
-    if scale is not None:
-        score *= tl.load(scale + r, mask=r < R, other=0)
+    if norms is not None:
+        score *= tl.load(norms + r, mask=r < R, other=0)
     if PER_ROW:
         return (score < tl.load(threshold + r, mask=r < R, other=0)) == 0
     return (score < tl.load(threshold)) == 0

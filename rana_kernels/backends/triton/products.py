@@ -16,13 +16,13 @@ from rana_kernels.backends.triton.phases import activate, dot, keeps, rounded
 
 @triton.jit
 def product_kernel(
-    a, b, y, in_threshold, in_scale, bias, out_threshold, M, K, N, stride_a, stride_bk, stride_bn,
+    a, b, y, in_threshold, in_norms, bias, out_threshold, M, K, N, stride_a, stride_bk, stride_bn,
     IN_PER_ROW: tl.constexpr, OUT_PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     m, n = _place(M, N, BLOCK_M, BLOCK_N)
     total = _tile(
-        a, b, in_threshold, in_scale, m, n, M, K, N, stride_a, stride_bk, stride_bn,
+        a, b, in_threshold, in_norms, m, n, M, K, N, stride_a, stride_bk, stride_bn,
         IN_PER_ROW, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     total = _add_bias(total, bias, n, N)
@@ -33,7 +33,7 @@ def product_kernel(
 
 @triton.jit
 def neurons_kernel(
-    z_up, z_gate, up_rows, gate_rows, up_bias, gate_bias, threshold, scale, g,
+    z_up, z_gate, up_rows, gate_rows, up_bias, gate_bias, threshold, norms, g,
     M, R_UP, R_GATE, N, stride_z, stride_up, stride_gate,
     PER_ROW: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -51,7 +51,7 @@ def neurons_kernel(
             False, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         value = activate(_add_bias(gate, gate_bias, n, N), ACTIVATION) * up
-    _store(g, tl.where(keeps(value, n, threshold, scale, N, PER_ROW), value, 0), m, n, M, N)
+    _store(g, tl.where(keeps(value, n, threshold, norms, N, PER_ROW), value, 0), m, n, M, N)
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _tile(
-    a, b, threshold, scale, m, n, M, K, N, stride_a, stride_bk, stride_bn,
+    a, b, threshold, norms, m, n, M, K, N, stride_a, stride_bk, stride_bn,
     PER_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A float32 tile of (m ⊙ a) b, for a [M, K] and b [K, N]."""
@@ -78,7 +78,7 @@ def _tile(
             other=0,
         )
         if threshold is not None:
-            left = tl.where(keeps(left.to(tl.float32), k, threshold, scale, K, PER_ROW), left, 0)
+            left = tl.where(keeps(left.to(tl.float32), k, threshold, norms, K, PER_ROW), left, 0)
         right = tl.load(
             b + k[:, None].to(tl.int64) * stride_bk + n[None, :].to(tl.int64) * stride_bn,
             mask=(k < K)[:, None] & (n < N)[None, :],
@@ -125,17 +125,17 @@ def expand(z: Tensor, rows: Tensor, bias: Tensor | None, config: Prefill) -> Ten
 
 
 def masked_product(
-    h: Tensor, rows: Tensor, threshold: Tensor, scale: Tensor | None, bias: Tensor | None, config: Prefill
+    h: Tensor, rows: Tensor, threshold: Tensor, norms: Tensor | None, bias: Tensor | None, config: Prefill
 ) -> Tensor:
     """h [M, R] · rows [R, N] -> (m ⊙ h) rows + bias."""
     y = h.new_empty(len(h), rows.shape[1])
-    _launch(h, rows, y, threshold, scale, bias, None, (rows.stride(0), 1), config)
+    _launch(h, rows, y, threshold, norms, bias, None, (rows.stride(0), 1), config)
     return y
 
 
 def neurons(
     z_up: Tensor, z_gate: Tensor, up_rows: Tensor, gate_rows: Tensor | None, up_bias: Tensor | None,
-    gate_bias: Tensor | None, threshold: Tensor, scale: Tensor, activation: str, config: Prefill,
+    gate_bias: Tensor | None, threshold: Tensor, norms: Tensor, activation: str, config: Prefill,
 ) -> Tensor:  # fmt: skip
     """z_up [M, R_up], z_gate [M, R_gate] · rows [R, I] -> the masked neurons [M, I], in z's dtype."""
     M, N = len(z_up), up_rows.shape[1]
@@ -144,7 +144,7 @@ def neurons(
     BLOCK_N = max(16, config.block_n // 2)
     with on(g.device):
         neurons_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, BLOCK_N),)](
-            z_up, z_gate, up_rows, gate_rows, up_bias, gate_bias, threshold, scale, g,
+            z_up, z_gate, up_rows, gate_rows, up_bias, gate_bias, threshold, norms, g,
             M, up_rows.shape[0], 0 if gate_rows is None else gate_rows.shape[0], N,
             z_up.stride(0), up_rows.stride(0), 0 if gate_rows is None else gate_rows.stride(0),
             threshold.dim() == 1, activation, config.block_m, BLOCK_N, config.block_k,
@@ -154,13 +154,13 @@ def neurons(
 
 
 def _launch(
-    a: Tensor, b: Tensor, y: Tensor, in_threshold: Tensor | None, in_scale: Tensor | None,
+    a: Tensor, b: Tensor, y: Tensor, in_threshold: Tensor | None, in_norms: Tensor | None,
     bias: Tensor | None, out_threshold: Tensor | None, strides: tuple[int, ...], config: Prefill,
 ) -> None:  # fmt: skip
     (M, N), K = y.shape, a.shape[1]
     with on(y.device):
         product_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
-            a, b, y, in_threshold, in_scale, bias, out_threshold, M, K, N, a.stride(0), *strides,
+            a, b, y, in_threshold, in_norms, bias, out_threshold, M, K, N, a.stride(0), *strides,
             in_threshold is not None and in_threshold.dim() == 1,
             out_threshold is not None and out_threshold.dim() == 1,
             config.block_m, config.block_n, config.block_k,

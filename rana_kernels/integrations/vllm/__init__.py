@@ -18,10 +18,11 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.models.utils import WeightsMapper
 
-from rana_kernels.checkpoint import MANIFEST, METHOD, plan_from_config, read_manifest
-from rana_kernels.headers import CheckpointError, read_header
+from rana_kernels.checkpoint.attachment import METHOD, plan_from_config
+from rana_kernels.checkpoint.headers import CheckpointError, read_header
+from rana_kernels.checkpoint.manifest import MANIFEST, read_manifest
 from rana_kernels.integrations.vllm.method import RanaLinearMethod
-from rana_kernels.plan import Adapter, Plan
+from rana_kernels.model.plan import AdapterSpec, Plan
 
 
 def register() -> None:
@@ -100,7 +101,7 @@ class RanaConfig(QuantizationConfig):
         return WeightsMapper(orig_to_new_regex={regex.compile(k): v for k, v in self._shared.items()})
 
 
-def _check_names(prefix: str, names: list[str], adapters: dict[str, Adapter]) -> None:
+def _check_names(prefix: str, names: list[str], adapters: dict[str, AdapterSpec]) -> None:
     missing = [name for name in names if name not in adapters]
     if missing:
         raise ValueError(f"{prefix}: the plan has nothing for {', '.join(missing)}, which vLLM computes here")

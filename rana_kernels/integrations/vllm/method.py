@@ -11,7 +11,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from rana_kernels import ops  # noqa: F401  (defines torch.ops.rana)
 from rana_kernels.integrations.vllm.weights import Pieces, Share, pieces_of
-from rana_kernels.plan import Adapter
+from rana_kernels.model.plan import AdapterSpec
 
 
 class RanaLinearMethod(LinearMethodBase):
@@ -23,7 +23,7 @@ class RanaLinearMethod(LinearMethodBase):
 
     pieces: Pieces
 
-    def __init__(self, names: list[str], adapters: list[Adapter]) -> None:
+    def __init__(self, names: list[str], adapters: list[AdapterSpec]) -> None:
         self.names, self.adapters = names, adapters
 
     def create_weights(
@@ -73,7 +73,7 @@ class RanaLinearMethod(LinearMethodBase):
             return F.linear(x, own("weight"), bias)
         rows, threshold = own("rows"), own("threshold")
         if piece.adapter.kind == "neuron":
-            return torch.ops.rana.masked_linear(x, rows, threshold, own("scale"), bias)
+            return torch.ops.rana.masked_linear(x, rows, threshold, own("norms"), bias)
         if not piece.scattered:
             return torch.ops.rana.masked_lowrank_linear(x, own("B"), rows, threshold, bias)
         # the mask is of the sums over all processes, not of what each adds to them

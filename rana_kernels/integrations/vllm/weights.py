@@ -1,6 +1,6 @@
 """The adapters of one vLLM layer: how their tensors are packed, and which part of them this process holds.
 
-A layer has B, rows, threshold, scale and weight, flat, under the names that the checkpoint has: in each of
+A layer has B, rows, threshold, norms and weight, flat, under the names that the checkpoint has: in each of
 them those of its adapters one after the other, whatever their ranks. `weight` is that of its dense linears.
 
 With tensor parallelism over P processes:
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from rana_kernels.headers import CheckpointError
-from rana_kernels.plan import Adapter
+from rana_kernels.checkpoint.headers import CheckpointError
+from rana_kernels.model.plan import AdapterSpec
 
-NAMES = ("B", "rows", "threshold", "scale", "weight")
+NAMES = ("B", "rows", "threshold", "norms", "weight")
 _NUMBERS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the outputs of a merged layer
 
 
@@ -52,7 +52,7 @@ class Piece:
     first     the number of the first of these outputs
     """
 
-    adapter: Adapter
+    adapter: AdapterSpec
     inputs: Share
     ranks: Share
     columns: tuple[Share, ...]
@@ -79,7 +79,7 @@ class Piece:
         if self.adapter.kind == "rank":
             return {"B": (self.ranks.total, K), "rows": (rows, N), "threshold": (rows,)}
         if self.adapter.kind == "neuron":
-            return {"rows": (rows, N), "threshold": (rows,), "scale": (rows,)}
+            return {"rows": (rows, N), "threshold": (rows,), "norms": (rows,)}
         return {"weight": (N, K)}
 
     def stored(self, name: str, output: int) -> list[tuple[int, ...]]:
@@ -101,7 +101,7 @@ class Piece:
         """Copy this process's part of a stored tensor into `mine`; how many elements that were."""
         if name == "B":
             part = self.inputs.of(stored, 1)
-        elif name in ("threshold", "scale"):
+        elif name in ("threshold", "norms"):
             part = self.masked.of(stored, 0)
         elif name == "weight":
             part = self._columns(self.inputs.of(stored, 1), 0)
@@ -127,11 +127,11 @@ class Pieces:
         self._loaded: dict[str, dict[tuple[int, int], int]] = {name: {} for name in NAMES}
 
     def register(self, layer: nn.Module, dtype: torch.dtype) -> None:
-        """Give `layer` its tensors, empty. Thresholds and scales are float32, and everything is where rank
+        """Give `layer` its tensors, empty. Thresholds and norms are float32, and everything is where rank
         values are summed over processes."""
         scattered = any(piece.scattered for piece in self.pieces)
         for name in NAMES:
-            wide = scattered or name in ("threshold", "scale")
+            wide = scattered or name in ("threshold", "norms")
             data = torch.empty(self._size(name), dtype=torch.float32 if wide else dtype)
             parameter = nn.Parameter(data, requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": partial(self.load, name)})
@@ -193,7 +193,7 @@ class Pieces:
 
 
 def pieces_of(
-    layer: LinearBase, names: list[str], adapters: list[Adapter], inputs: Share, widths: list[int]
+    layer: LinearBase, names: list[str], adapters: list[AdapterSpec], inputs: Share, widths: list[int]
 ) -> Pieces:
     """What of `adapters` this process computes in `layer`.
 
@@ -226,7 +226,7 @@ def _outputs(layer: LinearBase, widths: list[int]) -> list[Share]:
     return shares
 
 
-def _ranks(layer: LinearBase, adapter: Adapter, inputs: Share) -> Share:
+def _ranks(layer: LinearBase, adapter: AdapterSpec, inputs: Share) -> Share:
     R = adapter.rank if adapter.kind == "rank" else 0
     if inputs.size == inputs.total:
         return Share(0, R, R)
@@ -239,7 +239,7 @@ def _ranks(layer: LinearBase, adapter: Adapter, inputs: Share) -> Share:
 
 
 def _check(
-    layer: LinearBase, adapter: Adapter, names: tuple[str, ...], inputs: Share, columns: list[Share]
+    layer: LinearBase, adapter: AdapterSpec, names: tuple[str, ...], inputs: Share, columns: list[Share]
 ) -> None:
     if names != adapter.names:
         raise ValueError(

@@ -1,0 +1,103 @@
+"""What the commands print for people: tables and lines on stdout."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rana_kernels.compression.report import CompressReport
+from rana_kernels.model.plan import AdapterSpec, Plan
+
+
+def _out() -> Console:
+    return Console(file=sys.stdout)
+
+
+def show_compression(report: CompressReport, output: Path, stored: int) -> None:
+    """Planned ranks, FLOPs and bytes; `stored` bytes are in the directory."""
+    console = _out()
+    console.print(_rank_table(report.plan))
+    blocks, whole = report.block_flops_reduction, report.model_flops_reduction
+    before, after = report.bytes_before / 1e6, report.bytes_after / 1e6
+    inside = [size / 1e6 for size in (report.block_bytes_before, report.block_bytes_after)]
+    time = report.block_time_reduction
+    faster = "" if time is None else f", {time:.1%} less time expected there"
+    console.print(
+        f"{blocks:.1%} fewer FLOPs in the blocks' linears{faster}, {whole:.1%} with lm_head. "
+        f"{before:.1f} MB of weights became {after:.1f} ({inside[0]:.1f} of these linears {inside[1]:.1f}); "
+        f"{stored / 1e6:.1f} MB written to {output}",
+        highlight=False,
+    )
+
+
+def show_evaluation(facts: dict[str, Any], plan: Plan) -> None:
+    """`facts`, as the command has them: speeds and perplexities, kept rows and their spread, and examples."""
+    table = Table("", "perplexity", "tokens/s", "tokens/s, writing one by one")
+    for name, numbers in (("compressed", facts["model"]), ("dense", facts["dense"])):
+        if numbers is not None:
+            rates = (numbers["tokens_per_second"], numbers["decode_tokens_per_second"])
+            table.add_row(name, f"{numbers['perplexity']:.4f}", *(f"{rate:.1f}" for rate in rates))
+    _out().print(table)
+    _out().print(_spread_table(facts["adapters"], plan))
+    density = facts["density"]
+    spread = ", ".join(f"{name} {value:.3f}" for name, value in density["tokens"].items())
+    _out().print(
+        f"Cost of the blocks' linears, of the dense cost: {density['measured']:.3f} measured, "
+        f"{density['planned']:.3f} planned; over tokens {spread}",
+        highlight=False,
+    )
+    _out().print(_example_table("Tokens that keep most", facts["cost_most"]))
+    if "lose_most" in facts:
+        _out().print(_example_table("Predictions that lose most", facts["lose_most"]))
+
+
+def _spread_table(adapters: list[dict[str, Any]], plan: Plan) -> Table:
+    """Rows that each adapter keeps: planned and measured means, and quantiles over tokens."""
+    columns = ("stored", "planned", "mean", "p5", "median", "p95", "max")
+    table = Table("layer", "", *columns, title="Rows kept a token", title_justify="left")
+    for entry in adapters:
+        adapter = plan.adapter_of(entry["names"][0])
+        assert adapter is not None, "the entries are of the plan's adapters"
+        shown = {"stored": entry["rank"], "mean": entry["live"], **entry}
+        table.add_row(*_place(adapter), *(f"{shown[column]:.0f}" for column in columns))
+    return table
+
+
+def _example_table(title: str, examples: list[dict[str, Any]]) -> Table:
+    table = Table("cost", "loss", "dense", "after", "next", title=title, title_justify="left")
+    for example in examples:
+        dense = "" if example["dense_loss"] is None else f"{example['dense_loss']:.2f}"
+        words = (escape(repr(example[key])) for key in ("text", "next"))
+        table.add_row(f"{example['cost_ratio']:.3f}", f"{example['loss']:.2f}", dense, *words)
+    return table
+
+
+def show_tuning(choices: dict[str, Any], path: Path) -> None:
+    """{problem: (configuration, its µs, the rule's µs)}."""
+    table = Table("problem", "µs", "µs by the rule", "configuration", title=f"written to {path}")
+    for key, (configuration, best, rule) in choices.items():
+        table.add_row(key, f"{best:.1f}", f"{rule:.1f}", str(configuration))
+    _out().print(table)
+
+
+def _rank_table(plan: Plan) -> Table:
+    """Kept of stored rows: a line a layer."""
+    layers: dict[str, dict[str, str]] = {}
+    for adapter in plan.adapters:
+        layer, column = _place(adapter)
+        shown = "dense" if adapter.kind == "dense" else f"{adapter.live:.0f}/{adapter.rank}"
+        layers.setdefault(layer, {})[column] = shown
+    columns = list(dict.fromkeys(column for cells in layers.values() for column in cells))
+    table = Table("layer", *columns, title="Rows kept of rows stored, mean over tokens", title_justify="left")
+    for layer, cells in layers.items():
+        table.add_row(layer, *(cells.get(column, "") for column in columns))
+    return table
+
+
+def _place(adapter: AdapterSpec) -> tuple[str, str]:
+    """Its row and column in a table: "3" and "q k v"."""
+    layer = next((part for part in adapter.names[0].split(".") if part.isdigit()), "")
+    return layer, " ".join(name.rpartition(".")[2].removesuffix("_proj") for name in adapter.names)

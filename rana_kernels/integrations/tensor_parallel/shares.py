@@ -1,0 +1,217 @@
+"""From transformers' plan (`tp_plan="auto"`) to the modules of `parallel.py`: who holds which share of what.
+
+The plan says of every linear whether its outputs or its inputs are cut. transformers would cut each tensor of
+an adapter in that way, which is not how an adapter is cut, so adapters are set aside while it loads all else.
+Dense linears go with them where other layers have an adapter in that place, since a line of the plan stands
+for all layers. Each process then reads its shares, and nothing else, from the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from rana_kernels.integrations.tensor_parallel import modules
+from rana_kernels.model.install import replace_modules
+from rana_kernels.nn.adapters import RanaLinear, RanaMLP, RanaNeuronLinear, RanaReceiver
+
+# styles of the plan, and whether outputs are gathered or inputs come whole
+_COLUMN = {"colwise": False, "colwise_rep": True, "colwise_gather_output": True}
+_ROW = {"rowwise": False, "rowwise_rep": True, "rowwise_split_input": True}
+
+_ADAPTERS = RanaLinear | RanaReceiver | RanaNeuronLinear | RanaMLP
+
+Read = Callable[[str], Any]  # full name of a tensor -> what can be sliced: a tensor, or a view of a file
+
+
+class Shares:
+    """This process's shares of the tensors of one module."""
+
+    def __init__(self, name: str, module: nn.Module, read: Read, group: dist.ProcessGroup) -> None:
+        self.name, self.module, self.read, self.group = name, module, read, group
+
+    def of(self, child: str) -> Shares:
+        return Shares(f"{self.name}.{child}", self.module.get_submodule(child), self.read, self.group)
+
+    def part(self, width: int) -> int:
+        """width / P. Raises ValueError where that is no whole number."""
+        size = self.group.size()
+        if width % size:
+            raise ValueError(
+                f"{self.name}: {width} rows or columns are to be shared among {size} processes, wanted a "
+                "multiple of their number: take a number that divides it"
+            )
+        return width // size
+
+    def __call__(self, tensor: str, dim: int | None = None, widths: tuple[int, ...] = ()) -> Any:
+        """The share of the module's `tensor`, None if it has none.
+
+        dim      the dimension that is cut; None: every process has all of it
+        widths   of the parts along `dim`, each of which is cut: q, k and v, or gate and up; (): one part
+        """
+        like: Tensor | None = getattr(self.module, tensor)
+        if like is None:
+            return None
+        source = self.read(f"{self.name}.{tensor}")
+        if dim is None:
+            return source[:].to(like.dtype)
+        pieces, start = [], 0
+        for width in widths or (like.shape[dim],):
+            share = self.part(width)
+            first = start + self.group.rank() * share
+            window = slice(first, first + share)
+            pieces.append(source[:, window] if dim == 1 else source[window])
+            start += width
+        return torch.cat(pieces, dim).to(like.dtype)
+
+
+def form(style: str, own: Shares) -> nn.Module:
+    """What takes the place of a module in this process; ValueError for a style that nothing here follows."""
+    if isinstance(own.module, RanaMLP):
+        return _mlp(own.module, own)
+    if style in _COLUMN:
+        return _column(own.module, own, gathered=_COLUMN[style])
+    if style in _ROW:
+        return _row(own.module, own, split=_ROW[style])
+    wanted = ", ".join([*_COLUMN, *_ROW])
+    raise ValueError(f"{own.name}: its style in the plan is {style!r}, wanted one of {wanted}")
+
+
+def _column(module: Any, own: Shares, gathered: bool) -> nn.Module:
+    if isinstance(module, RanaLinear):
+        rows = modules.Rows(own("rows", 1, module.widths), own("bias", 0, module.widths))
+        inner: nn.Module = nn.Sequential(_ranks(own), rows)
+        widths, handoff = tuple(own.part(width) for width in module.widths), module.handoff
+        return modules.ColumnParallel(inner, widths, own.group, handoff=handoff, gathered=gathered)
+    if isinstance(module, RanaNeuronLinear):
+        whole = {name: own(name) for name in ("threshold", "norms")}
+        inner = modules.MaskedRows(rows=own("rows", 1), bias=own("bias", 0), **whole)
+    else:
+        inner = modules.Dense(weight=own("weight", 0), bias=own("bias", 0))
+    return modules.ColumnParallel(inner, (own.part(module.out_features),), own.group, gathered=gathered)
+
+
+def _row(module: Any, own: Shares, split: bool) -> nn.Module:
+    inner: nn.Module
+    if isinstance(module, RanaLinear):
+        ranks = modules.OwnRanks(own("B", 1), own("threshold", 0), own.group)
+        inner = nn.Sequential(ranks, modules.Rows(own("rows", 0), None))
+    elif isinstance(module, RanaNeuronLinear):
+        inner = modules.MaskedRows(
+            rows=own("rows", 0), threshold=own("threshold", 0), norms=own("norms", 0), bias=None
+        )
+    else:
+        inner = modules.Dense(weight=own("weight", 1), bias=None)
+    return modules.RowParallel(inner, own("bias"), own.group, split=split)
+
+
+def _ranks(own: Shares) -> modules.Ranks:
+    return modules.Ranks(own("B", 0), own("threshold", 0), own.group)
+
+
+def _mlp(module: Any, own: Shares) -> nn.Module:
+    up_name, gate_name, down_name = module.names
+    down, gate = own.of(down_name), None
+    if module.gate_rank is not None and gate_name == up_name:  # one linear that is both, gate first
+        both, halves = own.of(up_name), (module.get_submodule(down_name).in_features,) * 2
+        rows, bias = both("rows", 1, halves).chunk(2, dim=1), both("bias", 0, halves)
+        biases = (None, None) if bias is None else bias.chunk(2)
+        gate, up = (modules.Rows(*pair) for pair in zip(rows, biases, strict=True))
+    else:
+        up = _expanding(own.of(up_name))
+        gate = None if module.gate_rank is None else _expanding(own.of(gate_name))
+    neurons = modules.Neurons(threshold=down("threshold", 0), norms=down("norms", 0))
+    last = modules.Rows(down("rows", 0), None)
+    return modules.ParallelMLP(_ranks(own), up, gate, neurons, last, down("bias"), module.activation)
+
+
+def _expanding(own: Shares) -> modules.Rows:
+    return modules.Rows(own("rows", 1), own("bias", 0))
+
+
+class SetAside:
+    """The modules of a model, still empty, that are cut here: out of sight of transformers while it loads the
+    rest. Raises ValueError for a model whose heads the processes cannot share."""
+
+    def __init__(self, model: Any) -> None:
+        self.plan: dict[str, str] = model._tp_plan
+        found = list(_outermost(model))
+        mine = {
+            line
+            for name, module in found
+            if isinstance(module, _ADAPTERS)
+            for line in _lines(name, module)
+            if line in self.plan
+        }
+        holding = [pair for pair in found if not isinstance(pair[1], RanaReceiver)]
+        self.modules = {name: module for name, module in holding if mine.intersection(_lines(name, module))}
+        self.styles = {name: self.plan[_lines(name, module)[0]] for name, module in self.modules.items()}
+        _check_heads(model)
+        model._tp_plan = {line: style for line, style in self.plan.items() if line not in mine}
+        hidden = {rf"^{re.escape(name)}\." for name in self.modules}
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *hidden,
+        }
+        replace_modules(model, {name: nn.Identity() for name in self.modules})
+
+    def put_back(self, model: Any, files: list[Path], device: torch.device) -> None:
+        """Put in place what this process has of each, read from `files`."""
+        group, read = _group(model), _reader(files)
+        for name, module in self.modules.items():
+            share = form(self.styles[name], Shares(name, module, read, group))
+            replace_modules(model, {name: share.to(device)})
+        model._tp_plan = self.plan  # transformers counts the heads of its caches by it
+        model.requires_grad_(False)
+
+
+def processes(model: Any) -> int:
+    """How many processes share the model that transformers is about to load."""
+    config: Any = getattr(model.config, "distributed_config", None)
+    if isinstance(getattr(config, "tp_plan", None), dict):
+        raise ValueError(f"tp_plan is {config.tp_plan}, wanted 'auto': adapters follow the model's own plan")
+    return getattr(config, "tp_size", None) or 1
+
+
+def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Adapters and linears, by full name; what a RanaMLP consists of is not looked at."""
+    for name, module in model.named_children():
+        if isinstance(module, _ADAPTERS | nn.Linear):
+            yield prefix + name, module
+        else:
+            yield from _outermost(module, f"{prefix}{name}.")
+
+
+def _lines(name: str, module: nn.Module) -> list[str]:
+    """The lines of the plan for the linears that `module` stands for, each of which is for all layers."""
+    names = [f"{name}.{child}" for child in module.names] if isinstance(module, RanaMLP) else [name]
+    return [re.sub(r"\.\d+(?=\.)", ".*", full) for full in names]
+
+
+def _check_heads(model: Any) -> None:
+    config, size = model.config, processes(model)
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, field, None)
+        if heads and heads % size:
+            raise ValueError(
+                f"{type(model).__name__}: {field} is {heads} and there are {size} processes, wanted a number "
+                "of processes that divides it"
+            )
+
+
+def _group(model: Any) -> dist.ProcessGroup:
+    mesh = model._device_mesh
+    return mesh.get_group("tp") if mesh.ndim > 1 else mesh.get_group()
+
+
+def _reader(files: list[Path]) -> Read:
+    opened = [safe_open(file, framework="pt") for file in files]
+    home = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
+    return lambda name: home[name].get_slice(name)

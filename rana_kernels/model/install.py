@@ -1,0 +1,150 @@
+"""From a Plan to modules in place of a model's linears, by sizes alone.
+
+`install` is what a checkpoint loader needs: it builds every module empty, on the device and in the
+dtype of the linear it replaces (the meta device included), ready to be loaded.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rana_kernels.model.architectures import Block, find_blocks
+from rana_kernels.model.linears import linear_of
+from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.nn.adapters import RanaMLP, RanaNeuronLinear, fill_module, joint_linears
+from rana_kernels.nn.dense import serve_dense
+
+
+def install(model: nn.Module, plan: Plan) -> None:
+    """Replace the linears of `model` by empty modules of the shapes of `plan`, in place.
+
+    Raises ValueError if the plan is not of this model, before anything is replaced.
+    """
+    for block, adapters in check_plan(model, find_blocks(model), plan):
+        like = linear_of(model, block.linears[0]).weight
+        replace_modules(model, build_block(block, adapters, like.device, like.dtype))
+    serve_dense(model, dense_names(model, plan))
+
+
+def dense_names(model: nn.Module, plan: Plan) -> list[str]:
+    """Return the linears that stay dense: those of the plan that do, and lm_head where the model has one."""
+    head = output_head(model)
+    heads = [name for name, module in model.named_modules() if module is head]
+    return [adapter.names[0] for adapter in plan.adapters if adapter.kind == "dense"] + heads
+
+
+def output_head(model: nn.Module) -> Any:
+    """Return the module that makes logits (lm_head), or None."""
+    find: Any = getattr(model, "get_output_embeddings", lambda: None)
+    return find()
+
+
+def install_block(
+    model: nn.Module, block: Block, adapters: list[AdapterSpec], tensors: dict[str, Tensor]
+) -> None:
+    """Build the modules of a block without memory, give them their tensors and put them in place."""
+    weight = linear_of(model, block.linears[0]).weight
+    modules = build_block(block, adapters, "meta", weight.dtype)
+    for name, module in modules.items():
+        prefix = f"{name}."
+        own = {
+            k.removeprefix(prefix): t.to(weight.device) for k, t in tensors.items() if k.startswith(prefix)
+        }
+        fill_module(module, **own)
+    replace_modules(model, modules)
+
+
+def replace_modules(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Put modules in place, by full name."""
+    for name, module in modules.items():
+        module.train(model.get_submodule(name).training)
+        model.set_submodule(name, module)
+
+
+def check_plan(model: nn.Module, blocks: list[Block], plan: Plan) -> list[tuple[Block, list[AdapterSpec]]]:
+    """Return each of the `blocks` of `model` with its adapters. Raise ValueError if plan and model do not fit."""
+    left = {name: adapter for adapter in plan.adapters for name in adapter.names}
+    pairs = []
+    for block in blocks:
+        missing = [name for name in block.linears if name not in left]
+        if missing:
+            raise ValueError(
+                f"the plan has nothing for {', '.join(missing)}, wanted every linear of the blocks"
+            )
+        adapters = list(dict.fromkeys(left.pop(name) for name in block.linears))
+        for adapter in adapters:
+            _check_adapter(model, block, adapter)
+        pairs.append((block, adapters))
+    if left:
+        raise ValueError(f"the plan has {', '.join(left)}, which are no linears of this model's blocks")
+    return pairs
+
+
+def _check_adapter(model: nn.Module, block: Block, adapter: AdapterSpec) -> None:
+    linears = [linear_of(model, name) for name in adapter.names]
+    K, widths = linears[0].in_features, tuple(linear.out_features for linear in linears)
+    if (adapter.in_features, adapter.out_features) != (K, widths):
+        raise ValueError(
+            f"{adapter.names}: the plan has {adapter.in_features} -> {adapter.out_features}, "
+            f"the model {K} -> {widths}"
+        )
+    if adapter.bias != any(linear.bias is not None for linear in linears):
+        raise ValueError(f"{adapter.names}: the plan has bias={adapter.bias}, the model the opposite")
+    together = [readers for readers in block.inputs.values() if set(adapter.names) <= set(readers)]
+    if not together or tuple(n for n in block.linears if n in adapter.names) != adapter.names:
+        raise ValueError(
+            f"{adapter.names}: a joint adapter takes linears that read the same input, in the order in "
+            f"which the model calls them: {', '.join(block.linears)}"
+        )
+
+
+def is_fused(block: Block, adapters: list[AdapterSpec]) -> bool:
+    """Whether one RanaMLP can do all of the block's MLP: up and gate rank adapters (each its own, or
+    joint), down a neuron adapter, and an activation that the op has."""
+    if not block.mlp or block.activation is None:
+        return False
+    kind = {name: adapter.kind for adapter in adapters for name in adapter.names}
+    return {kind[name] for name in block.expanding} == {"rank"} and kind[block.down] == "neuron"
+
+
+def build_block(
+    block: Block, adapters: list[AdapterSpec], device: torch.device | str, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """The modules that replace linears of one block, empty, by full name."""
+    place = {"device": device, "dtype": dtype}
+    modules: dict[str, nn.Module] = {}
+    fused = {*block.expanding, block.down} if is_fused(block, adapters) else set()
+    if fused:
+        modules[block.mlp] = _build_mlp(block, adapters, place)
+    for adapter in adapters:
+        if adapter.kind == "dense" or adapter.names[0] in fused:
+            continue
+        if adapter.kind == "neuron":
+            (name,), (width,) = adapter.names, adapter.out_features
+            modules[name] = RanaNeuronLinear(adapter.in_features, width, adapter.bias, **place)
+        else:
+            made = joint_linears(
+                adapter.in_features, adapter.out_features, adapter.rank, adapter.bias, **place
+            )
+            modules.update(zip(adapter.names, made, strict=True))
+    return modules
+
+
+def _build_mlp(block: Block, adapters: list[AdapterSpec], place: dict) -> RanaMLP:
+    by_name = {name: adapter for adapter in adapters for name in adapter.names}
+    up, gate, down = by_name[block.up], by_name.get(block.gate), by_name[block.down]
+    up_name, gate_name, down_name = (n.rpartition(".")[2] for n in (block.up, block.gate, block.down))
+    assert block.activation is not None, "is_fused says so"
+    return RanaMLP(
+        up.in_features,
+        down.in_features,
+        down.width,
+        up.rank,
+        gate.rank if gate else None,
+        block.activation,
+        joint=up is gate,
+        bias=(up.bias, gate is not None and gate.bias, down.bias),
+        names=(up_name, gate_name, down_name),
+        **place,
+    )

@@ -1,0 +1,38 @@
+"""The linear layers of a model, whichever way a library stores them."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The tensors of a linear layer: weight [N, K] · bias [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+def linear_of(model: nn.Module, name: str) -> Linear:
+    """The linear `name` of `model`; ValueError if it is not there or no longer a plain linear."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{type(model).__name__} has no module {name!r}") from None
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # of transformers: W transposed
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return Linear(weight.T, module.bias)  # type: ignore[arg-type]
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, wanted torch.nn.Linear: an adapted model cannot be "
+            "compressed again, start from the original"
+        )
+    return Linear(module.weight, module.bias)

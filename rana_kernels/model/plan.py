@@ -1,0 +1,199 @@
+"""The Plan: what each linear of a model becomes, in sizes and numbers only. Frozen, and JSON on disk.
+
+The shape of every module follows from it, so it is also what a checkpoint stores to be built from.
+Costs are FLOPs a token, two for a multiply-add, over the linears of the transformer blocks.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+KINDS = ("rank", "neuron", "dense")
+METRICS = ("output", "loss")
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One adapter, or one linear left dense.
+
+    kind          rank: y = A (m ⊙ Bx) + b · neuron: y = W (m ⊙ x) + b · dense: y = Wx + b
+    names         the linears it covers, by full module name, in the order the model calls them;
+                  more than one: decomposed jointly (they read the same input and share ranks)
+    in_features   K
+    out_features  N of each of `names`
+    rank          stored rows: R of a rank adapter, K of a neuron adapter, 0 if dense
+    live          expected mean kept rows a token
+    threshold     smallest |h_i|·norms_i that is kept; None: `compress` chooses it so that `live` rows
+                  of the calibration sample are kept
+    bias          whether any of `names` has a bias
+    metric        what its errors were counted in: "output", or "loss", where every output weighs by how
+                  the loss depends on it; thresholds are in that metric
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+    rank: int = 0
+    live: float = 0.0
+    threshold: float | None = None
+    bias: bool = False
+    metric: str = "output"
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_sizes(self)
+
+    @property
+    def width(self) -> int:
+        """N: the output features of all its linears together."""
+        return sum(self.out_features)
+
+    @property
+    def dense_flops(self) -> int:
+        return 2 * self.in_features * self.width
+
+    @property
+    def flops(self) -> float:
+        if self.kind == "dense":
+            return self.dense_flops
+        router = self.rank * self.in_features if self.kind == "rank" else 0
+        return 2 * (router + self.live * self.width)
+
+    def stored_bytes(self, itemsize: int) -> int:
+        """Of all its tensors, with weights and biases of `itemsize` bytes: also of its float32 thresholds,
+        one a row, and of a neuron adapter's norms."""
+        stored = self.rank * (self.in_features + self.width)
+        weights = stored if self.kind == "rank" else self.in_features * self.width
+        vectors = {"rank": self.rank, "neuron": 2 * self.rank, "dense": 0}[self.kind]
+        return itemsize * (weights + self.bias * self.width) + 4 * vectors
+
+    @property
+    def cost_ratio(self) -> float:
+        """The cost of the adapter, as a fraction of the dense cost."""
+        return self.flops / self.dense_flops
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every linear of the transformer blocks, once.
+
+    `flops_reduction`, or else `time_reduction`, is what was asked for, `max_memory` how many bytes the
+    linears of the blocks may store; `reduction` is what the adapters come to, in FLOPs.
+    """
+
+    adapters: tuple[AdapterSpec, ...]
+    method: str = "custom"
+    flops_reduction: float | None = None
+    time_reduction: float | None = None
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.method, str), "Plan", "method", self.method, "a string")
+        for unit in ("flops_reduction", "time_reduction"):
+            asked = getattr(self, unit)
+            fine = asked is None or (_is_number(asked) and 0 <= asked < 1)
+            _require(fine, "Plan", unit, asked, "None or a number in [0, 1)")
+        cap = self.max_memory
+        fine = cap is None or (isinstance(cap, int) and not isinstance(cap, bool) and cap > 0)
+        _require(fine, "Plan", "max_memory", cap, "None or a positive whole number of bytes")
+        seen: set[str] = set()
+        for name in (name for adapter in self.adapters for name in adapter.names):
+            _require(name not in seen, "Plan", f"the linear {name!r}", "two adapters", "one")
+            seen.add(name)
+
+    @property
+    def dense_flops(self) -> int:
+        return sum(adapter.dense_flops for adapter in self.adapters)
+
+    @property
+    def flops(self) -> float:
+        return sum(adapter.flops for adapter in self.adapters)
+
+    @property
+    def reduction(self) -> float:
+        """FLOPs saved over the linears of the blocks, as a fraction."""
+        return 1 - self.flops / self.dense_flops if self.adapters else 0.0
+
+    def adapter_of(self, name: str) -> AdapterSpec | None:
+        """The adapter that covers the linear `name`, or None."""
+        return next((adapter for adapter in self.adapters if name in adapter.names), None)
+
+    def with_adapters(self, adapters: tuple[AdapterSpec, ...]) -> "Plan":
+        return replace(self, adapters=adapters)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """Read a plan; ValueError says which field is wrong, has what, and what is wanted."""
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"Plan: not JSON: {error}") from None
+        _require(isinstance(data, dict), "Plan", "the JSON", type(data).__name__, "an object")
+        found = data.pop("format", None)
+        _require(found == FORMAT, "Plan", "format", found, f"{FORMAT}, the one this version reads")
+        entries = data.get("adapters")
+        _require(isinstance(entries, list), "Plan", "adapters", entries, "a list")
+        adapters = tuple(_read(AdapterSpec, entry, f"adapters[{i}]") for i, entry in enumerate(entries))
+        return _read(Plan, {**data, "adapters": adapters}, "Plan")
+
+
+def _read(kind: type, data: Any, where: str):
+    _require(isinstance(data, dict), "Plan", where, type(data).__name__, "an object")
+    known = {field.name for field in fields(kind)}
+    unknown = sorted(set(data) - known)
+    _require(not unknown, "Plan", f"{where} the fields", unknown, f"only {', '.join(sorted(known))}")
+    try:
+        return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+    except TypeError as error:
+        raise ValueError(f"Plan: {where}: {error}") from None
+
+
+def _require(condition: bool, what: str, field: str, has: object, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{what}: {field} has {has!r}, wanted {wanted}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(value: object) -> bool:
+    # above 2^31 no layer is real, and a hostile file must not make us allocate for it
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _check_types(a: AdapterSpec) -> None:
+    where = f"Adapter {a.names!r}"
+    _require(a.kind in KINDS, where, "kind", a.kind, f"one of {', '.join(KINDS)}")
+    named = isinstance(a.names, tuple) and len(a.names) > 0 and all(isinstance(n, str) and n for n in a.names)
+    _require(named, where, "names", a.names, "a non-empty tuple of module names")
+    _require(_is_size(a.in_features), where, "in_features", a.in_features, "a positive whole number")
+    widths = isinstance(a.out_features, tuple) and all(_is_size(n) for n in a.out_features)
+    _require(widths, where, "out_features", a.out_features, "a tuple of positive whole numbers")
+    _require(len(a.out_features) == len(a.names), where, "out_features", a.out_features, "one for each name")
+    _require(isinstance(a.bias, bool), where, "bias", a.bias, "true or false")
+    _require(a.metric in METRICS, where, "metric", a.metric, f"one of {', '.join(METRICS)}")
+    _require(_is_number(a.live) and a.live >= 0, where, "live", a.live, "a finite number >= 0")
+    fine = a.threshold is None or (_is_number(a.threshold) and a.threshold >= 0)
+    _require(fine, where, "threshold", a.threshold, "None or a finite number >= 0")
+
+
+def _check_sizes(a: AdapterSpec) -> None:
+    where = f"Adapter {a.names!r}"
+    full = min(a.in_features, a.width)
+    if a.kind == "rank":
+        _require(_is_size(a.rank) and a.rank <= full, where, "rank", a.rank, f"1 to {full}")
+    elif a.kind == "neuron":
+        _require(len(a.names) == 1, where, "names", a.names, "one name: neuron adapters are not joint")
+        _require(a.rank == a.in_features, where, "rank", a.rank, f"{a.in_features}, its in_features")
+    else:
+        _require(len(a.names) == 1, where, "names", a.names, "one name: a dense linear stands alone")
+        _require(a.rank == 0, where, "rank", a.rank, "0, because it is dense")
+    if a.kind != "dense":
+        _require(a.live <= a.rank, where, "live", a.live, f"at most its rank, {a.rank}")

@@ -1,0 +1,184 @@
+"""Recovery: a short training of a compressed model, its masks in the forward pass.
+
+What is trained is whatever wants gradients (`integrations/recovery.py` adds LoRA for it). AdamW, a linear
+warm-up and a cosine, no dropout; batches depend on the seed and the step alone, so an interrupted training
+goes on with the same ones.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rana_kernels.checkpoint.resume import differences, digest
+from rana_kernels.system.files import write_whole
+
+SAVED_EVERY = 25  # steps
+WARMUP = 0.05  # of the steps
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Training:
+    """steps of `batch` · `accumulate` rows, of which `batch` are in memory at a time."""
+
+    steps: int = 300
+    batch: int = 4
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"Training: {name} is {value}, wanted at least 1")
+        if not self.learning_rate > 0:
+            raise ValueError(f"Training: learning_rate is {self.learning_rate}, wanted more than 0")
+
+
+def train(
+    model: nn.Module,
+    token_ids: Tensor,
+    training: Training,
+    *,
+    dense: nn.Module | None = None,
+    state: Path | None = None,
+    progress: bool = True,
+) -> list[float]:
+    """Train on `rows` of tokens [n, T], in place, and return the loss of each step of this call.
+
+    dense   the loss is then the Kullback-Leibler divergence from its next-token distributions (Hinton et al.,
+            2015, at temperature 1), and otherwise the cross-entropy of the tokens; nats a token
+    state   a file that the training goes on from, if it is there, and is kept in
+
+    Raises ValueError for too few rows, a loss that is not finite, or a state of another training.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if len(token_ids) < training.batch:
+        raise ValueError(
+            f"train: the text has {len(token_ids)} rows, wanted at least a batch of {training.batch}"
+        )
+    optimizer = torch.optim.AdamW(trained.values(), lr=training.learning_rate, weight_decay=0.0)
+    facts = _facts(trained, token_ids, training, dense)
+    done = _restore(state, facts, trained, optimizer)
+    losses: list[float] = []
+    model.eval()
+    with Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("training", total=training.steps, completed=done)
+        for step in range(done, training.steps):
+            losses.append(_step(model, optimizer, token_ids, training, step, dense))
+            bar.update(task, advance=1, description=f"training, loss {losses[-1]:.4f}")
+            if state and ((step + 1) % SAVED_EVERY == 0 or step + 1 == training.steps):
+                _save(state, facts, trained, optimizer, step + 1)
+    return losses
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    token_ids: Tensor,
+    training: Training,
+    step: int,
+    dense: nn.Module | None,
+) -> float:
+    device, total = next(model.parameters()).device, 0.0
+    for part in range(training.accumulate):
+        ids = _batch(token_ids, training, step * training.accumulate + part).to(device)
+        loss = _loss(model, ids, dense) / training.accumulate
+        loss.backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        raise ValueError(
+            f"train: the loss of step {step + 1} is {total}, wanted a finite number: lower the learning rate"
+        )
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(training, step)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def learning_rate(training: Training, step: int) -> float:
+    """At `step`, from 0: a line up over the warm-up, a cosine down to 0."""
+    warmup = max(1, round(WARMUP * training.steps))
+    if step < warmup:
+        return training.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, training.steps - warmup)
+    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _batch(token_ids: Tensor, training: Training, number: int) -> Tensor:
+    """Batch `number` [batch, T]: each pass over the rows has its own order."""
+    turn, place = divmod(number, len(token_ids) // training.batch)
+    order = torch.randperm(len(token_ids), generator=torch.Generator().manual_seed(training.seed + turn))
+    return token_ids[order[place * training.batch :][: training.batch]]
+
+
+def _loss(model: Any, ids: Tensor, dense: Any) -> Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    if dense is None:
+        return F.cross_entropy(logits, ids[:, 1:].flatten())
+    with torch.no_grad():
+        wanted = dense(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+# an unfinished training: weights and moments in one file, replaced whole
+
+
+def _facts(
+    trained: dict[str, nn.Parameter], token_ids: Tensor, training: Training, dense: nn.Module | None
+) -> dict[str, Any]:
+    """What a training must share with the one it goes on from."""
+    facts = {name.replace("_", " "): value for name, value in asdict(training).items()}
+    sizes = {name: list(p.shape) for name, p in trained.items()}
+    return {**facts, "text": digest(token_ids), "distilled": dense is not None, "choice of weights": sizes}
+
+
+def _save(
+    path: Path,
+    facts: dict[str, Any],
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+) -> None:
+    tensors = {name: p.detach() for name, p in trained.items()}
+    for name, p in trained.items():
+        tensors |= {f"{moment}:{name}": optimizer.state[p][moment] for moment in MOMENTS}
+    about = {"step": str(step), "facts": json.dumps(facts)}
+    whole = {name: t.contiguous() for name, t in tensors.items()}
+    write_whole(path, lambda part: save_file(whole, part, metadata=about))
+
+
+def _restore(
+    path: Path | None,
+    facts: dict[str, Any],
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """The steps that are done, with the weights and moments after them put in place."""
+    if path is None or not path.exists():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    step = int(about["step"])
+    if other := differences(json.loads(about["facts"]), facts):
+        raise ValueError(
+            f"{path} is of an unfinished training of another kind ({other}): ask for the same, or delete it"
+        )
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(tensors[name])
+            moments = {moment: tensors[f"{moment}:{name}"].to(p.device) for moment in MOMENTS}
+            optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+    return step

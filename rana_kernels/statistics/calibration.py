@@ -1,0 +1,321 @@
+"""Calibration: what the linears of a model read, as second moments and a sample of tokens.
+
+Streams: memory is O(K²) for each distinct input (q, k and v share one, up and gate share one) plus
+the sample, whatever the number of tokens. RaNA (arXiv 2503.18216, algorithm 1) keeps the tokens
+themselves; the second moment Σ x xᵀ is all that its decomposition needs of them. Several processes can
+share the work (`pool.py`), and find the same.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from rana_kernels.model.architectures import Block, decoder_name, find_blocks, is_described
+from rana_kernels.statistics.fisher import FisherDiagonal
+from rana_kernels.statistics.processes import ProcessGroupSums, exact
+
+INPUTS = ("qkv", "o", "mlp", "down")
+
+
+@dataclass
+class InputStats:
+    """One distinct input of a layer: `sample` [T, K] has some tokens, `moment` float64 is Σ x xᵀ [K, K];
+    or, where fewer features come out of its reader than go in, Σ y yᵀ [N, N] of y = Wx."""
+
+    moment: Tensor
+    sample: Tensor
+
+
+@dataclass
+class Stats:
+    """What calibration found. `inputs` is keyed by (layer, "qkv" | "o" | "mlp" | "down").
+
+    model     the model it was taken from: plans need its weights too
+    blocks    the blocks of that model, found once for all that follows
+    tokens    tokens that were read, padding left out
+    seed      of the sample
+    digest    of the token ids, and of which were sampled: two equal runs have the same
+    gradients [N] float64 by full name of a linear: the mean over tokens of the squared derivative of
+              the loss by each output (`sensitivity.py`). Empty unless asked for
+    """
+
+    model: nn.Module
+    blocks: list[Block]
+    tokens: int = 0
+    seed: int = 0
+    digest: str = ""
+    inputs: dict[tuple[int, str], InputStats] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, layer: int, name: str) -> InputStats:
+        """Raises ValueError where that input was not collected."""
+        if (layer, name) not in self.inputs:
+            raise ValueError(
+                f"the statistics have nothing of the input {name!r} of layer {layer}: "
+                f"calibrate with inputs=(..., {name!r})"
+            )
+        return self.inputs[layer, name]
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise as `of` does unless each of `names` was collected in every block."""
+        for block in self.blocks:
+            for name in set(names) & set(block.inputs):
+                self.of(block.index, name)
+
+
+class _Sampler:
+    """A uniform sample of a stream of tokens: those with the smallest hash of their position.
+
+    The choice depends on position and seed only, so it is the same however the stream is cut up.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.seen = size, seed, 0
+        self.positions = torch.empty(0, dtype=torch.int64)  # of the held ones, ascending
+
+    def skip(self, count: int) -> None:
+        """Leave the next `count` tokens to another process."""
+        self.seen += count
+
+    def select(self, count: int) -> tuple[Tensor, Tensor]:
+        """For the next `count` tokens: indices of the held ones to keep, and of the new ones to take."""
+        positions = torch.cat([self.positions, torch.arange(self.seen, self.seen + count)])
+        chosen, held = self.choose(positions), len(self.positions)
+        self.positions, self.seen = positions[chosen], self.seen + count
+        return chosen[chosen < held], chosen[chosen >= held] - held
+
+    def choose(self, positions: Tensor) -> Tensor:
+        """Indices of those of `positions` that are sampled, ascending."""
+        count = min(self.size, len(positions))
+        return _hash(positions, self.seed).topk(count, largest=False).indices.sort().values
+
+
+def _hash(positions: Tensor, seed: int) -> Tensor:
+    """splitmix64; int64 products wrap around, as wanted."""
+
+    def signed(constant: int) -> int:
+        return constant - (1 << 64) if constant >= 1 << 63 else constant
+
+    def xor_shift(z: Tensor, bits: int) -> Tensor:
+        return z ^ ((z >> bits) & ((1 << (64 - bits)) - 1))
+
+    z = (positions + 1) * signed(0x9E3779B97F4A7C15) + seed
+    z = xor_shift(z, 30) * signed(0xBF58476D1CE4E5B9)
+    z = xor_shift(z, 27) * signed(0x94D049BB133111EB)
+    return xor_shift(z, 31)
+
+
+class _Batch:
+    """What the hooks need to know of the batch that is running."""
+
+    tokens: Tensor  # bool, [batch · T]: which are not padding
+    keep: Tensor
+    take: Tensor
+    paused: bool = False
+
+
+def calibrate(
+    model: nn.Module,
+    calibration: Iterable,
+    *,
+    sample_tokens: int = 4096,
+    seed: int = 0,
+    inputs: Iterable[str] = INPUTS,
+    gradients: bool = True,
+    group: dist.ProcessGroup | None = None,
+    progress: bool = True,
+) -> Stats:
+    """Run `calibration` through the blocks of `model` and collect what their linears read.
+
+    calibration     an iterable, read once, of `input_ids` ([T] or [batch, T], integers) or of dicts
+                    of model inputs; tokens whose `attention_mask` is 0 are left out
+    sample_tokens   size of the token sample, uniform over all tokens
+    inputs          which distinct inputs to collect: "qkv", "o", "mlp" (up and gate) and "down"
+    gradients       also collect how the loss depends on each output, on the first tokens. This takes one
+                    backward pass for each of their rows, and a model with a language-model head
+    group           processes that share the work. Each calls this with the same model and calibration,
+                    runs every P-th item, and returns the statistics of all, the same bits as one process
+
+    The defaults serve every method. `rana_kernels.allocation.methods.METHODS[method].needs` says what one
+    method needs.
+
+    The model is left as it was. Raises ValueError for an unknown architecture, an empty or ill-typed
+    calibration, activations that are not finite (it names the linear that reads them), or a group whose
+    processes have different calibrations.
+    """
+    return calibrate_blocks(
+        model, find_blocks(model), calibration, sample_tokens=sample_tokens, seed=seed, inputs=inputs,
+        gradients=gradients, group=group, progress=progress,
+    )  # fmt: skip
+
+
+def calibrate_blocks(
+    model: nn.Module,
+    blocks: list[Block],
+    calibration: Iterable,
+    *,
+    sample_tokens: int = 4096,
+    seed: int = 0,
+    inputs: Iterable[str] = INPUTS,
+    gradients: bool = True,
+    group: dist.ProcessGroup | None = None,
+    progress: bool = True,
+) -> Stats:
+    """Do what `calibrate` does, for a model whose blocks have been found."""
+    wanted = _wanted(inputs)
+    if sample_tokens < 1:
+        raise ValueError(f"calibrate: sample_tokens is {sample_tokens}, wanted at least 1")
+    stats, batch = Stats(model, blocks, seed=seed), _Batch()
+    sampler, digest = _Sampler(sample_tokens, seed), hashlib.sha256(f"{sample_tokens} {seed}".encode())
+    decoder = model.get_submodule(decoder_name(model))
+    device = next(decoder.parameters()).device
+    sums, items = ProcessGroupSums(group, device), 0
+    no_cache = {} if is_described(model) else {"use_cache": False}
+    fisher = FisherDiagonal(model, blocks) if gradients else None
+    with _collecting(model, blocks, wanted, batch, stats), torch.no_grad():
+        for items, kwargs in enumerate(_batches(calibration, progress and sums.rank == 0), 1):
+            ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+            batch.tokens = (
+                torch.ones(ids.numel(), dtype=torch.bool) if mask is None else mask.flatten().bool().cpu()
+            )
+            digest.update(ids.flatten()[batch.tokens.to(ids.device)].to("cpu", torch.int64).numpy().tobytes())
+            count, own = int(batch.tokens.sum()), sums.owns(items - 1)
+            kwargs = {key: _to(value, device) for key, value in kwargs.items()}
+            if own:
+                batch.keep, batch.take = sampler.select(count)
+                others = {key: value for key, value in kwargs.items() if key != "input_ids"}
+                decoder(kwargs["input_ids"], **others, **no_cache)
+            else:
+                sampler.skip(count)
+            if fisher:
+                batch.paused = True
+                fisher.add(kwargs, run=own)
+                batch.paused = False
+    if sampler.seen == 0:
+        raise ValueError("calibrate: the calibration holds no tokens, wanted an iterable of input_ids")
+    sums.require_same(digest.digest(), items)
+    _sum_over_processes(stats, sampler, sums)
+    stats.tokens, stats.digest = sampler.seen, digest.hexdigest()
+    stats.gradients = fisher.means(sums) if fisher else {}
+    return stats
+
+
+def _sum_over_processes(stats: Stats, sampler: _Sampler, sums: ProcessGroupSums) -> None:
+    """Sum the moments, and sample from the samples, of all processes."""
+    held = torch.full((sums.size, sampler.size), -1)
+    held[sums.rank, : len(sampler.positions)] = sampler.positions
+    positions = sums.reduce(held, dist.ReduceOp.MAX).flatten().sort().values
+    positions = positions[positions >= 0]
+    positions = positions[sampler.choose(positions)]
+    kept = torch.isin(sampler.positions, positions)
+    places = torch.searchsorted(positions, sampler.positions[kept])
+    for found in stats.inputs.values():
+        sums.reduce(found.moment)
+        sample = found.sample.new_zeros(len(positions), found.sample.shape[1])
+        sample[places.to(sample.device)] = found.sample[kept.to(sample.device)]
+        found.sample = sums.reduce(sample)
+
+
+def _wanted(inputs: Iterable[str]) -> tuple[str, ...]:
+    wanted = tuple(inputs)
+    unknown = [name for name in wanted if name not in INPUTS]
+    if unknown or not wanted:
+        raise ValueError(f"calibrate: inputs has {unknown or 'nothing'}, wanted some of {', '.join(INPUTS)}")
+    return wanted
+
+
+def _to(value: object, device: torch.device) -> object:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _batches(calibration: Iterable, progress: bool) -> Iterator[dict]:
+    if isinstance(calibration, Tensor | Mapping | str):
+        raise ValueError(
+            f"calibrate: the calibration is one {type(calibration).__name__}, wanted an iterable of "
+            "input_ids tensors or of dicts of model inputs: put it in a list"
+        )
+    total = len(calibration) if isinstance(calibration, Sized) else None
+    with Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("calibrating", total=total)
+        for i, item in enumerate(calibration):
+            yield _batch(item, i)
+            bar.advance(task)
+
+
+def _batch(item: object, i: int) -> dict:
+    """One item of the calibration as keyword arguments of the decoder."""
+    kwargs: dict = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
+    kwargs.pop("labels", None)
+    ids = kwargs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        has = f"dtype {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise ValueError(f"calibrate: input_ids of item {i} has {has}, wanted a tensor of integers")
+    if ids.dim() not in (1, 2):
+        raise ValueError(
+            f"calibrate: input_ids of item {i} has shape {list(ids.shape)}, wanted [T] or [batch, T]"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"calibrate: attention_mask of item {i} has shape {list(mask.shape)}, wanted {list(ids.shape)}, "
+            "that of input_ids"
+        )
+    rows = {key: v[None] if isinstance(v, Tensor) and v.dim() == 1 else v for key, v in kwargs.items()}
+    return {**rows, "input_ids": rows["input_ids"].long()}
+
+
+@contextmanager
+def _collecting(model: nn.Module, blocks: list[Block], wanted: tuple[str, ...], batch: _Batch, stats: Stats):
+    """Hooks on the first reader of every wanted input; taken off again whatever happens."""
+    hooks, training = [], [module for module in model.modules() if module.training]
+    try:
+        for block in blocks:
+            for name in (name for name in wanted if name in block.inputs):
+                reader, *others = block.inputs[name]
+                narrows = not others and _narrows(model.get_submodule(reader))
+                hook = _hook((block.index, name), reader, narrows, batch, stats)
+                hooks.append(model.get_submodule(reader).register_forward_pre_hook(hook))
+        model.eval()
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+
+
+def _narrows(module: nn.Module) -> bool:
+    """Whether fewer features come out than go in: then the outputs' moment is smaller, and says as much."""
+    return isinstance(module, nn.Linear) and module.out_features < module.in_features
+
+
+def _hook(key: tuple[int, str], reader: str, narrows: bool, batch: _Batch, stats: Stats):
+    def collect(module: Any, args: tuple[Tensor, ...]) -> None:
+        if batch.paused:
+            return
+        x = args[0].reshape(-1, args[0].shape[-1])
+        x = x[batch.tokens.to(x.device)]
+        wide = x.float()
+        if not wide.isfinite().all():
+            raise ValueError(f"calibrate: the input of {reader} holds values that are not finite")
+        if key not in stats.inputs:
+            size = min(module.weight.shape) if narrows else x.shape[1]
+            moment = torch.zeros(size, size, dtype=torch.float64, device=x.device)
+            stats.inputs[key] = InputStats(moment, x[:0])
+        found = stats.inputs[key]
+        # products in float32, sums of them in float64, without rounding: the same in every order
+        for chunk in wide.split(2048):
+            seen = F.linear(chunk, module.weight.float()) if narrows else chunk
+            found.moment += exact(seen.T @ seen)
+        kept = found.sample[batch.keep.to(x.device)]
+        found.sample = torch.cat([kept, x[batch.take.to(x.device)]])
+
+    return collect

@@ -1,0 +1,78 @@
+"""The processor: its name, its instruction sets, its caches, and the clock that times it."""
+
+import ctypes
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# What the CPU library is compiled for, from the least to the best, with the processor flags that each needs beyond
+# those of the sets before it. `setup.py` has the compiler's flags for the same names.
+INSTRUCTION_SETS: dict[str, set[str]] = {
+    "baseline": set(),
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_bf16": {"avx512_bf16"},
+    "amx": {"amx_tile", "amx_bf16"},
+}
+LARGE_CACHE = 100 * 2**20  # bytes, where the system reports no larger cache
+CACHE_SIZES = "devices/system/cpu/cpu0/cache/index*/size"  # of one processor, under /sys
+
+
+def features() -> dict[str, bool]:
+    """Say of every processor flag in `INSTRUCTION_SETS` whether this processor has it."""
+    flags = set(cpu_field("flags").split())
+    return {flag: flag in flags for needed in INSTRUCTION_SETS.values() for flag in sorted(needed)}
+
+
+def runnable_instruction_sets() -> list[str]:
+    """Return the names of `INSTRUCTION_SETS` that this process can run, from the least to the best."""
+    flags, found = set(cpu_field("flags").split()), []
+    for name, needed in INSTRUCTION_SETS.items():
+        if not needed <= flags or not _torch_agrees(name) or (name == "amx" and not _may_use_tiles()):
+            break
+        found.append(name)
+    return found
+
+
+def _torch_agrees(name: str) -> bool:
+    """Say whether torch uses vectors of that width too: ATEN_CPU_CAPABILITY and old systems limit both alike."""
+    widths = {"baseline": 0, "avx2": 1}
+    capability = {"AVX2": 1, "AVX512": 2}.get(torch.backends.cpu.get_cpu_capability(), 0)
+    return widths.get(name, 2) <= capability
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for matrix tiles, which a sandbox may refuse. `csrc/cpu/amx.h` asks in the same way."""
+    arch_prctl, request, tile_data = map(ctypes.c_long, (158, 0x1023, 18))
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
+
+
+def processor_name() -> str:
+    """Return the name of the first processor, as it reports it."""
+    return cpu_field("model name") or platform.machine()
+
+
+def cpu_field(name: str) -> str:
+    """Return a field of the first processor in /proc/cpuinfo, "" where there is none."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    fields = (line.split(":", 1) for line in lines if ":" in line)
+    return next((value.strip() for key, value in fields if key.strip() == name), "")
+
+
+def cold_bytes(system: Path = Path("/sys")) -> int:
+    """Return how many bytes of weights, used in turn, push one another out of the last-level cache."""
+    kilobytes = [int(path.read_text().rstrip("K\n")) for path in system.glob(CACHE_SIZES)]
+    return 3 * max([LARGE_CACHE, *(1024 * size for size in kilobytes)]) // 2
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """Return a clock in seconds for work on `threads` threads.
+
+    One thread is timed by the processor time that it uses, so that other programs do not count. Several
+    threads wait for one another, so the wall clock times them.
+    """
+    return time.thread_time if threads == 1 else time.perf_counter
