@@ -26,9 +26,10 @@ template <class W, class F>
 void for_method(int64_t tokens, F f) {
   if constexpr (kUsesAmx<W>)
     if (tokens > kVectorTokens) return f(ByAmx<W>{});
-  if (tokens <= kExactTokens) f(ByVectors<Single<W>>{});
-  else if (tokens <= kStreamTokens) f(ByVectors<Fastest<W>>{});
-  else f(ByPanels<Fastest<W>>{});
+  if (tokens > kStreamTokens) return f(ByPanels<Fastest<W>>{});
+  if constexpr (!std::is_same_v<Fastest<W>, Single<W>>)
+    if (tokens > kExactTokens) return f(ByVectors<Fastest<W>>{});
+  f(ByVectors<Single<W>>{});
 }
 
 // Calls f(first, count) for blocks of tokens. A decode step is a single block.
