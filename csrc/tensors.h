@@ -77,14 +77,6 @@ inline int64_t first_gate_rank(const Tensor& B, const OptionalTensor& gate_rows)
   return gate_rows ? B.size(0) - gate_rows->size(0) : 0;
 }
 
-// Calls f with a value of the element type of `dtype`, which Check has found to be one of these three.
-template <class F>
-void for_dtype(ScalarType dtype, F f) {
-  if (dtype == ScalarType::Float) f(float{});
-  else if (dtype == ScalarType::BFloat16) f(bfloat16{});
-  else f(half{});
-}
-
 }  // namespace rana
 
 // The names that the sources of the ops use without rana::.
@@ -93,7 +85,6 @@ namespace {
 using rana::data_of;
 using rana::empty_output;
 using rana::first_gate_rank;
-using rana::for_dtype;
 using rana::last_size;
 using rana::OptionalTensor;
 using rana::Packed;
@@ -101,5 +92,13 @@ using rana::packed;
 using rana::ScalarType;
 using rana::Tensor;
 using rana::tokens_of;
+
+// Calls f with a value of the element type of `dtype`, which Check has found to be one of these three.
+template <class F>
+void for_dtype(ScalarType dtype, F f) {
+  if (dtype == ScalarType::Float) f(float{});
+  else if (dtype == ScalarType::BFloat16) f(bfloat16{});
+  else f(half{});
+}
 
 }  // namespace
