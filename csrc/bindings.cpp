@@ -1,4 +1,4 @@
-// The host module `_C`: how the op libraries were built. They never need it.
+// The host module `_C`: facts about the build and the processor. The op libraries do not need it.
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;

@@ -1,4 +1,4 @@
-// What each op accepts, in the words of rana_kernels/ops/checks.py, shared by every compiled backend.
+// The checks of each op's arguments, in the same words as rana_kernels/ops/checks.py. Every compiled backend uses them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -37,7 +37,7 @@ std::string list(const Ints& values) {
   return out.str();
 }
 
-// Checks of one op's arguments against its input, the first of them.
+// Checks the arguments of one op against its first argument, the input.
 class Check {
  public:
   Check(const char* op, const char* name, const Tensor& input)
@@ -51,7 +51,7 @@ class Check {
     throw std::runtime_error(std::string("rana::") + op_ + ": " + name + " has " + has + ", wanted " + wanted);
   }
 
-  // [rows, columns] in the input's dtype, its rows contiguous; -1 stands for any size
+  // The tensor must be [rows, columns] in the input's dtype and have contiguous rows; -1 stands for any size.
   void matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) const {
     place(name, t, dtype_);
     if (t.dim() != 2 || (rows >= 0 && t.size(0) != rows) || (columns >= 0 && t.size(1) != columns))
@@ -64,7 +64,7 @@ class Check {
   void bias(const char* name, const OptionalTensor& t, int64_t size) const {
     if (t) vector(name, *t, size, dtype_);
   }
-  void scale(const char* name, const OptionalTensor& t, int64_t size) const {
+  void norms(const char* name, const OptionalTensor& t, int64_t size) const {
     if (t) vector(name, *t, size, ScalarType::Float);
   }
   void thresholds(const char* name, const Tensor& t, int64_t size) const { vector(name, t, size, ScalarType::Float); }
@@ -99,12 +99,12 @@ inline int64_t last_size(const Tensor& t) { return t.size(t.dim() - 1); }
 // ---- the ops, argument by argument ----
 
 inline void check_masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshold,
-                                const OptionalTensor& scale, const OptionalTensor& bias) {
+                                const OptionalTensor& norms, const OptionalTensor& bias) {
   const Check check("masked_linear", "h", h);
   const int64_t ranks = last_size(h);
   check.matrix("rows", rows, ranks, -1);
   check.threshold("threshold", threshold, ranks);
-  check.scale("scale", scale, ranks);
+  check.norms("norms", norms, ranks);
   check.bias("bias", bias, rows.size(1));
 }
 
@@ -129,10 +129,10 @@ inline void check_ranks(const Check& check, const Tensor& B, const Tensor& up_ro
                    "), or as many as up_rows and gate_rows each (shared ranks)");
 }
 
-// `known`: whether the backend has the activation of that name
+// `known` says whether the backend has the activation of that name.
 inline void check_masked_mlp(const Tensor& x, const Tensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows,
                              const Tensor& threshold, const OptionalTensor& up_bias, const OptionalTensor& gate_bias,
-                             const Tensor& down_rows, const Tensor& down_scale, const Tensor& down_threshold,
+                             const Tensor& down_rows, const Tensor& down_norms, const Tensor& down_threshold,
                              const OptionalTensor& down_bias, const std::string& activation, bool known) {
   const Check check("masked_mlp", "x", x);
   check.matrix("B", B, -1, last_size(x));
@@ -145,7 +145,7 @@ inline void check_masked_mlp(const Tensor& x, const Tensor& B, const Tensor& up_
   check.bias("up_bias", up_bias, neurons);
   check.bias("gate_bias", gate_bias, neurons);
   check.matrix("down_rows", down_rows, neurons, -1);
-  check.thresholds("down_scale", down_scale, neurons);
+  check.thresholds("down_norms", down_norms, neurons);
   check.threshold("down_threshold", down_threshold, neurons);
   check.bias("down_bias", down_bias, down_rows.size(1));
   if (!known) check.fail("activation", "'" + activation + "'", "one of silu, gelu, gelu_tanh, relu, relu2");

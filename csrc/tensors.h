@@ -1,4 +1,4 @@
-// What every compiled backend does with tensors before its kernels see pointers and sizes.
+// Helpers of every compiled backend for tensors: they end where the kernels begin, with pointers and sizes.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,11 +8,12 @@
 #include <vector>
 
 #include "check.h"
+#include "dtypes.h"
 
 namespace rana {
 
-// A small argument (input, bias, threshold), made contiguous if it is not. Torch's ops are called only where they
-// have something to do: decode finds their code gone from the caches, at 5 to 10 µs a call.
+// A small argument (input, bias, threshold), made contiguous if it is not. Calls of torch that would do nothing are
+// skipped: during decode their code is no longer in the caches, and a cold call costs 5 to 10 µs.
 template <class T>
 struct Packed {
   Tensor tensor;
@@ -39,7 +40,8 @@ inline int64_t tokens_of(const Tensor& t) {
   return tokens;
 }
 
-// [..., columns] for an input [..., size], contiguous. Not torch::stable::new_empty: see Packed.
+// An uninitialised, contiguous [..., columns] for an input [..., size]. torch::stable::new_empty would make cold calls
+// (see Packed).
 inline Tensor empty_output(const Tensor& input, int64_t columns) {
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end()), strides(sizes.size(), 1);
   sizes.back() = columns;
@@ -56,17 +58,47 @@ inline Tensor empty_output(const Tensor& input, int64_t columns) {
   return Tensor(y);
 }
 
-// An op of torch's. `stack` holds its arguments, and its result afterwards.
+// Calls an op of torch. `stack` holds the arguments before the call and the result after it.
 inline Tensor call(const char* name, const char* overload, StableIValue* stack) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// torch's own x weightᵀ + bias
+// Returns x weightᵀ + bias, computed by torch.
 inline Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
   return call("aten::linear", "", stack.data());
 }
 
+// The first row of B that belongs to gate. Gate always reads the last rows of B: either they follow those of up, or
+// both read the same rows.
+inline int64_t first_gate_rank(const Tensor& B, const OptionalTensor& gate_rows) {
+  return gate_rows ? B.size(0) - gate_rows->size(0) : 0;
+}
+
 }  // namespace rana
+
+// The names that the sources of the ops use without rana::.
+namespace {
+
+using rana::data_of;
+using rana::empty_output;
+using rana::first_gate_rank;
+using rana::last_size;
+using rana::OptionalTensor;
+using rana::Packed;
+using rana::packed;
+using rana::ScalarType;
+using rana::Tensor;
+using rana::tokens_of;
+
+// Calls f with a value of the element type of `dtype`, which Check has found to be one of these three.
+template <class F>
+void for_dtype(ScalarType dtype, F f) {
+  if (dtype == ScalarType::Float) f(float{});
+  else if (dtype == ScalarType::BFloat16) f(bfloat16{});
+  else f(half{});
+}
+
+}  // namespace

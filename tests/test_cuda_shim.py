@@ -142,10 +142,10 @@ def survives(folder: Path, op: str, mutation: build.Mutation | None) -> bool:
 
 
 LINEAR, LOWRANK, MLP, DENSE = OPS
-PROJECT, EXPAND = "project.cuh", "expand.cuh"
+PROJECT, PROJECT_MMA, EXPAND = "project.cuh", "project_by_mma.cuh", "expand.cuh"
 THREADS, MMA = "expand_by_threads.cuh", "expand_by_mma.cuh"
 SYNC, GRID_SYNC = "__syncthreads();", "cooperative_groups::this_grid().sync();"
-DOWN, TABLE = "\n  for_tiles(op.down", "\n}\n\n// sums += the rows of a t"
+DOWN, TABLE = "\n  for_tiles(op.down", "\n}\n\n// sums += this thread's share of the rows of a t"
 # what is done wrong: in which op it shows, and the file, the text and what takes its place
 MUTANTS = {
     "project_before_sums": (LOWRANK, PROJECT, f"    {SYNC}\n    for", "    for"),
@@ -154,8 +154,8 @@ MUTANTS = {
     "project_last_warp": (LOWRANK, PROJECT, "w < warps_a_row; w++", "w + 1 < warps_a_row; w++"),
     "project_one_batch": (LOWRANK, PROJECT, "partials + row, rows_from", "partials, rows_from"),
     "project_own_slice": (LOWRANK, PROJECT, "begin = share * Batch::kColumns", "begin = 0"),
-    "project_half_the_rows": (LOWRANK, PROJECT, "&high = weights[s][1]", "&high = weights[s][0]"),
-    "project_eight_tokens": (LOWRANK, PROJECT, "at + 8 * eight * int64_t(x.size)", "at"),
+    "project_half_the_rows": (LOWRANK, PROJECT_MMA, "&high = weights[s][1]", "&high = weights[s][0]"),
+    "project_eight_tokens": (LOWRANK, PROJECT_MMA, "at + 8 * eight * int64_t(x.size)", "at"),
     "project_no_barrier": (LOWRANK, f"{LOWRANK}.cu", GRID_SYNC, ""),
     "nan_dropped": (LOWRANK, "mask.cuh", "? 0.0f : h", "|| h != h ? 0.0f : h"),
     "parts_in_one_place": (LOWRANK, "mask.cuh", "halves[4 * part]", "halves[0]"),
@@ -164,14 +164,14 @@ MUTANTS = {
     "list_entries": (LOWRANK, THREADS, f"{SYNC}\n  return listed", "return listed"),
     "list_order": (LOWRANK, THREADS, "+ up_to - kept;", "+ up_to;"),
     "list_first_rows": (LINEAR, THREADS, "list_rows(list, e.z, first, ", "list_rows(list, e.z, 0, "),
-    "table_too_early": (LOWRANK, THREADS, f"{SYNC}  // nobody reads the rows", "// nobody reads the rows"),
+    "table_too_early": (LOWRANK, THREADS, f"{SYNC}  // all reads of the rows", "// all reads of the rows"),
     "table_half_full": (LOWRANK, THREADS, f"{SYNC}{TABLE}", TABLE),
     "next_tokens": (LOWRANK, THREADS, "done_with(token + m, n", "done_with(m, n"),
-    "slots_too_early": (LOWRANK, THREADS, f"{SYNC}  // nobody reads what lies there any more: a", "// a"),
+    "slots_too_early": (LOWRANK, THREADS, f"{SYNC}  // all reads of what was there, a", "// a"),
     "slots_too_late": (LOWRANK, THREADS, f"{SYNC}\n    float sum = 0", "float sum = 0"),
     "slots_between": (LOWRANK, THREADS, f"{SYNC}\n    at[threadIdx.x] = sum", "at[threadIdx.x] = sum"),
     "slots_at_the_end": (LOWRANK, THREADS, f"{SYNC}\n    if (part > 0", "if (part > 0"),
-    "warps_too_early": (LOWRANK, MMA, f"{SYNC}  // nobody reads what lies there any more\n", "\n"),
+    "warps_too_early": (LOWRANK, MMA, f"{SYNC}  // all reads of what was there are over\n", "\n"),
     "warps_too_late": (LOWRANK, MMA, f"{SYNC}\n  static_assert", "static_assert"),
     "rows_of_some_tokens": (LOWRANK, MMA, "int offset = 4; offset", "int offset = 8; offset"),
     "rows_of_before": (LOWRANK, MMA, "read(pass, wanted, first + kStep)", "read(pass, wanted, first)"),

@@ -1,4 +1,4 @@
-// The nonlinearities of an MLP on vectors, in float32.
+// The activations of an MLP on vectors, in float32.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace {
 
-// e^x to about one unit in the last place: 2^n times a polynomial on [-ln2/2, ln2/2]. Inf and NaN
+// Returns e^x, accurate to about one unit in the last place: 2^n times a polynomial on [-ln2/2, ln2/2]. Inf and NaN
 // behave as in std::exp; results below the normal range are 0 or the smallest normal number.
 inline Vec exp(Vec x) {
   constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
@@ -42,7 +42,7 @@ inline Vec relu2(Vec x) { return relu(x) * relu(x); }
 
 using Activation = Vec (*)(Vec);
 
-// The nonlinearity called `name`, or null.
+// Returns the activation of that name, or null.
 inline Activation find_activation(const std::string& name) {
   if (name == "silu") return silu;
   if (name == "gelu") return gelu;

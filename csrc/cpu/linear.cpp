@@ -1,4 +1,4 @@
-#include "common.h"
+#include "launch.h"
 
 namespace {
 
@@ -21,7 +21,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
     const auto b = packed<T>(bias);
     T* out = static_cast<T*>(y.mutable_data_ptr());
     for_blocks(tokens, [&](int64_t first, int64_t count) {
-      const auto h = project<T>(input.data + first * weight.size(1), count, weight);
+      const auto h = project(input.data + first * weight.size(1), count, plain<T>(weight));
       finish<T>(h, count, columns, data_of(b), out + first * columns);
     });
   });

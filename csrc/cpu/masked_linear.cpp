@@ -1,20 +1,15 @@
-#include "common.h"
+#include "launch.h"
 
 namespace {
 
-template <class T>
-void widen(const T* h, int64_t size, float* wide) {
-  for (int64_t i = 0; i < size; i += kChunk) store_natural<T>(wide + i, load_first(h + i, size - i), size - i);
-}
-
-Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshold, const OptionalTensor& scale,
+Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshold, const OptionalTensor& norms,
                      const OptionalTensor& bias) {
-  rana::check_masked_linear(h, rows, threshold, scale, bias);
+  rana::check_masked_linear(h, rows, threshold, norms, bias);
   const int64_t ranks = last_size(h), columns = rows.size(1);
   Tensor y = empty_output(h, columns);
   const Packed<float> t(threshold);
-  const auto s = packed<float>(scale);
-  const Mask mask{t.data, threshold.dim(), data_of(s)};
+  const auto n = packed<float>(norms);
+  const Mask mask{t.data, threshold.dim(), data_of(n)};
   for_dtype(h.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const Packed<T> input(h);
@@ -23,7 +18,7 @@ Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshol
       std::vector<float> wide(tokens * ranks);
       widen(input.data + first * ranks, tokens * ranks, wide.data());
       T* out = static_cast<T*>(y.mutable_data_ptr()) + first * columns;
-      expand<T>(wide.data(), ranks, tokens, rows, mask, {out, columns, data_of(b)});
+      expand(wide.data(), ranks, tokens, plain<T>(rows), mask, {out, columns, data_of(b)});
     });
   });
   return y;

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "launch.h"
 
 namespace {
 
@@ -14,9 +14,9 @@ Tensor masked_lowrank_linear(const Tensor& x, const Tensor& B, const Tensor& row
     const Packed<T> input(x);
     const auto b = packed<T>(bias);
     for_blocks(tokens_of(x), [&](int64_t first, int64_t tokens) {
-      const std::vector<float> h = project<T>(input.data + first * size, tokens, B);
+      const std::vector<float> h = project(input.data + first * size, tokens, plain<T>(B));
       T* out = static_cast<T*>(y.mutable_data_ptr()) + first * columns;
-      expand<T>(h.data(), ranks, tokens, rows, mask, {out, columns, data_of(b)});
+      expand(h.data(), ranks, tokens, plain<T>(rows), mask, {out, columns, data_of(b)});
     });
   });
   return y;

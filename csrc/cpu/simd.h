@@ -1,4 +1,4 @@
-// Portable vectors: one source for every instruction set, compiled once for each.
+// Portable vectors: one source, compiled once for every instruction set.
 //
 // A Chunk is 2 * kLanes consecutive elements of a row, widened to float32 in two vectors. Their
 // order inside a chunk is the cheapest one for the element type ("lane order"): natural for float
@@ -6,20 +6,16 @@
 // Sums stay in lane order until they are stored, so nothing is ever shuffled in an inner loop.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cstdint>
 #include <cstring>
+
+#include "../dtypes.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace {
-
-using bfloat16 = torch::headeronly::BFloat16;
-using half = torch::headeronly::Half;
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -30,7 +26,7 @@ constexpr int kVectorBytes = 16;
 #endif
 constexpr int kLanes = kVectorBytes / 4;
 constexpr int kChunk = 2 * kLanes;
-constexpr int64_t kLineBytes = 64;  // of the caches
+constexpr int64_t kLineBytes = 64;  // a line of the caches
 
 using Vec = float __attribute__((vector_size(kVectorBytes)));
 using Bits = uint32_t __attribute__((vector_size(kVectorBytes)));
@@ -51,7 +47,7 @@ inline V load_bytes(const void* p) {
 template <int kCount>
 using Floats __attribute__((vector_size(4 * kCount))) = float;
 
-// Sum of the lanes, halves first.
+// Returns the sum of the lanes: the two halves are added first, then their halves.
 template <int kCount>
 inline float sum_lanes(Floats<kCount> v) {
   Floats<kCount / 2> halves[2];
@@ -61,13 +57,6 @@ inline float sum_lanes(Floats<kCount> v) {
 }
 
 inline float sum(Vec v) { return sum_lanes<kLanes>(v); }
-
-// Asks memory for a chunk that is needed later.
-template <class T>
-inline void ask_for(const T* chunk) {
-  for (int64_t i = 0; i < kChunk * static_cast<int64_t>(sizeof(T)); i += kLineBytes)
-    __builtin_prefetch(reinterpret_cast<const char*>(chunk) + i);
-}
 
 // ---- widening: kChunk elements at p, in lane order ----
 
@@ -93,7 +82,7 @@ inline Chunk load(const half* p) {
 // ---- rounding to nearest even: the inverse of load ----
 
 inline void store(float* p, Chunk c) {
-  // one copy of both halves would go by way of the stack
+  // One copy of both halves would go through the stack.
   std::memcpy(p, &c.lo, sizeof c.lo);
   std::memcpy(p + kLanes, &c.hi, sizeof c.hi);
 }
@@ -126,7 +115,7 @@ inline void store(half* p, Chunk c) {
 #endif
 }
 
-// ---- the last, incomplete chunk of a row: `count` elements, the rest zero or left alone ----
+// ---- the incomplete chunk at the end of a row: `count` elements; the rest is read as zeros and not written ----
 
 template <class T>
 inline Chunk load_first(const T* p, int64_t count) {
@@ -145,8 +134,8 @@ inline void store_first(T* p, Chunk c, int64_t count) {
 }
 
 // ---- products of whole chunks, summed over the chunk ----
-// An Operand is a chunk as the multiply-add wants it: widened, or raw where the machine multiplies
-// pairs of bfloat16 into float32 sums itself.
+// An Operand is a chunk in the form that multiply_add takes: widened, or raw where the processor multiplies
+// pairs of bfloat16 into float32 sums.
 
 template <class T>
 struct Operand {
@@ -184,7 +173,7 @@ inline typename Operand<T>::type load_operand_first(const T* p, int64_t count) {
 
 // ---- lane order and natural order ----
 
-// Position in natural order of element i of a chunk of T in lane order.
+// Returns where element i of a chunk of T in lane order is in natural order.
 template <class T>
 constexpr int natural_position(int i) {
   return i;
@@ -194,13 +183,23 @@ constexpr int natural_position<bfloat16>(int i) {
   return i < kLanes ? 2 * i : 2 * (i - kLanes) + 1;
 }
 
-// Store a chunk whose lanes are in T's order as floats in natural order.
+// Stores a chunk in the lane order of T as floats in natural order.
 template <class T>
 inline void store_natural(float* p, Chunk c, int64_t count) {
   float lanes[kChunk], natural[kChunk];
   store(lanes, c);
   for (int i = 0; i < kChunk; i++) natural[natural_position<T>(i)] = lanes[i];
   std::memcpy(p, natural, (count < kChunk ? count : kChunk) * sizeof(float));
+}
+
+// Converts `count` elements to float32. Where lane order is natural order, whole chunks are faster than what the
+// compiler makes of the loop for half.
+template <class T>
+inline void widen(const T* p, int64_t count, float* wide) {
+  int64_t i = 0;
+  if constexpr (natural_position<T>(1) == 1)
+    for (; i + kChunk <= count; i += kChunk) store(wide + i, load(p + i));
+  for (; i < count; i++) wide[i] = p[i];
 }
 
 inline int64_t chunks_of(int64_t elements) { return (elements + kChunk - 1) / kChunk; }

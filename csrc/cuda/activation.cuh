@@ -1,4 +1,4 @@
-// The nonlinearities of an MLP, in float32.
+// The activations of an MLP, in float32.
 #pragma once
 
 #include <cmath>

@@ -1,12 +1,13 @@
-// A tile of an expansion by threads: each has one packet of columns, of every so many rows.
+// A tile of an expansion by threads: each thread adds one packet of columns, of one row of every so many.
 #pragma once
 
 #include "expansion.cuh"
+#include "mask.cuh"
 
 namespace {
 
-// Where a thread stands in a tile: at a packet of the rows from number `slot` on, every `slots`-th.
-template <class T>
+// The place of a thread in a tile: it reads a packet of every `slots`-th row, from row `slot` on.
+template <class W>
 struct Place {
   int slot, slots;
   int64_t column;
@@ -14,9 +15,9 @@ struct Place {
   __device__ Place(int width, int tile)
       : slot(threadIdx.x / width),
         slots(kThreads / width),
-        column((int64_t(tile) * width + threadIdx.x % width) * kPacket<T>) {}
+        column((int64_t(tile) * width + threadIdx.x % width) * kPacket<W>) {}
 
-  __device__ bool reads(const Matrix<T>& rows) const { return slot < slots && column < rows.columns; }
+  __device__ bool reads(const W& rows) const { return slot < slots && column < rows.columns; }
 };
 
 // Kept rows of one token and their z, in order.
@@ -25,7 +26,7 @@ struct List {
   static constexpr int kRows = 11 * 1024;
   int row[kRows];
   float z[kRows];
-  int kept[kWarps];  // by each warp
+  int kept[kWarps];  // the number that each warp keeps
 };
 
 // Adds the kept ones of List::kLook rows from `first` on to the `listed` ones, and returns how many it then has.
@@ -39,7 +40,7 @@ __device__ int list_rows(List& list, const Z& z, int64_t first, int listed) {
   for (int i = 0; i < kRun; i++) kept += values[i] != 0.0f;
   const int up_to = sum_up_to_lane(kept);
   if (lane() == kLanes - 1) list.kept[warp()] = up_to;
-  __syncthreads();  // the counts are there, and nobody reads what was listed before
+  __syncthreads();  // the counts are there, and all reads of the list before are over
   const int of_warp = lane() < kWarps ? list.kept[lane()] : 0, up_to_warp = sum_up_to_lane(of_warp);
   int entry = listed + __shfl_sync(kAllLanes, up_to_warp - of_warp, warp()) + up_to - kept;
 #pragma unroll
@@ -50,31 +51,32 @@ __device__ int list_rows(List& list, const Z& z, int64_t first, int listed) {
   return listed + added;
 }
 
-// sums += the rows of a list that fall to this thread
-template <bool kWide, class T>
-__device__ void add_listed(const List& list, int count, const Matrix<T>& rows, const Place<T>& place,
-                           float (&sums)[kPacket<T>]) {
+// sums += this thread's share of the rows of a list
+template <bool kWide, class W>
+__device__ void add_listed(const List& list, int count, const W& rows, const Place<W>& place,
+                           float (&sums)[kPacket<W>]) {
   constexpr int kLoads = kWide ? 8 : 1;  // in flight
-  const T* const data = rows.data + place.column;
+  const typename W::Row top = rows.at(0, place.column);
   for (int first = place.slot; first < count; first += kLoads * place.slots) {
     const auto entry = [&](int i) { return first + i * place.slots; };
-    Packet<T> weights[kLoads];
+    typename W::Loaded weights[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; i++)
       if (entry(i) < count)
-        weights[i] = stream<kWide>(data + list.row[entry(i)] * rows.ld, rows.columns - place.column);
+        weights[i] =
+            W::template stream<kWide>(W::move(top, rows.stride(1), list.row[entry(i)], 0), rows.columns - place.column);
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       if (entry(i) >= count) break;
       const float z = list.z[entry(i)];
 #pragma unroll
-      for (int c = 0; c < kPacket<T>; c++) sums[c] += z * weights[i][c];
+      for (int c = 0; c < kPacket<W>; c++) sums[c] += z * weights[i][c];
     }
   }
 }
 
-// z of some rows for some tokens; more take turns. Which thread adds up a row depends on the row alone, so that a
-// token's sums have the same bits in any company.
+// z of some rows for some tokens; further rows and tokens take turns. A row alone decides which thread adds it, so the
+// sums of a token do not depend on the other tokens.
 struct Table {
   static constexpr int kTokens = 8, kRows = 1024;
   float z[kRows][kTokens];
@@ -90,7 +92,7 @@ struct Table {
 // Fills a table with `count` rows from `row` on, for the tokens from `token` on.
 template <class Z>
 __device__ void fill(Table& table, const Z& z, int token, int64_t row, int count) {
-  __syncthreads();  // nobody reads the rows before any more
+  __syncthreads();  // all reads of the rows before are over
 #pragma unroll
   for (int m = 0; m < Table::kTokens; m++)
     for (int r = threadIdx.x; r < count; r += kThreads)
@@ -98,47 +100,47 @@ __device__ void fill(Table& table, const Z& z, int token, int64_t row, int count
   __syncthreads();
 }
 
-// sums += the rows of a table that fall to this thread; those that no token wants are not read
-template <bool kWide, class T>
-__device__ void add_wanted(const Table& table, int count, const T* data, const Matrix<T>& rows, const Place<T>& place,
-                           float (&sums)[Table::kTokens][kPacket<T>]) {
-  constexpr int kLoads = kWide ? 4 : 1;  // in flight, if all are wanted
+// sums += this thread's share of the rows of a table, whose first row is `top`. Rows that no token keeps are not read.
+template <bool kWide, class W>
+__device__ void add_wanted(const Table& table, int count, typename W::Row top, const W& rows, const Place<W>& place,
+                           float (&sums)[Table::kTokens][kPacket<W>]) {
+  constexpr int kLoads = kWide ? 4 : 1;  // in flight, if all rows are wanted
   for (int row = place.slot; row < count; row += kLoads * place.slots) {
     const auto at = [&](int i) { return row + i * place.slots; };
-    Packet<T> weights[kLoads] = {};
+    typename W::Loaded weights[kLoads] = {};
 #pragma unroll
     for (int i = 0; i < kLoads; i++)
       if (at(i) < count && table.wanted(at(i)))
-        weights[i] = stream<kWide>(data + at(i) * rows.ld, rows.columns - place.column);
+        weights[i] = W::template stream<kWide>(W::move(top, rows.stride(1), at(i), 0), rows.columns - place.column);
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       if (at(i) >= count) break;
 #pragma unroll
       for (int m = 0; m < Table::kTokens; m++)
 #pragma unroll
-        for (int c = 0; c < kPacket<T>; c++) sums[m][c] += table.z[at(i)][m] * weights[i][c];
+        for (int c = 0; c < kPacket<W>; c++) sums[m][c] += table.z[at(i)][m] * weights[i][c];
     }
   }
 }
 
-template <class T>
-using ThreadSums = float[kThreads * kPacket<T>];
+template <class W>
+using ThreadSums = float[kThreads * kPacket<W>];
 
 // Adds up the sums of all slots, token by token, and calls done_with(m, n, sum).
-template <int kTokens, class T, class Done>
-__device__ void add_slots(const float (&sums)[kTokens][kPacket<T>], const Place<T>& place, int tokens, int width,
+template <int kTokens, class W, class Done>
+__device__ void add_slots(const float (&sums)[kTokens][kPacket<W>], const Place<W>& place, int tokens, int width,
                           int tile, int64_t N, Done done_with) {
-  auto& at = shared_as<ThreadSums<T>>();
-  const int columns = width * kPacket<T>, parts = kThreads / columns;
+  auto& at = shared_as<ThreadSums<W>>();
+  const int columns = width * kPacket<W>, parts = kThreads / columns;
   const int column = threadIdx.x % columns, part = threadIdx.x / columns;
   const int64_t n = int64_t(tile) * columns + column;
 #pragma unroll
   for (int m = 0; m < kTokens; m++) {
     if (m >= tokens) break;
-    __syncthreads();  // nobody reads what lies there any more: a list, or sums
+    __syncthreads();  // all reads of what was there, a list or sums, are over
     if (place.slot < place.slots)
 #pragma unroll
-      for (int c = 0; c < kPacket<T>; c++) at[threadIdx.x * kPacket<T> + c] = sums[m][c];
+      for (int c = 0; c < kPacket<W>; c++) at[threadIdx.x * kPacket<W> + c] = sums[m][c];
     __syncthreads();
     float sum = 0;
     if (part < parts)
@@ -152,10 +154,10 @@ __device__ void add_slots(const float (&sums)[kTokens][kPacket<T>], const Place<
   }
 }
 
-template <bool kWide, class Z, class T, class Done>
-__device__ void expand_one(const Expansion<Z, T>& e, int tile, Done done_with) {
-  const Place<T> place(e.width, tile);
-  float sums[1][kPacket<T>] = {};
+template <bool kWide, class Z, class W, class Done>
+__device__ void expand_one(const Expansion<Z, W>& e, int tile, Done done_with) {
+  const Place<W> place(e.width, tile);
+  float sums[1][kPacket<W>] = {};
   auto& list = shared_as<List>();
   int listed = 0;
   for (int64_t first = 0; first < e.rows.rows; first += list.kLook) {
@@ -164,23 +166,23 @@ __device__ void expand_one(const Expansion<Z, T>& e, int tile, Done done_with) {
     if (place.reads(e.rows)) add_listed<kWide>(list, listed, e.rows, place, sums[0]);
     listed = 0;
   }
-  add_slots<1, T>(sums, place, 1, e.width, tile, e.rows.columns, done_with);
+  add_slots<1, W>(sums, place, 1, e.width, tile, e.rows.columns, done_with);
 }
 
-template <bool kWide, class Z, class T, class Done>
-__device__ void expand_several(const Expansion<Z, T>& e, int tile, Done done_with) {
-  const Place<T> place(e.width, tile);
+template <bool kWide, class Z, class W, class Done>
+__device__ void expand_several(const Expansion<Z, W>& e, int tile, Done done_with) {
+  const Place<W> place(e.width, tile);
   auto& table = shared_as<Table>();
   for (int token = 0; token < e.z.tokens; token += table.kTokens) {
-    float sums[Table::kTokens][kPacket<T>] = {};
+    float sums[Table::kTokens][kPacket<W>] = {};
     for (int64_t first = 0; first < e.rows.rows; first += table.kRows) {
       const int64_t left = e.rows.rows - first;
       const int count = left < table.kRows ? int(left) : table.kRows;
       fill(table, e.z, token, first, count);
-      const T* const data = e.rows.data + first * e.rows.ld + place.column;
-      if (place.reads(e.rows)) add_wanted<kWide>(table, count, data, e.rows, place, sums);
+      const typename W::Row top = e.rows.at(first, place.column);
+      if (place.reads(e.rows)) add_wanted<kWide>(table, count, top, e.rows, place, sums);
     }
-    add_slots<Table::kTokens, T>(sums, place, e.z.tokens - token, e.width, tile, e.rows.columns,
+    add_slots<Table::kTokens, W>(sums, place, e.z.tokens - token, e.width, tile, e.rows.columns,
                                  [&](int m, int64_t n, float sum) { done_with(token + m, n, sum); });
   }
 }

@@ -1,4 +1,4 @@
-// From torch's tensors to a launch on torch's current stream.
+// What every op starts from: torch's tensors as pointers and sizes, and a launch on torch's current stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,23 +16,13 @@
 #include "../check.h"
 #include "../tensors.h"
 #include "expand.cuh"
-#include "plan.h"
 #include "project.cuh"
+#include "tiling.h"
 
-// Only a torch with CUDA has this one; declared weak, the library loads on any torch.
+// Only a torch with CUDA has this function. Declared weak, it lets the library load on any torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace {
-
-using rana::data_of;
-using rana::empty_output;
-using rana::last_size;
-using rana::OptionalTensor;
-using rana::Packed;
-using rana::packed;
-using rana::ScalarType;
-using rana::Tensor;
-using rana::tokens_of;
 
 [[noreturn]] inline void fail(const char* op, const std::string& what) {
   throw std::runtime_error(std::string("rana::") + op + ": " + what);
@@ -40,7 +30,7 @@ using rana::tokens_of;
 
 inline void check_cuda(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // it is reported here, not by the next call of somebody else
+  cudaGetLastError();  // clears the error: it is reported here, and must not be reported again by a later call
   fail(op, std::string("CUDA says: ") + cudaGetErrorString(error));
 }
 
@@ -49,7 +39,7 @@ struct Block {
   size_t shared_bytes;
 };
 
-// An op on the device of its input: made current while this lives, its card, its stream.
+// The device of an op's input, with its card and its stream. It is the current device while this lives.
 class Device {
  public:
   Device(const char* op, const Tensor& input) : op(op), guard_(input.get_device_index()) {
@@ -64,7 +54,7 @@ class Device {
 
   int processors() const { return processors_; }
 
-  // Runs kernel(arguments...); `together`: all blocks at once, so that they can wait for one another.
+  // Runs kernel(arguments...). If `together`, all blocks run at once, so that they can wait for one another.
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, Block block, bool together,
               Arguments&&... arguments) const {
@@ -116,8 +106,8 @@ class Device {
   int processors_;
 };
 
-// A kernel in a grid of at most a block a multiprocessor, so that all run at once. Only `together` may they wait for
-// one another.
+// A kernel in a grid of at most one block a multiprocessor, so that all blocks run at once. They may wait for one
+// another only if launched `together`.
 template <class Op>
 class Kernel {
  public:
@@ -131,7 +121,7 @@ class Kernel {
   }
 
  private:
-  // Once for each device: allows the shared memory, and sees that a block has room.
+  // Allows the shared memory and checks that a block has room, once for each device.
   void prepare() const {
     static std::mutex lock;
     static std::set<std::pair<void (*)(Op), int>> prepared;
@@ -152,10 +142,10 @@ class Kernel {
   Block block_;
 };
 
-// Scratch memory: one allocation by torch, in pieces that each start on 16 bytes.
+// Scratch memory: one allocation by torch, cut into pieces that start on 16 bytes.
 class Workspace {
  public:
-  // `piece` will point at `count` elements once `allocate` was called.
+  // After `allocate`, `piece` points at `count` elements.
   template <class E>
   void add(E*& piece, int64_t count) {
     assign_.push_back([&piece, start = bytes_](char* memory) { piece = reinterpret_cast<E*>(memory + start); });
@@ -165,7 +155,7 @@ class Workspace {
   void add(Z& z) {
     add(z.z, z.size());
   }
-  // The memory lives as long as the tensor returned: torch hands it out again in the order of the stream.
+  // The memory lives as long as the tensor that is returned; torch reuses it in the order of the stream.
   Tensor allocate(const Tensor& like) {
     Tensor memory = torch::stable::new_empty(like, {bytes_ / int64_t(sizeof(float))}, ScalarType::Float);
     for (const auto& assign : assign_) assign(static_cast<char*>(memory.mutable_data_ptr()));
@@ -183,24 +173,23 @@ bool on_16_bytes(const T* p) {
 }
 
 template <class T>
-Matrix<T> matrix(const Tensor& t) {
+Plain<T> plain(const Tensor& t) {
   const auto* data = static_cast<const T*>(t.const_data_ptr());
   const int64_t rows = t.size(0), columns = t.size(1), ld = t.stride(0);
-  const bool wide = on_16_bytes(data) && columns % kPacket<T> == 0 && (rows < 2 || ld % kPacket<T> == 0);
+  const bool wide = on_16_bytes(data) && columns % kPacket<Plain<T>> == 0 && (rows < 2 || ld % kPacket<Plain<T>> == 0);
   return {data, rows, columns, ld, wide};
 }
 
 // A block of a decode kernel. Its phases use the same shared memory, one after the other.
-template <class T, int kTokens>
-constexpr Block kBlock{kThreads, std::max(sizeof(Partials<kTokens>), kExpandBytes<T, kTokens>)};
+template <class W, int kTokens>
+constexpr Block kBlock{kThreads, std::max(sizeof(Partials<kTokens>), kExpandBytes<W, kTokens>)};
 
-// The parts of an op as its kernel gets them. How they are cut up is still to be decided.
+// The parts of an op as its kernel gets them, except for how they are cut up: `cut` decides that.
 
-template <class T>
-Projection<T> projection(const Packed<T>& x, int64_t tokens, const Tensor& B) {
-  Matrix<T> weights = matrix<T>(B);
-  weights.wide = weights.wide && on_16_bytes(x.data);
-  return {{x.data, int(weights.columns), int(tokens)}, weights, 1};
+template <class W>
+Projection<W> projection(const Packed<typename W::Element>& x, int64_t tokens, W B) {
+  B.wide = B.wide && on_16_bytes(x.data);
+  return {{x.data, int(B.columns), int(tokens)}, B, 1};
 }
 
 template <class T>
@@ -208,32 +197,24 @@ Output<T> output(const std::optional<Packed<T>>& bias, Tensor& y) {
   return {data_of(bias), static_cast<T*>(y.mutable_data_ptr()), last_size(y)};
 }
 
-template <int kTokens, class T>
-void cut(Projection<T>& projection) {
-  projection.warps_a_row = warps_a_row(projection.B.columns * sizeof(T), kSlice<T, kTokens>, kWarps);
+template <int kTokens, class W>
+void cut(Projection<W>& projection) {
+  projection.warps_a_row = warps_a_row(bytes_of<W>(projection.B.columns), kSlice<W, kTokens>, kWarps);
 }
-template <int kTokens, class Z, class T>
-void cut(Expansion<Z, T>& e, int64_t blocks) {
-  const int64_t packets = ceil_div(e.rows.columns, kPacket<T>);
-  e.width = packets_a_tile(packets, blocks, kMostPackets<T, kTokens>);
+template <int kTokens, class Z, class W>
+void cut(Expansion<Z, W>& e, int64_t blocks) {
+  const int64_t packets = ceil_div(e.rows.columns, kPacket<W>);
+  e.width = packets_a_tile(packets, blocks, kMostPackets<W, kTokens>);
   e.tiles = int(ceil_div(packets, e.width));
 }
 
-// How many blocks have something to do.
-template <int kTokens, class T>
-int64_t items(const Projection<T>& projection) {
+// Returns how many blocks have work.
+template <int kTokens, class W>
+int64_t items(const Projection<W>& projection) {
   return ceil_div(projection.B.rows * projection.warps_a_row, kWarps);
 }
 
-// Calls f with a value of the element type of `dtype`, which the checks have found to be one of these.
-template <class F>
-void for_dtype(ScalarType dtype, F f) {
-  if (dtype == ScalarType::Float) f(float{});
-  else if (dtype == ScalarType::BFloat16) f(bfloat16{});
-  else f(half{});
-}
-
-// Calls f with the number of tokens of the kernel for `tokens` tokens, a constant.
+// Calls f with the number of tokens that the kernel for `tokens` tokens is compiled for, as a constant.
 template <class F>
 void for_tokens(int64_t tokens, F f) {
   switch (tokens_compiled(tokens)) {

@@ -4,7 +4,7 @@ namespace {
 
 template <class T>
 struct Linear {
-  Projection<T> projection;
+  Projection<Plain<T>> projection;
   Output<T> output;
 };
 
@@ -34,7 +34,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
     using T = decltype(element);
     const Packed<T> input(x);
     const auto b = packed<T>(bias);
-    decode<T>(device, {projection(input, tokens, weight), output(b, y)});
+    decode<T>(device, {projection(input, tokens, plain<T>(weight)), output(b, y)});
   });
   return y;
 }

@@ -1,27 +1,27 @@
-// The mask, and z = m ⊙ h: what it leaves of the values, as the sums over rows read it.
+// The mask, and the values of h that it keeps: z = m ⊙ h, in the forms in which the sums over rows read it.
 #pragma once
 
 #include "mma.cuh"
 
 namespace {
 
-// Keep unless |h|·scale < threshold, decided in float32; a NaN is kept. `scale` may be null, and the
-// threshold is one value (step 0) or one a row (step 1).
+// Keeps h unless |h|·norms < threshold, decided in float32, so that a NaN is kept. `norms` may be null. There is one
+// threshold for all rows (threshold_step 0) or one a row (threshold_step 1).
 struct Mask {
   const float* threshold;
-  int step;
-  const float* scale;
+  int threshold_step;
+  const float* norms;
 
-  // m ⊙ h, for the h of a row
+  // Returns m ⊙ h for the h of a row.
   __device__ float apply(float h, int64_t row) const {
-    const float score = scale ? fabsf(h) * scale[row] : fabsf(h);
-    return score < threshold[row * step] ? 0.0f : h;
+    const float score = norms ? fabsf(h) * norms[row] : fabsf(h);
+    return score < threshold[row * threshold_step] ? 0.0f : h;
   }
 };
 
-// Where a sum over rows finds z [tokens, rows], one of these. For threads they give
+// A sum over rows reads z [tokens, rows] from one of the structures below. For threads these have
 //   value(m, row)       z of a token at a row
-//   run(row, values)    the first token's z at eight rows from a multiple of eight on, 0 beyond the last
+//   run(row, values)    z of the first token at eight rows from a multiple of eight on, 0 beyond the last row
 // and for tensor cores
 //   factors(row)        this lane's part of z at sixteen rows from a multiple of sixteen on
 
@@ -33,7 +33,7 @@ __device__ void run_one_by_one(const Z& z, int64_t row, float (&values)[kRun]) {
   for (int i = 0; i < kRun; i++) values[i] = row + i < z.rows ? z.value(0, row + i) : 0.0f;
 }
 
-// An input h of an op, with the mask that is still to be applied.
+// The input h of an op; the mask is applied when it is read.
 template <class T>
 struct MaskedInput {
   const T* h;
@@ -45,8 +45,8 @@ struct MaskedInput {
   __device__ void run(int64_t row, float (&values)[kRun]) const { run_one_by_one(*this, row, values); }
 };
 
-// What this launch has written itself, in float32. It is read past the first-level cache, which other
-// multiprocessors' writes do not reach.
+// Values that this launch has written itself, in float32. They are read past the first-level cache, because writes of
+// other multiprocessors do not reach it.
 struct Floats {
   float* z;
   int tokens;
@@ -68,7 +68,7 @@ struct Floats {
   }
 };
 
-// The same as sums of three bfloat16, in the order in which the lanes of a warp take them.
+// The same values as sums of three bfloat16, in the order in which the lanes of a warp read them.
 template <int kMostTokens>
 struct Parts {
   struct OfLane {
@@ -103,8 +103,8 @@ struct Parts {
   }
 };
 
-// z that is computed within a launch, for sums over rows of type T.
-template <class T, int kTokens>
-using Computed = std::conditional_t<kExpandedByMma<T, kTokens>, Parts<kTokens>, Floats>;
+// The form of a z that is computed within a launch, for sums over rows W.
+template <class W, int kTokens>
+using Computed = std::conditional_t<kExpandedByMma<W, kTokens>, Parts<kTokens>, Floats>;
 
 }  // namespace

@@ -1,11 +1,11 @@
 #include "launch.cuh"
-#include "products.cuh"
+#include "prefill.cuh"
 
 namespace {
 
 template <class T>
 struct Linear {
-  Expansion<MaskedInput<T>, T> expansion;
+  Expansion<MaskedInput<T>, Plain<T>> expansion;
   Output<T> output;
 };
 
@@ -16,15 +16,15 @@ __global__ void __launch_bounds__(kThreads, 1) masked_linear_kernel(const __grid
   });
 }
 
-// Up to this many tokens rows are skipped. In 16 bits z is as exact for a dense product as it is here, and two tokens
-// already take longer without the rows that they drop than 64 take with all of them (bench/NOTES.md).
+// Up to this many tokens rows are skipped. In 16 bits z is as exact for a dense product as it is here, and skipping
+// rows for two tokens takes longer than a dense product for 64 (bench/NOTES.md).
 template <class T>
 constexpr int64_t kStreamedTokens = sizeof(T) == 2 ? 1 : kDecodeTokens;
 
 template <class T>
 void decode(const Device& device, Linear<T> op) {
   const auto run = [&](auto tokens) {
-    const Kernel kernel(device, masked_linear_kernel<T, tokens()>, kBlock<T, tokens()>);
+    const Kernel kernel(device, masked_linear_kernel<T, tokens()>, kBlock<Plain<T>, tokens()>);
     cut<tokens()>(op.expansion, kernel.blocks());
     kernel.launch(op.expansion.tiles, op, /*together=*/false);
   };
@@ -32,16 +32,16 @@ void decode(const Device& device, Linear<T> op) {
   else for_tokens(op.expansion.z.tokens, run);
 }
 
-Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshold, const OptionalTensor& scale,
+Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshold, const OptionalTensor& norms,
                      const OptionalTensor& bias) {
-  rana::check_masked_linear(h, rows, threshold, scale, bias);
+  rana::check_masked_linear(h, rows, threshold, norms, bias);
   const int64_t tokens = tokens_of(h);
   Tensor y = empty_output(h, rows.size(1));
   if (y.numel() == 0) return y;
   const Device device("masked_linear", h);
   const Packed<float> t(threshold);
-  const auto s = packed<float>(scale);
-  const Mask mask{t.data, int(threshold.dim()), data_of(s)};
+  const auto n = packed<float>(norms);
+  const Mask mask{t.data, int(threshold.dim()), data_of(n)};
   for_dtype(h.scalar_type(), [&](auto element) {
     using T = decltype(element);
     if (tokens > kStreamedTokens<T>) {
@@ -51,7 +51,7 @@ Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshol
       const Packed<T> input(h);
       const auto b = packed<T>(bias);
       const MaskedInput<T> z{input.data, int(tokens), rows.size(0), mask};
-      decode<T>(device, {{z, matrix<T>(rows)}, output(b, y)});
+      decode<T>(device, {{z, plain<T>(rows)}, output(b, y)});
     }
   });
   return y;

@@ -1,13 +1,13 @@
 #include "launch.cuh"
-#include "products.cuh"
+#include "prefill.cuh"
 
 namespace {
 
 template <class T, int kTokens>
 struct Lowrank {
-  Projection<T> ranks;
+  Projection<Plain<T>> ranks;
   Mask mask;
-  Expansion<Computed<T, kTokens>, T> expansion;
+  Expansion<Computed<Plain<T>, kTokens>, Plain<T>> expansion;
   Output<T> output;
 };
 
@@ -23,10 +23,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T>
-void decode(const Device& device, const Tensor& input, Projection<T> ranks, const Mask& mask, const Matrix<T>& rows,
-            const Output<T>& output) {
+void decode(const Device& device, const Tensor& input, Projection<Plain<T>> ranks, const Mask& mask,
+            const Plain<T>& rows, const Output<T>& output) {
   for_tokens(ranks.x.count, [&](auto tokens) {
-    const Kernel kernel(device, masked_lowrank_linear_kernel<T, tokens()>, kBlock<T, tokens()>);
+    const Kernel kernel(device, masked_lowrank_linear_kernel<T, tokens()>, kBlock<Plain<T>, tokens()>);
     Lowrank<T, tokens()> op{ranks, mask, {{nullptr, ranks.x.count, rows.rows}, rows}, output};
     cut<tokens()>(op.ranks);
     cut<tokens()>(op.expansion, kernel.blocks());
@@ -54,7 +54,7 @@ Tensor masked_lowrank_linear(const Tensor& x, const Tensor& B, const Tensor& row
     } else {
       const Packed<T> input(x);
       const auto b = packed<T>(bias);
-      decode<T>(device, x, projection(input, tokens, B), mask, matrix<T>(rows), output(b, y));
+      decode<T>(device, x, projection(input, tokens, plain<T>(B)), mask, plain<T>(rows), output(b, y));
     }
   });
   return y;

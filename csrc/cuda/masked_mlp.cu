@@ -1,10 +1,10 @@
 #include "activation.cuh"
 #include "launch.cuh"
-#include "products.cuh"
+#include "prefill.cuh"
 
 namespace {
 
-// What happens between the sums over ranks and those over neurons.
+// The step between the sums over ranks and the sums over neurons.
 template <class T>
 struct Neurons {
   const T *up_bias, *gate_bias;
@@ -12,7 +12,7 @@ struct Neurons {
   Activation activation;
   Mask mask;
 
-  // m ⊙ g of a neuron, g = act(gate) · up, or act(up) without a gate; the sums come without their biases
+  // Returns m ⊙ g of a neuron, where g = act(gate) · up, or act(up) without a gate. The sums come without their biases.
   __device__ float operator()(int64_t n, float up, float gate) const {
     if (up_bias) up += float(up_bias[n]);
     if (gate_bias) gate += float(gate_bias[n]);
@@ -22,16 +22,17 @@ struct Neurons {
 
 template <class T, int kTokens>
 struct Mlp {
-  using Z = Computed<T, kTokens>;
-  Projection<T> ranks;
+  using W = Plain<T>;
+  using Z = Computed<W, kTokens>;
+  Projection<W> ranks;
   Mask mask;
-  int64_t first_gate_rank;   // the last ranks are those of gate
-  Expansion<Z, T> up, gate;  // cut up alike
+  int64_t first_gate_rank;
+  Expansion<Z, W> up, gate;  // with the same tiles
   Neurons<T> neurons;
-  Expansion<Z, T> down;
+  Expansion<Z, W> down;
   Output<T> output;
 
-  // A rank of B is one of up, or of gate, or of both.
+  // Each rank of B belongs to up, to gate, or to both.
   __device__ void store_rank(int m, int64_t r, float h) const {
     const float z = mask.apply(h, r);
     if (r < up.rows.rows) up.z.store(m, r, z);
@@ -39,18 +40,19 @@ struct Mlp {
   }
 };
 
-// Sums of up and gate for the neurons of a tile. They lie behind what an expansion uses.
-template <class T, int kTokens>
+// The sums of up and gate for the neurons of a tile, in shared memory behind that of an expansion.
+template <class W, int kTokens>
 struct NeuronSums {
-  float up[kTokens][kMostColumns<T, kTokens>], gate[kTokens][kMostColumns<T, kTokens>];
+  float up[kTokens][kMostColumns<W, kTokens>], gate[kTokens][kMostColumns<W, kTokens>];
 };
-template <class T, int kTokens>
-constexpr Block kMlpBlock{kThreads, kBlock<T, kTokens>.shared_bytes + sizeof(NeuronSums<T, kTokens>)};
+template <class W, int kTokens>
+constexpr Block kMlpBlock{kThreads, kBlock<W, kTokens>.shared_bytes + sizeof(NeuronSums<W, kTokens>)};
 
 template <class T, int kTokens>
 __device__ void compute_neurons(const Mlp<T, kTokens>& op, int tile) {
-  auto& sums = shared_as<NeuronSums<T, kTokens>>(kBlock<T, kTokens>.shared_bytes);
-  const int columns = op.up.width * kPacket<T>;
+  using W = Plain<T>;
+  auto& sums = shared_as<NeuronSums<W, kTokens>>(kBlock<W, kTokens>.shared_bytes);
+  const int columns = op.up.width * kPacket<W>;
   const int64_t first = int64_t(tile) * columns, left = op.down.z.rows - first;
   expand<kTokens>(op.up, tile, [&](int m, int64_t n, float sum) { sums.up[m][n - first] = sum; });
   if (op.neurons.gated)
@@ -75,22 +77,22 @@ __global__ void __launch_bounds__(kThreads, 1) masked_mlp_kernel(const __grid_co
   });
 }
 
-// The weights of an MLP; those of gate are up's where there is no gate.
+// The rows of an MLP. Without a gate, `gate` is a copy of `up` that no kernel reads.
 template <class T>
 struct Weights {
-  Matrix<T> up, gate, down;
+  Plain<T> up, gate, down;
 };
 
 template <class T>
-void decode(const Device& device, const Tensor& input, const Projection<T>& ranks, const Mask& mask,
-            const Weights<T>& weights, const Neurons<T>& neurons, const Output<T>& output) {
+void decode(const Device& device, const Tensor& input, const Projection<Plain<T>>& ranks, const Mask& mask,
+            int64_t first_gate_rank, const Weights<T>& weights, const Neurons<T>& neurons, const Output<T>& output) {
   const int M = ranks.x.count;
   for_tokens(M, [&](auto tokens) {
-    const Kernel kernel(device, masked_mlp_kernel<T, tokens()>, kMlpBlock<T, tokens()>);
+    const Kernel kernel(device, masked_mlp_kernel<T, tokens()>, kMlpBlock<Plain<T>, tokens()>);
     const auto& [up, gate, down] = weights;
     Mlp<T, tokens()> op{ranks,
                         mask,
-                        ranks.B.rows - gate.rows,
+                        first_gate_rank,
                         {{nullptr, M, up.rows}, up},
                         {{nullptr, M, gate.rows}, gate},
                         neurons,
@@ -105,7 +107,7 @@ void decode(const Device& device, const Tensor& input, const Projection<T>& rank
   });
 }
 
-// z = m ⊙ g for many tokens, [tokens, neurons], from the products of up and gate without their biases
+// Computes z = m ⊙ g for many tokens, [tokens, neurons], from the products of up and gate without their biases.
 template <class T>
 __global__ void __launch_bounds__(kPlainBlock.threads)
     neurons_kernel(const __grid_constant__ Neurons<T> neurons, const float* up, const float* gate, int64_t tokens,
@@ -123,7 +125,7 @@ Tensor prefill(const Device& device, const Tensor& x, const Tensor& B, const Mas
   const Tensor up = wide_product(torch::stable::narrow(kept, 1, 0, up_rows.size(0)), up_rows);
   Tensor gate = up;
   if (gate_rows)
-    gate = wide_product(torch::stable::narrow(kept, 1, B.size(0) - gate_rows->size(0), gate_rows->size(0)), *gate_rows);
+    gate = wide_product(torch::stable::narrow(kept, 1, first_gate_rank(B, gate_rows), gate_rows->size(0)), *gate_rows);
   Tensor z = torch::stable::new_empty(x, {tokens, size});
   if (size > 0)
     device.launch(neurons_kernel<T>, blocks_for_each(device, tokens * size), kPlainBlock, false, neurons,
@@ -134,16 +136,16 @@ Tensor prefill(const Device& device, const Tensor& x, const Tensor& B, const Mas
 
 Tensor masked_mlp(const Tensor& x, const Tensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows,
                   const Tensor& threshold, const OptionalTensor& up_bias, const OptionalTensor& gate_bias,
-                  const Tensor& down_rows, const Tensor& down_scale, const Tensor& down_threshold,
+                  const Tensor& down_rows, const Tensor& down_norms, const Tensor& down_threshold,
                   const OptionalTensor& down_bias, std::string activation) {
   const Activation function = find_activation(activation);
-  rana::check_masked_mlp(x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_scale, down_threshold,
+  rana::check_masked_mlp(x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_norms, down_threshold,
                          down_bias, activation, function != Activation::unknown);
   const int64_t tokens = tokens_of(x);
   Tensor y = empty_output(x, down_rows.size(1));
   if (y.numel() == 0) return y;
   const Device device("masked_mlp", x);
-  const Packed<float> t(threshold), down_t(down_threshold), down_s(down_scale);
+  const Packed<float> t(threshold), down_t(down_threshold), down_n(down_norms);
   for_dtype(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const Packed<T> input(x);
@@ -153,13 +155,13 @@ Tensor masked_mlp(const Tensor& x, const Tensor& B, const Tensor& up_rows, const
                              data_of(gate_b),
                              gate_rows.has_value(),
                              function,
-                             {down_t.data, int(down_threshold.dim()), down_s.data}};
+                             {down_t.data, int(down_threshold.dim()), down_n.data}};
     if (tokens > kDecodeTokens) {
       y = prefill<T>(device, x, B, rank_mask, up_rows, gate_rows, neurons, down_rows, down_bias);
     } else {
-      const Matrix<T> up = matrix<T>(up_rows), gate = gate_rows ? matrix<T>(*gate_rows) : up;
-      decode<T>(device, x, projection(input, tokens, B), rank_mask, {up, gate, matrix<T>(down_rows)}, neurons,
-                output(down_b, y));
+      const Plain<T> up = plain<T>(up_rows), gate = gate_rows ? plain<T>(*gate_rows) : up;
+      decode<T>(device, x, projection(input, tokens, plain<T>(B)), rank_mask, first_gate_rank(B, gate_rows),
+                {up, gate, plain<T>(down_rows)}, neurons, output(down_b, y));
     }
   });
   return y;

@@ -1,27 +1,27 @@
-// Tensor cores: products of 16 × 16 weights with 8 tokens, and float32 values as sums of bfloat16 ones.
+// Tensor cores: products of 16 × 16 weights with 8 tokens, and float32 values as sums of bfloat16 values.
 #pragma once
 
-#include "device.cuh"
+#include "storage.cuh"
 
 namespace {
 
-// Several tokens meet B on tensor cores: products of 16-bit values are exact in float32.
-template <class T, int kTokens>
-constexpr bool kProjectedByMma = kTokens > 1 && sizeof(T) == 2;
-// The kept values are float32, 24 bits. Three bfloat16 hold them; float16 has not the exponents.
-template <class T, int kTokens>
-constexpr bool kExpandedByMma = kTokens > 1 && std::is_same_v<T, bfloat16>;
+// With several tokens, tensor cores multiply B: products of 16-bit values are exact in float32.
+template <class W, int kTokens>
+constexpr bool kProjectedByMma = kTokens > 1 && sizeof(typename W::Element) == 2;
+// The kept values are float32, with 24 bits. Three bfloat16 hold them; float16 has too few exponents.
+template <class W, int kTokens>
+constexpr bool kExpandedByMma = kTokens > 1 && std::is_same_v<typename W::Element, bfloat16>;
 
-// A warp's place in such a product: lane 4 group() + member().
+// The place of a lane in such a product: lane 4 group() + member().
 __device__ inline int group() { return lane() / 4; }
 __device__ inline int member() { return lane() % 4; }
 
-// c += a b, 16 weights (rows or columns of theirs) with 8 tokens, over 16 products. A lane gives and gets
-//   a[0], a[1]  of weights group() and group() + 8: products 2 member() and the next, as one word
-//   a[2], a[3]  of the same: products 2 member() + 8 and the next
-//   b[0], b[1]  of token group(): the same products
-//   c[0], c[1]  weight group(), tokens 2 member() and the next; c[2], c[3]: weight group() + 8
-// Which of the real products is called which does not matter, as long as a and b agree.
+// c += a b for 16 lines of weights (rows, or columns) and 8 tokens, summed over 16 products. Each lane holds
+//   a[0], a[1]  lines group() and group() + 8: products 2 member() and the next, as one word
+//   a[2], a[3]  the same lines: products 2 member() + 8 and the next
+//   b[0], b[1]  token group(): the same products
+//   c[0], c[1]  line group(), tokens 2 member() and the next; c[2], c[3]: line group() + 8
+// The numbering of the products is free, as long as a and b agree.
 template <class T>
 __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef __CUDACC__
@@ -35,22 +35,22 @@ __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else  // the tests run kernels on the host
+#else  // the tests run the kernels on the host
   shim::multiply_add<T>(c, a, b);
 #endif
 }
 
-// A float32 is the sum of so many bfloat16.
+// So many bfloat16 add up to a float32 exactly.
 constexpr int kParts = 3;
 
-// What a lane gives as b for sixteen rows and all tokens, part by part of their values.
+// The b of a lane for sixteen rows and all tokens: one b for each part of the values.
 template <int kTokens>
 struct Factors {
   uint32_t b[kTokens / 8][kParts][2];
 };
 
-// Takes from `value` what its upper half, a bfloat16, holds of it, and returns that: kParts times take all of it.
-// What is not finite stays in the first part alone.
+// Returns the upper half of `value`, a bfloat16, and subtracts it from `value`. After kParts calls nothing is left. A
+// value that is not finite is returned by the first call alone.
 __device__ inline uint16_t split_off(float& value) {
   const uint32_t bits = __float_as_uint(value);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;

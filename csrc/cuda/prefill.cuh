@@ -1,8 +1,8 @@
-// Many tokens: dense products by torch (cuBLAS), with masks of our own between them.
+// Many tokens: dense products by torch (cuBLAS), with our masks between them.
 //
-// The first product leaves float32, so that the mask is decided on it; the masked values are rounded once to
-// the type of the weights for the second. torch's settings apply: in float32 for TF32 to both, in 16 bits
-// for reductions of less precision to the second.
+// The first product returns float32, so that the mask is decided on it. The masked values are rounded once, to the type
+// of the weights, for the second product. torch's settings apply: that for TF32 to both products in float32, that for
+// reduced-precision reductions to the second product in 16 bits.
 #pragma once
 
 #include <array>
@@ -11,7 +11,7 @@
 
 namespace {
 
-// a @ b in float32, of matrices of any element type
+// Returns a @ b in float32, for matrices of any element type.
 inline Tensor wide_product(const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), 0};
@@ -20,14 +20,14 @@ inline Tensor wide_product(const Tensor& a, const Tensor& b) {
   return rana::call("aten::mm", "dtype", stack.data());
 }
 
-// z @ rows + bias in the shape of an output for `input`
+// Returns z @ rows + bias in the shape of the output for `input`.
 inline Tensor last_product(const Tensor& z, const Tensor& rows, const OptionalTensor& bias, const Tensor& input) {
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = rows.size(1);
   return torch::stable::reshape(rana::torch_linear(z, torch::stable::transpose(rows, 0, 1), bias), sizes);
 }
 
-// x [..., K] as [tokens, K]
+// Returns x [..., K] as [tokens, K].
 inline Tensor tokens_in_rows(const Tensor& x) { return torch::stable::reshape(x, {tokens_of(x), last_size(x)}); }
 
 // Calls f(i) for all i < count.

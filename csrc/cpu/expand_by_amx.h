@@ -1,19 +1,20 @@
-// y = (m ⊙ h) rows on matrix tiles: lines are tokens; columns are those of the rows, the even ones in one tile, the odd
-// in another.
+// y = (m ⊙ h) rows on matrix tiles: tokens are lines; the even columns of the rows are in one tile, the odd columns in
+// another.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "masked.h"
-#include "tiles.h"
+#include "amx.h"
+#include "mask.h"
 
 #if defined(__AMX_BF16__)
 
 namespace {
 
-// The kept values of a line, [kBlock], as sums of `parts` bfloat16, each in a tile of its own. All but the last are
-// truncated: three hold every bit of a float32. What is not finite has one part, or others would make it NaN.
+// Splits the kept values of a line, [kBlock], into `parts` bfloat16 that add up to them, each part in its own tile. All
+// parts but the last are truncated, so kParts parts hold every bit of a float32. Values that are not finite get one
+// part, because more would make an infinity NaN.
 inline void split(const float* kept, int64_t parts, Tile* tiles, int64_t line) {
   for (int64_t half = 0; half < 2; half++) {
     Vec rest = load_bytes<Vec>(kept + half * kLanes);
@@ -27,15 +28,16 @@ inline void split(const float* kept, int64_t parts, Tile* tiles, int64_t line) {
   }
 }
 
-template <>
-struct Masked<Tiles> {
+// Up to kExactTokens tokens h keeps all of its bits; with more tokens it is rounded to one bfloat16.
+template <class W>
+struct Masked<ByAmx<W>> {
   int64_t tokens, parts;
-  std::vector<int64_t> blocks;  // those of which a token keeps a row
-  std::vector<int64_t> row;     // [all blocks, kBlock]; in place of one that no token keeps another, times zero
+  std::vector<int64_t> blocks;  // the blocks with a row that some token keeps
+  std::vector<int64_t> row;     // [all blocks, kBlock]; a row that no token keeps is replaced by a kept one, times zero
   std::vector<Tile> values;     // [all blocks, tiles of tokens, parts]
 
-  Masked(const float* h, int64_t ldh, int64_t tokens, int64_t ranks, Mask mask, int64_t parts)
-      : tokens(tokens), parts(parts) {
+  Masked(const float* h, int64_t ldh, int64_t tokens, int64_t ranks, Mask mask)
+      : tokens(tokens), parts(tokens <= kExactTokens ? kParts : 1) {
     const int64_t all = blocks_of(ranks), tiles = tiles_of(tokens);
     std::vector<uint32_t> live(all * kBlock);
     std::vector<float> kept(all * kBlock);
@@ -58,18 +60,20 @@ struct Masked<Tiles> {
   }
 };
 
-// Two tiles: the even and the odd columns of a chunk, of a block of rows or of sums.
+// The even and the odd columns of a chunk, for a block of rows or for sums.
 struct ColumnTiles {
   Tile even, odd;
 };
 
-// The sums of a slab of columns, worked off in pieces of kDepth blocks of rows and kWidth chunks. While tiles of tokens
-// meet one piece the next is gathered, a share of it with each two.
-template <int kDepth, int kWidth>
+// The sums of a slab of columns. They are computed in pieces of kDepth blocks of rows and kWidth chunks: while the
+// tiles of tokens are multiplied with one piece, two at a time, the next piece is gathered.
+template <class W, int kDepth, int kWidth>
 class Slab {
  public:
-  // `rows`: those of the blocks that are wanted, and as many more as fill the last piece.
-  Slab(const Masked<Tiles>& h, const bfloat16* const* rows, int64_t begin, int64_t end, ColumnTiles* sums)
+  using Row = typename W::Row;
+
+  // `rows` holds the rows of the live blocks, and enough others to fill the last piece.
+  Slab(const Masked<ByAmx<W>>& h, const Row* rows, int64_t begin, int64_t end, ColumnTiles* sums)
       : h_(h), rows_(rows), begin_(begin), end_(end), tiles_(tiles_of(h.tokens)), sums_(sums) {}
 
   void add_all() const {
@@ -101,24 +105,24 @@ class Slab {
   };
 
   int64_t blocks() const { return h_.blocks.size(); }
-  // After the last one comes the first.
+  // Returns the place after this one. After the last place comes the first.
   Place after(Place place) const {
     if (place.column + kWidth * kChunk < end_) return {place.block, place.column + kWidth * kChunk};
     return {place.block + kDepth < blocks() ? place.block + kDepth : 0, begin_};
   }
 
-  // The pairs [from, to) of the rows of a piece; asks for those of a later one.
+  // Gathers the pairs [from, to) of the rows of a piece, and prefetches those of a later piece.
   void gather(Place here, Place later, int64_t from, int64_t to, Piece& piece) const {
     for (int64_t i = from; i < to; i++) {
-      const bfloat16* const* row = rows_ + here.block * kBlock + 2 * i;
-      const bfloat16* const* asked = rows_ + later.block * kBlock + 2 * i;
+      const Row* row = rows_ + here.block * kBlock + 2 * i;
+      const Row* asked = rows_ + later.block * kBlock + 2 * i;
       for (int64_t c = 0; c < kWidth; c++) {
-        __builtin_prefetch(asked[0] + later.column + c * kChunk);
-        __builtin_prefetch(asked[1] + later.column + c * kChunk);
+        ask_for<W>(asked[0], later.column + c * kChunk);
+        ask_for<W>(asked[1], later.column + c * kChunk);
       }
-      const bfloat16* const pair[2] = {row[0] + here.column, row[1] + here.column};
       for (int64_t c = 0; c < kWidth && here.column + c * kChunk < end_; c++) {
-        const Chunk chunk = Pair::rows(pair, c * kChunk, end_ - here.column - c * kChunk);
+        const int64_t n = here.column + c * kChunk;
+        const Chunk chunk = Pair<W>::rows(row, n, end_ - n);
         ColumnTiles& to = piece.tiles[c][i / kSide];
         std::memcpy(to.even.lines[i % kSide], &chunk.lo, sizeof chunk.lo);
         std::memcpy(to.odd.lines[i % kSide], &chunk.hi, sizeof chunk.hi);
@@ -126,7 +130,7 @@ class Slab {
     }
   }
 
-  // What one or two tiles of tokens get of a piece.
+  // Adds the products of one or two tiles of tokens with a piece.
   template <bool kTwo>
   void add(Place here, int64_t tile, const Piece& piece) const {
     const int64_t depth = std::min<int64_t>(kDepth, blocks() - here.block), parts = h_.parts;
@@ -151,15 +155,15 @@ class Slab {
     }
   }
 
-  const Masked<Tiles>& h_;
-  const bfloat16* const* rows_;
+  const Masked<ByAmx<W>>& h_;
+  const Row* rows_;
   int64_t begin_, end_, tiles_;
   ColumnTiles* sums_;
 };
 
-// Σ h[r] · row_r for every token. Calls done(token, column, sums in lane order) for the columns [begin, end).
-template <class Done>
-void multiply_tiles(const Masked<Tiles>& h, const bfloat16* data, int64_t ld, int64_t begin, int64_t end, Done done) {
+// Computes Σ h[r] · row_r for every token. Calls done(token, column, sums in lane order) for the columns [begin, end).
+template <class W, class Done>
+void sum_rows(const Masked<ByAmx<W>>& h, const W& weights, int64_t begin, int64_t end, Done done) {
   constexpr int64_t kSumBytes = 512 * 1024;  // of the second-level cache
   constexpr int kDepth = 4;
   const int64_t tiles = tiles_of(h.tokens), lines = std::min(h.tokens, kSide);
@@ -167,19 +171,19 @@ void multiply_tiles(const Masked<Tiles>& h, const bfloat16* data, int64_t ld, in
   for (int tokens : {0, 1, 2, 3, 6, 7}) shapes.set(tokens, lines, amx::kRowBytes);
   for (int rows : {4, 5}) shapes.set(rows, kSide, amx::kRowBytes);
   const amx::Shapes::InUse in_use(shapes);
-  std::vector<const bfloat16*> rows;
+  std::vector<typename W::Row> rows;
   for (int64_t block : h.blocks)
-    for (int64_t i = 0; i < kBlock; i++) rows.push_back(data + h.row[block * kBlock + i] * ld);
-  rows.resize((h.blocks.size() + kDepth - 1) / kDepth * kDepth * kBlock, data);
+    for (int64_t i = 0; i < kBlock; i++) rows.push_back(weights.at(h.row[block * kBlock + i], 0));
+  rows.resize((h.blocks.size() + kDepth - 1) / kDepth * kDepth * kBlock, weights.at(0, 0));
   const int64_t width = std::max<int64_t>(1, kSumBytes / sizeof(ColumnTiles) / tiles) * kChunk;
   std::vector<ColumnTiles> sums;
   for (int64_t n = begin; n < end; n += width) {
     const int64_t last = std::min(n + width, end);
     sums.assign(chunks_of(last - n) * tiles, {});
-    // more than two tiles of tokens take longer than their rows from memory: a deep piece spares them loads of their
-    // sums
-    if (tiles > 2) Slab<kDepth, 8>(h, rows.data(), n, last, sums.data()).add_all();
-    else Slab<1, 1>(h, rows.data(), n, last, sums.data()).add_all();
+    // With more than two tiles of tokens, multiplying takes longer than reading the rows. A deep piece then saves loads
+    // of sums.
+    if (tiles > 2) Slab<W, kDepth, 8>(h, rows.data(), n, last, sums.data()).add_all();
+    else Slab<W, 1, 1>(h, rows.data(), n, last, sums.data()).add_all();
     for (int64_t i = n; i < last; i += kChunk)
       for (int64_t m = 0; m < h.tokens; m++) {
         const ColumnTiles& both = sums[(i - n) / kChunk * tiles + m / kSide];

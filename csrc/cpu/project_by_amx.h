@@ -1,20 +1,20 @@
-// h = B x on matrix tiles: lines are rows of B, where they lie in memory; columns are tokens, two tiles of them in a
-// panel.
+// h = B x on matrix tiles: rows of B are lines, read where they lie in memory; tokens are columns, two tiles a panel.
 #pragma once
 
-#include "panels.h"
-#include "tiles.h"
+#include "amx.h"
+#include "project_by_panels.h"
 
 #if defined(__AMX_BF16__)
 
 namespace {
 
-// x [tokens, size] as panels of pairs, whole blocks of them.
-inline std::vector<Chunk> token_blocks(const bfloat16* x, int64_t tokens, int64_t size) {
-  return token_panels<Pair>(x, tokens, size, blocks_of(size) * kSide);
+// Returns x [tokens, size] as panels of pairs, in whole blocks.
+template <class W>
+std::vector<Chunk> arrange(ByAmx<W>, const bfloat16* x, int64_t tokens, int64_t size) {
+  return token_panels<Pair<W>>(x, tokens, size, blocks_of(size) * kSide);
 }
 
-// Sums of kTiles tiles of rows with as many of tokens.
+// The sums of kTiles tiles of rows with kTiles tiles of tokens.
 template <int kTiles>
 struct Square {
   static constexpr int64_t kRows = kTiles * kSide;
@@ -30,13 +30,14 @@ struct Square {
     return found;
   }
 
-  // What is asked for meanwhile: of the rows [first, last) what comes `ahead` blocks later, `next` after their end.
+  // The prefetches: for the rows [first, last), the block that comes `ahead` blocks later; after the last block, those
+  // at `next`.
   struct Ask {
     const bfloat16* next;
     int64_t ahead, first, last;
   };
 
-  // Adds `blocks` blocks of kRows rows.
+  // Adds `blocks` blocks of kRows rows, which lie `ld` elements apart.
   void add(const bfloat16* rows, int64_t ld, const Chunk* x, int64_t blocks, Ask ask) {
     const int64_t stride = ld * sizeof(bfloat16);
     load_sums();
@@ -56,7 +57,7 @@ struct Square {
     store_sums();
   }
 
-  // What a token has with the rows [row, row + kSide).
+  // Returns the sums of a token with the rows [row, row + kSide).
   Vec of(int64_t token, int64_t row) const {
     const __m512i lines = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i places = _mm512_mullo_epi32(lines, _mm512_set1_epi32(kSide));
@@ -74,28 +75,36 @@ struct Square {
   }
 };
 
-// Rows of B as whole lines of whole blocks: those that are not are copied, with zeros where they end.
+// The rows [first, first + wanted) of B as whole lines of whole blocks. Rows that do not lie in memory like that are
+// copied and filled up with zeros; there are only `count` rows.
 struct WholeRows {
   const bfloat16* data;
   int64_t ld;
 
-  WholeRows(const bfloat16* rows, int64_t stride, int64_t count, int64_t wanted, int64_t size,
-            std::vector<bfloat16>& copy)
-      : data(rows), ld(stride) {
-    if (count == wanted && size % kBlock == 0) return;
-    ld = blocks_of(size) * kBlock;
+  template <class W>
+  WholeRows(const W& B, int64_t first, int64_t count, int64_t wanted, std::vector<bfloat16>& copy) {
+    if constexpr (W::kAddressable)
+      if (count == wanted && B.columns % kBlock == 0) {
+        data = B.at(first, 0), ld = B.ld;
+        return;
+      }
+    ld = blocks_of(B.columns) * kBlock;
     copy.assign(wanted * ld, 0.0f);
     data = copy.data();
-    for (int64_t i = 0; i < count; i++) std::copy_n(rows + i * stride, size, copy.data() + i * ld);
+    for (int64_t i = 0; i < count; i++) {
+      bfloat16* const line = copy.data() + i * ld;
+      const bfloat16* const elements = W::elements(B.at(first + i, 0), B.columns, line);
+      if (elements != line) std::copy_n(elements, B.columns, line);
+    }
   }
 };
 
-template <int kTiles>
-void project_squares(const bfloat16* B, int64_t ldb, const Chunk* x, int64_t tokens, int64_t size, int64_t begin,
-                     int64_t end, float* h, int64_t ldh) {
+template <int kTiles, class W>
+void project_squares(const W& B, const std::vector<Chunk>& x, int64_t tokens, int64_t begin, int64_t end, float* h,
+                     int64_t ldh) {
   constexpr int64_t kRows = Square<kTiles>::kRows;
-  const int64_t blocks = blocks_of(size), panels = chunks_of(tokens);
-  // of several panels, so much that x stays in the second-level cache while more than one square of rows meets it
+  const int64_t blocks = blocks_of(B.columns), panels = chunks_of(tokens);
+  // With several panels, the depth is such that x stays in the second-level cache while several squares of rows use it.
   const int64_t most = panels == 1 ? 1 : 4, depth = panels == 1 ? blocks : 16;
   const amx::Shapes shapes = Square<kTiles>::shapes(tokens);
   const amx::Shapes::InUse in_use(shapes);
@@ -103,7 +112,7 @@ void project_squares(const bfloat16* B, int64_t ldb, const Chunk* x, int64_t tok
   std::vector<bfloat16> copy;
   for (int64_t r = begin; r < end; r += most * kRows) {
     const int64_t count = std::min(most * kRows, end - r), squares = (count + kRows - 1) / kRows;
-    const WholeRows rows(B + r * ldb, ldb, count, squares * kRows, size, copy);
+    const WholeRows rows(B, r, count, squares * kRows, copy);
     all.assign(squares * panels, {});
     for (int64_t first = 0; first < blocks; first += depth)
       for (int64_t s = 0; s < squares; s++) {
@@ -112,7 +121,7 @@ void project_squares(const bfloat16* B, int64_t ldb, const Chunk* x, int64_t tok
         const bool down = s + 1 < squares || first + depth >= blocks;
         const bfloat16* next = down ? here + kRows * rows.ld : rows.data + (first + depth) * kBlock;
         for (int64_t p = 0; p < panels; p++)
-          all[s * panels + p].add(here, rows.ld, x + (p * blocks + first) * kSide, deep,
+          all[s * panels + p].add(here, rows.ld, x.data() + (p * blocks + first) * kSide, deep,
                                   {next, ahead, kRows * p / panels, kRows * (p + 1) / panels});
       }
     for (int64_t m = 0; m < tokens; m++)
@@ -123,11 +132,12 @@ void project_squares(const bfloat16* B, int64_t ldb, const Chunk* x, int64_t tok
   }
 }
 
-// h[m][r] = B[r] · x[m] for r in [begin, end); x is token_blocks, h is [tokens, ldh].
-inline void project_tiles(const bfloat16* B, int64_t ldb, const Chunk* x, int64_t tokens, int64_t size, int64_t begin,
-                          int64_t end, float* h, int64_t ldh) {
-  const auto project = tokens <= kSide ? project_squares<1> : project_squares<2>;
-  project(B, ldb, x, tokens, size, begin, end, h, ldh);
+// h[m][r] = B[r] · x[m] for r in [begin, end); h is [tokens, ldh].
+template <class W>
+void project_rows(ByAmx<W>, const W& B, const std::vector<Chunk>& x, int64_t tokens, int64_t begin, int64_t end,
+                  float* h, int64_t ldh) {
+  if (tokens <= kSide) project_squares<1>(B, x, tokens, begin, end, h, ldh);
+  else project_squares<2>(B, x, tokens, begin, end, h, ldh);
 }
 
 }  // namespace

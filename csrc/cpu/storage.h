@@ -1,0 +1,55 @@
+// How a weight matrix is stored. Each kernel is written once and takes the storage of its weights as a parameter W.
+//
+// A storage is a small value that is passed in place of a pointer. Kernels use these members only:
+//   Element                the type of the x, y and bias that belong to the weights
+//   Row                    a position: a row, from some column on. It may be more than a pointer (values and scales).
+//   kBits                  bits of memory a column
+//   kAddressable           true if a Row is a pointer to Elements, and rows lie `ld` Elements apart
+//   rows, columns          the shape
+//   at(row, column)        the Row of that row from that column on; the column is a multiple of kChunk
+//   load(row, n)           columns [n, n + kChunk) after a Row as float32, in the lane order of Element
+//   load_operand(row, n)   the same columns in the form that multiply_add takes
+//   address(row, n)        the address of column n, for prefetches
+//   elements(row, count, buffer)   a pointer to the first `count` columns as Elements, if necessary in `buffer`
+// Both loads also exist with an argument `count` for the incomplete chunk at the end of a row.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+// Weights stored as they are multiplied: in the type of x.
+template <class T>
+struct Plain {
+  using Element = T;
+  using Row = const T*;
+  static constexpr int64_t kBits = 8 * sizeof(T);
+  static constexpr bool kAddressable = true;
+
+  const T* data;
+  int64_t rows, columns, ld;
+
+  Row at(int64_t row, int64_t column) const { return data + row * ld + column; }
+
+  static Chunk load(Row row, int64_t n) { return ::load(row + n); }
+  static Chunk load(Row row, int64_t n, int64_t count) { return load_first(row + n, count); }
+  static auto load_operand(Row row, int64_t n) { return ::load_operand(row + n); }
+  static auto load_operand(Row row, int64_t n, int64_t count) { return load_operand_first(row + n, count); }
+  static const void* address(Row row, int64_t n) { return row + n; }
+  static const T* elements(Row row, int64_t /*count*/, T* /*buffer*/) { return row; }
+};
+
+// How many columns take `bytes` bytes of a row.
+template <class W>
+constexpr int64_t columns_in(int64_t bytes) {
+  return 8 * bytes / W::kBits;
+}
+
+// Asks memory for `count` columns from n on, which are read later.
+template <class W>
+inline void ask_for(typename W::Row row, int64_t n, int64_t count = kChunk) {
+  for (int64_t i = 0; i < count * W::kBits / 8; i += kLineBytes)
+    __builtin_prefetch(static_cast<const char*>(W::address(row, n)) + i);
+}
+
+}  // namespace

@@ -1,0 +1,56 @@
+// How the work is cut up: the method for a number of tokens, blocks of tokens, and the pieces of the threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "amx.h"
+#include "panels.h"
+
+namespace {
+
+// Up to this many tokens tiles are not used: vectors keep up with memory, and they suffer less than tiles if the other
+// thread of the core is busy.
+constexpr int64_t kVectorTokens = 4;
+// Up to this many tokens weights are streamed; more tokens take panels.
+constexpr int64_t kStreamTokens = 32;
+// Longer inputs are cut into blocks, so that temporaries do not grow with the input.
+constexpr int64_t kBlockTokens = 256;
+// A thread gets at least this many weights: waking it for fewer does not pay.
+constexpr int64_t kThreadWeights = 32 * 1024;
+
+// Calls f with the method for `tokens` tokens and weights W. The choice depends on the number of tokens alone, because
+// the result of a token must not depend on what other tokens keep.
+template <class W, class F>
+void for_method(int64_t tokens, F f) {
+  if constexpr (kUsesAmx<W>)
+    if (tokens > kVectorTokens) return f(ByAmx<W>{});
+  if (tokens > kStreamTokens) return f(ByPanels<Fastest<W>>{});
+  if constexpr (!std::is_same_v<Fastest<W>, Single<W>>)
+    if (tokens > kExactTokens) return f(ByVectors<Fastest<W>>{});
+  f(ByVectors<Single<W>>{});
+}
+
+// Calls f(first, count) for blocks of tokens. A decode step is a single block.
+template <class F>
+void for_blocks(int64_t tokens, F f) {
+  for (int64_t first = 0; first < tokens; first += kBlockTokens) f(first, std::min(kBlockTokens, tokens - first));
+}
+
+// Splits [0, items) into one contiguous piece a thread, each of at least kThreadWeights weights.
+template <class F>
+void parallel(int64_t items, int64_t weights_per_item, F f) {
+  const int64_t grain = std::max<int64_t>(1, kThreadWeights / std::max<int64_t>(1, weights_per_item));
+  torch::stable::parallel_for(0, items, grain, f);
+}
+
+// Calls f(begin, end) for one wide slice of the columns a thread. Slices are wide, because short pieces of many rows
+// defeat the prefetcher; threads split columns, because then nothing has to be reduced afterwards.
+template <class F>
+void for_column_slices(int64_t columns, int64_t rows, F f) {
+  parallel(chunks_of(columns), rows * kChunk,
+           [&](int64_t begin, int64_t end) { f(begin * kChunk, std::min(end * kChunk, columns)); });
+}
+
+}  // namespace
