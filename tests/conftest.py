@@ -84,9 +84,6 @@ def implementation(request) -> Implementation:
 
 
 def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "slow: large shapes and full grids; run with -m slow")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "isa: run again for every instruction set of this processor")
     # the problems are small: threads would only wait for one another, and for those of other processes
     torch.set_num_threads(1)
     config.option.markexpr = config.option.markexpr or "not slow and not stacks"

@@ -36,10 +36,19 @@ def passed(output: str) -> int:
     return int(re.search(r"(\d+) passed", output)[1])
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory) -> dict[str, str]:
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder that all processes of this run of the tests use."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cuda_shim"
+
+
+@pytest.fixture(scope="session")
+def sanitized(shared) -> dict[str, str]:
     """The environment of a child with the instrumented library, and the library."""
-    library = build.build(tmp_path_factory.mktemp("sanitized"), sanitize=True)
+    library = build.once(
+        shared / "all" / "shim.so", lambda target: build.build(target.parent, shared, sanitize=True)
+    )
     options = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=100000000"
     return {"library": library, "LD_PRELOAD": build.preload(), "ASAN_OPTIONS": options}
 
@@ -121,9 +130,9 @@ def verdict(op: str) -> None:
         assert function(*{**gaussian, x: others}.values())[0].isnan().all(), f"{case.id} loses a NaN"
 
 
-def survives(folder: Path, op: str, mutation: build.Mutation | None) -> bool:
+def survives(folder: Path, shared: Path, op: str, mutation: build.Mutation | None) -> bool:
     """Whether the kernels, changed so, still pass. In a child, which may crash or hang."""
-    library = build.build(folder, [op], mutation=mutation)
+    library = build.build(folder, shared, [op], changes=build.NO_FLOAT16, mutation=mutation)
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -185,11 +194,11 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_the_kernels_pass_what_mutants_are_held_against(op, tmp_path):
-    assert survives(tmp_path, op, None), (tmp_path / "log").read_text()
+def test_the_kernels_pass_what_mutants_are_held_against(op, tmp_path, shared):
+    assert survives(tmp_path, shared, op, None), (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_found_out(name, tmp_path):
+def test_a_mutant_is_found_out(name, tmp_path, shared):
     op, *mutation = MUTANTS[name]
-    assert not survives(tmp_path, op, tuple(mutation)), f"{name} passes every check"
+    assert not survives(tmp_path, shared, op, tuple(mutation)), f"{name} passes every check"

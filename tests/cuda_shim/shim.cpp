@@ -5,8 +5,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <queue>
 #include <random>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -44,16 +44,17 @@ struct Meeting {
     left[0].resize(threads), left[1].resize(threads);
   }
   void arrive(int thread, const char* call, uint64_t value) {
-    require(!arrived || std::string(what) == call, "threads wait for one another at different calls");
+    require(!arrived || !std::strcmp(what, call), "threads wait for one another at different calls");
     what = call;
     left[round % 2][thread] = value;
     arrived++;
   }
 };
 
+// Where a switch to another stack goes on later.
+using Place = void* [5];
+
 struct Thread {
-  ucontext_t context;
-  void* fake_stack = nullptr;
   int block, index;
   bool done = false;
 };
@@ -64,18 +65,20 @@ struct Block {
   std::vector<Meeting> warps;
 };
 
-// Stacks are used again by later launches: mapping fresh ones would take longer than the kernels.
-struct Stacks {
-  std::vector<char*> all;
-  char* at(size_t i) {
-    while (all.size() <= i) {
-      void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      require(memory != MAP_FAILED, "no memory for a stack");
-      all.push_back(static_cast<char*>(memory));
-    }
-    return all[i];
+// A stack that runs one thread of every launch. Making a fresh one would take longer than the kernels.
+struct Fiber {
+  char* stack;
+  Place place;
+  bool started = false;
+  void* fake_stack = nullptr;
+
+  Fiber() {
+    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    require(memory != MAP_FAILED, "no memory for a stack");
+    stack = static_cast<char*>(memory);
   }
-} stacks;
+};
+std::vector<std::unique_ptr<Fiber>> fibers;
 
 enum class Order { forward, reverse, random, mixed };
 
@@ -86,11 +89,12 @@ struct Launch {
   std::vector<Block> blocks;
   std::vector<Thread> threads;
   Meeting grid;
-  ucontext_t scheduler;
+  Place scheduler;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_size = 0;
   std::vector<unsigned> block_turns;
-  std::set<std::pair<uint64_t, size_t>> ready;  // turns and threads: the first runs next
+  using Turn = std::pair<uint64_t, size_t>;  // a turn and its thread: the first turn runs next
+  std::priority_queue<Turn, std::vector<Turn>, std::greater<Turn>> ready;
   int current_block = -1;
   Thread* running = nullptr;
 
@@ -100,7 +104,7 @@ struct Launch {
     if (order == Order::reverse) turn = threads.size() - thread;
     if (order == Order::random) turn = uint64_t(block_turns[threads[thread].block]) << 32;
     if (order == Order::random || order == Order::mixed) turn += generator() >> 1;
-    ready.insert({turn, thread});
+    ready.push({turn, thread});
   }
 };
 Launch* launch = nullptr;
@@ -127,19 +131,38 @@ void end_if_complete(Meeting& meeting) {
   meeting.waiting.clear();
 }
 
-void switch_to_scheduler(bool for_good) {
-  Thread& thread = *launch->running;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &thread.fake_stack, launch->scheduler_stack,
-                                 launch->scheduler_stack_size);
-  swapcontext(&thread.context, &launch->scheduler);
-  __sanitizer_finish_switch_fiber(thread.fake_stack, &launch->scheduler_stack, &launch->scheduler_stack_size);
+// Switches stacks: `switch_places` returns when another stack jumps to `here`. swapcontext would make two system
+// calls a switch, and under ASan clear the shadow of the whole stack.
+#define NOT_INSTRUMENTED __attribute__((noinline, no_sanitize("address", "undefined")))
+NOT_INSTRUMENTED void jump(Place& there) { __builtin_longjmp(there, 1); }
+NOT_INSTRUMENTED void switch_places(Place& here, Place& there) {
+  if (!__builtin_setjmp(here)) jump(there);
 }
 
-void start() {
+void switch_to_scheduler() {
+  Fiber& fiber = *fibers[running_thread()];
+  __sanitizer_start_switch_fiber(&fiber.fake_stack, launch->scheduler_stack, launch->scheduler_stack_size);
+  switch_places(fiber.place, launch->scheduler);
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, &launch->scheduler_stack, &launch->scheduler_stack_size);
+}
+
+void run_threads() {
   __sanitizer_finish_switch_fiber(nullptr, &launch->scheduler_stack, &launch->scheduler_stack_size);
-  launch->kernel();
-  launch->running->done = true;
-  switch_to_scheduler(true);
+  for (;;) {
+    launch->kernel();
+    launch->running->done = true;
+    switch_to_scheduler();
+  }
+}
+
+NOT_INSTRUMENTED void start(Place& here, Fiber& fiber) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack = {fiber.stack, 0, kStack};
+  context.uc_link = nullptr;
+  makecontext(&context, run_threads, 0);
+  fiber.started = true;
+  if (!__builtin_setjmp(here)) setcontext(&context);
 }
 
 void enter_block(int block) {
@@ -157,9 +180,11 @@ void resume(Thread& thread, size_t number) {
   enter_block(thread.block);
   launch->running = &thread;
   threadIdx.x = thread.index, blockIdx.x = thread.block;
+  Fiber& fiber = *fibers[number];
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&fake_stack, stacks.at(number), kStack);
-  swapcontext(&launch->scheduler, &thread.context);
+  __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, kStack);
+  if (fiber.started) switch_places(launch->scheduler, fiber.place);
+  else start(launch->scheduler, fiber);
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
@@ -182,8 +207,8 @@ void run_all() {
   std::shuffle(turns.begin(), turns.end(), generator);
   for (size_t i = 0; i < threads.size(); i++) launch->make_ready(i);
   while (!ready.empty()) {
-    const size_t next = ready.begin()->second;
-    ready.erase(ready.begin());
+    const size_t next = ready.top().second;
+    ready.pop();
     resume(threads[next], next);
   }
   for (const Thread& thread : threads) require(thread.done, "deadlock: threads wait for one that has ended");
@@ -204,7 +229,7 @@ void wait(Scope scope, const char* what, uint64_t value) {
   m.arrive(number_in(scope), what, value);
   m.waiting.push_back(running_thread());
   end_if_complete(m);  // whoever ends a round gets no head start
-  switch_to_scheduler(false);
+  switch_to_scheduler();
 }
 
 uint64_t left_by(Scope scope, int thread) {
@@ -229,13 +254,8 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     for (auto& warp : b.warps) warp.open(32);
   }
   for (size_t i = 0; i < here.threads.size(); i++) {
-    Thread& thread = here.threads[i];
-    thread.block = int(i / block.x), thread.index = int(i % block.x);
-    getcontext(&thread.context);
-    ASAN_UNPOISON_MEMORY_REGION(stacks.at(i), kStack);
-    thread.context.uc_stack = {stacks.at(i), 0, kStack};
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, start, 0);
+    here.threads[i].block = int(i / block.x), here.threads[i].index = int(i % block.x);
+    if (i == fibers.size()) fibers.push_back(std::make_unique<Fiber>());
   }
   ASAN_POISON_MEMORY_REGION(shared_memory + shared_bytes, kMostShared - shared_bytes);
   run_all();
