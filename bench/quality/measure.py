@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.quality.subject import BATCH, Candidate, Subject
+from bench.quality.subject import BATCH, Candidate, Subject, some_rows
 from rana_kernels.evaluation.density import Costs
 from rana_kernels.evaluation.live import LiveCount, count_live
 from rana_kernels.evaluation.metrics import count_live_rows, token_losses
@@ -97,7 +97,7 @@ def fit(
 
     Raise ValueError for a cost that the method cannot meet.
     """
-    some = token_ids[torch.linspace(0, len(token_ids) - 1, min(FIT_ROWS, len(token_ids))).round().long()]
+    some = some_rows(token_ids, FIT_ROWS * token_ids.shape[1])
     asked, tried = first or cost_ratio, []
     for _ in range(TRIES):
         candidate = build(asked)

@@ -61,20 +61,20 @@ def label(row: dict[str, Any]) -> str:
     return LABELS[row["method"]] + (" + recovery" if row["recovered"] else "")
 
 
-def budgets(rows: Iterable[dict[str, Any]]) -> list[float]:
-    return sorted({row["budget"] for row in rows}, reverse=True)
-
-
 def quality(rows: list[dict[str, Any]]) -> str:
     """Show perplexity over dense, and the measured cost, for each method at each budget."""
-    columns = budgets(rows)
     cells: dict[str, dict[float, str]] = {}
     for row in ordered(rows):
         shown = "out of reach" if row["failed"] else f"{row['over_dense']:+.2%} ({row['cost_ratio']:.3f})"
         cells.setdefault(label(row), {})[row["budget"]] = shown
-    table = [["Cost", *(f"{b:.2f}" for b in columns)]]
-    table += [[name, *(found.get(b, "") for b in columns)] for name, found in cells.items()]
-    return _table(table)
+    return _by_budget("Cost", rows, cells)
+
+
+def _by_budget(title: str, rows: list[dict[str, Any]], cells: dict[str, dict[float, str]]) -> str:
+    """Show the cells {line: {budget: words}}, with a column for each budget of `rows`."""
+    columns = sorted({row["budget"] for row in rows}, reverse=True)
+    lines = [[name, *(found.get(b, "") for b in columns)] for name, found in cells.items()]
+    return _table([[title, *(f"{b:.2f}" for b in columns)], *lines])
 
 
 def _dense(found: dict[str, Any]) -> str:
@@ -86,32 +86,28 @@ def _dense(found: dict[str, Any]) -> str:
 
 def gaps(rows: list[dict[str, Any]]) -> str:
     """Show the gap of `global` to dense, as a share of the gap of other methods."""
-    over = {(label(row), row["budget"]): row["over_dense"] for row in rows if not row["failed"]}
-    columns = budgets(rows)
-    table = [["Gap to dense of RaNA, global ÷ that of", *(f"{b:.2f}" for b in columns)]]
-    for name in ("RaNA, paper", "static low rank"):
-        shares = (_ratio(over.get(("RaNA, global", b)), over.get((name, b))) for b in columns)
-        table.append([name, *shares])
-    return _table(table)
-
-
-def _ratio(gap: float | None, other: float | None) -> str:
-    return "" if gap is None or not other else f"{gap / other:.2f}"
+    over: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if not row["failed"]:
+            over.setdefault(label(row), {})[row["budget"]] = row["over_dense"]
+    ours = over.get("RaNA, global", {})
+    cells = {
+        name: {b: f"{ours[b] / gap:.2f}" for b, gap in over.get(name, {}).items() if gap and b in ours}
+        for name in ("RaNA, paper", "static low rank")
+    }
+    return _by_budget("Gap to dense of RaNA, global ÷ that of", rows, cells)
 
 
 def recovered(rows: list[dict[str, Any]]) -> str:
     """Show the share of each method's loss, in nats, that training recovers."""
     loss = {(row["method"], row["budget"], row["recovered"]): log1p(row["over_dense"])
-            for row in rows if not row["failed"]}  # fmt: skip
-    columns = budgets(rows)
-    table = [["Cost", *(f"{b:.2f}" for b in columns)]]
-    for method in LABELS:
-        cells = [
-            f"{1 - loss[method, b, True] / loss[method, b, False]:.0%}" if (method, b, True) in loss else ""
-            for b in columns
-        ]
-        table += [[LABELS[method], *cells]] if any(cells) else []
-    return _table(table)
+            for row in ordered(rows) if not row["failed"]}  # fmt: skip
+    cells: dict[str, dict[float, str]] = {}
+    for (method, budget, trained), left in loss.items():
+        if trained:
+            share = 1 - left / loss[method, budget, False]
+            cells.setdefault(LABELS[method], {})[budget] = f"{share:.0%}"
+    return _by_budget("Cost", rows, cells)
 
 
 def layers(rows: list[dict[str, Any]], part: str) -> str:
