@@ -54,14 +54,13 @@ def sweep(base: Lowrank, axes: dict[str, list[int]], threads: list[int], rounds:
     for axis, values in axes.items():
         calls = {str(value): ours(replace(base, **{axis: value})) for value in values}
         for count in threads:
-            times = interleave(calls, count, rounds).times
-            us = [times[str(value)].median for value in values]
+            us = medians(calls, count, rounds)
             line = fitted(values, us, [float(v) for v in values])
             name = f"{axis}, {count} thread{'s' * (count > 1)}"
-            found[name] = line | {"GB/s": marginal(base, axis, values, us)}
-    call = {"ours": ours(base)}
-    us = [interleave(call, count, rounds).times["ours"].median for count in threads]
+            found[name] = line | {"GB/s": marginal(base, axis, line["each"])}
     if len(threads) > 1:
+        call = {"ours": ours(base)}
+        us = [medians(call, count, rounds)[0] for count in threads]
         found["threads"] = fitted(threads, us, [1 / count for count in threads])
     return found
 
@@ -70,6 +69,10 @@ def ours(case: Lowrank) -> Any:
     torch.manual_seed(0)
     with torch.inference_mode():
         return case.contenders().calls["rana"]
+
+
+def medians(calls: dict[str, Any], threads: int, rounds: int) -> list[float]:
+    return [time.median for time in interleave(calls, threads, rounds).times.values()]
 
 
 def fitted(values: list[int], us: list[float], feature: list[float]) -> dict[str, Any]:
@@ -82,16 +85,13 @@ def fitted(values: list[int], us: list[float], feature: list[float]) -> dict[str
     }
 
 
-def marginal(base: Lowrank, axis: str, values: list[int], us: list[float]) -> float | None:
-    """Return the GB/s at which the bytes of one more unit of the axis are read.
+def marginal(base: Lowrank, axis: str, each: float) -> float | None:
+    """Return the GB/s at which the bytes of one more unit of the axis, which takes `each` µs, are read.
 
     None for tokens, which share what they read, and where more units take no more time.
     """
     weights = {"N": base.live, "K": base.R, "R": base.K, "live": base.N}.get(axis)
-    if weights is None:
-        return None
-    each = fit([{"constant": 1.0, "each": float(v)} for v in values], us).coefficients["each"]
-    return round(2 * weights / each / 1e3, 1) if each else None  # bfloat16
+    return round(2 * weights / each / 1e3, 1) if weights and each else None  # bfloat16
 
 
 if __name__ == "__main__":

@@ -6,6 +6,5 @@ tables    tables in Markdown and on the terminal
 fits      least squares, for times that grow
 page      docs/performance.md: headline cases of each device, and where ours is slower
 full      every number of a file of results as tables, beside that file
-growth    the tables of bench.scale and bench.cost
 plots     the plots under docs/
 """

@@ -107,7 +107,14 @@ def _device(stem: str, files: dict[str, tuple[str, list[Row]]]) -> str:
     )
     shown = [name for name in SHOWN if any(name in entry.ratios for entry in chosen)]
     lines = [
-        [e.case, e.tokens, e.threads, e.ours, e.bandwidth, *(_ratio(e, name) for name in shown)]
+        [
+            e.case,
+            e.tokens,
+            e.threads,
+            e.ours,
+            e.bandwidth,
+            *(f"{e.ratios[n]:.2f}" if n in e.ratios else "" for n in shown),
+        ]
         for e in chosen
     ]
     titles = ["case", "tokens", "threads", "ours, µs", "% of bandwidth", *(f"× {name}" for name in shown)]
@@ -117,10 +124,6 @@ def _device(stem: str, files: dict[str, tuple[str, list[Row]]]) -> str:
         table(titles, lines),
     ]
     return "\n".join([*parts, _losses(kernels, decoded)])
-
-
-def _ratio(entry: Entry, name: str) -> str:
-    return f"{entry.ratios[name]:.2f}" if name in entry.ratios else ""
 
 
 def _headline_cases(rows: list[Row]) -> list[Row]:
@@ -174,13 +177,9 @@ def _models(rows: list[Row]) -> list[Entry]:
         ratios = {"dense": speed["rana"] / speed["dense"], "static low rank": speed["rana"] / speed["static"]}
         if part["rana"].get("x dense, first"):
             ratios[FIRST] = float(part["rana"]["x dense, first"])
-        case = f"{model}, {mode}, {_count(batch)} after {prompt}"
+        case = f"{model}, {mode}, {batch} text{'s' * (batch != '1')} after {prompt}"
         found.append(Entry(case, int(batch), threads, f"{speed['rana']:.1f} tokens/s", "", ratios))
     return found
-
-
-def _count(batch: str) -> str:
-    return "1 text" if batch == "1" else f"{batch} texts"
 
 
 def _losses(kernels: list[Entry], decoded: list[Entry]) -> str:

@@ -63,8 +63,7 @@ def speed(axes: Axes, rows: Rows) -> None:
                 label = f"{words}, {threads} thread{'s' * (threads != '1')}"
                 axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
     axes.axhline(1, color="0.8", zorder=0)
-    axes.set_xlabel("cost, dense = 1: (R·K + live·N) / (K·N)")
-    axes.set_ylabel("times as fast as dense")
+    axes.set(xlabel="cost, dense = 1: (R·K + live·N) / (K·N)", ylabel="times as fast as dense")
     axes.set_title("One token through a 4096 → 11008 linear, bfloat16", loc="left")
     axes.set_ylim(bottom=0)
 
@@ -85,10 +84,7 @@ def roofline(axes: Axes, rows: Rows) -> None:
         axes.plot(reach, [min(peak, stream * x) for x in reach], "-", color=color, lw=1)
         label = f"{dtype}; roof {stream:.0f} GB/s, {peak:.0f} GFLOP/s"
         axes.plot(intensities, speeds, ".", color=color, label=label)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("FLOP a byte of weights read")
-    axes.set_ylabel("GFLOP/s")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte of weights read", ylabel="GFLOP/s")
     axes.set_title(f"Every case under the roofline, {most} thread(s)", loc="left")
 
 
