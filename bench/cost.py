@@ -9,7 +9,7 @@ Work is counted, and time follows from fits of measured pieces:
     differentiate a token  s ≈ g·Σ N·K + h·Σ (N + K)        forward and back
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rana_kernels as rana
 from bench.kernels.cases import LARGE, MODELS, Model
+from bench.kernels.timing import timed
 from bench.report.fits import Fit, fit
 from bench.report.results import RESULTS, conditions, processor, write_json
 from rana_kernels.statistics import block as calibrated_block
 from rana_kernels.statistics.decomposition import decompose
 from rana_kernels.statistics.fisher import TOKENS as DIFFERENTIATED
-from rana_kernels.system.cpu import clock
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def seconds_of(linear: Decomposition) -> float:
     x = torch.randn(size, size, dtype=torch.float64)
     weight = torch.randn(linear.N, linear.K) * linear.K**-0.5
     moment = x @ x.T / size
-    return _timed(decompose, weight, moment)[0]
+    return timed(decompose, weight, moment)[0]
 
 
 def measure_block(hidden: int) -> dict[str, Any]:
@@ -118,24 +118,16 @@ def measure_block(hidden: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model, tokens = random_block(hidden), torch.randint(256, (ROWS, LENGTH))
     batches = tokens.split(4)
-    read, _ = _timed(rana.calibrate, model, batches, gradients=False, progress=False)
-    both, stats = _timed(rana.calibrate, model, batches, progress=False)
+    read, _ = timed(rana.calibrate, model, batches, gradients=False, progress=False)
+    both, stats = timed(rana.calibrate, model, batches, progress=False)
     with timed_decompositions() as decomposed:
-        compress, _ = _timed(rana.compress, model, stats=stats, flops_reduction=0.44, progress=False)
+        compress, _ = timed(rana.compress, model, stats=stats, flops_reduction=0.44, progress=False)
     seconds = (read, both - read, sum(decomposed), compress - sum(decomposed))
     return {
         "hidden": hidden,
         **{step: round(value, 3) for step, value in zip(STEPS, seconds, strict=True)},
         "decompositions": len(decomposed),
     }
-
-
-def _timed(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[float, Any]:
-    """Return the seconds of a call, and what it returned."""
-    now = clock(torch.get_num_threads())
-    begin = now()
-    found = function(*arguments, **options)
-    return now() - begin, found
 
 
 def random_block(hidden: int) -> LlamaForCausalLM:
@@ -158,12 +150,12 @@ def timed_decompositions() -> Iterator[list[float]]:
     """Yield a list that fills with the seconds of every decomposition within the context."""
     seconds: list[float] = []
 
-    def timed(*arguments: Any) -> Any:
-        taken, factors = _timed(decompose, *arguments)
+    def decompose_timed(*arguments: Any) -> Any:
+        taken, factors = timed(decompose, *arguments)
         seconds.append(taken)
         return factors
 
-    with patch.object(calibrated_block, "decompose", timed):
+    with patch.object(calibrated_block, "decompose", decompose_timed):
         yield seconds
 
 
@@ -189,42 +181,36 @@ def decompositions(model: Model) -> list[Decomposition]:
     return found
 
 
-def linear_work(model: Model) -> dict[str, float]:
-    """Return the work of the linears of one block, for a token or for what depends on their sizes."""
+def work_of(model: Model) -> dict[str, dict[str, float]]:
+    """Return the work of each step of one block, but of its decompositions; reading is that of a token."""
     shapes = model.linears.values()
-    return {"N·K": float(sum(K * N for K, N in shapes)), "N + K": float(sum(K + N for K, N in shapes))}
-
-
-def reading_work(model: Model) -> dict[str, float]:
-    """Return the work of reading a token: the linears, the moments of their inputs, and down's product."""
-    moments = 3 * model.hidden**2 + model.queries**2
-    linears = linear_work(model)
-    return {"N·K + n²": linears["N·K"] + model.neurons * model.hidden + moments, "N + K": linears["N + K"]}
+    products, sizes = float(sum(K * N for K, N in shapes)), float(sum(K + N for K, N in shapes))
+    # the linears, the moments of their inputs, and down's product
+    moments = 3 * model.hidden**2 + model.queries**2 + model.neurons * model.hidden
+    linears = {"N·K": products, "N + K": sizes}
+    reading = {"N·K + n²": products + moments, "N + K": sizes}
+    return {"read": reading, "differentiate": linears, "rest": linears}
 
 
 # estimating
 
 
 def fits_of(linears: list[Decomposition], seconds: list[float], blocks: list[dict]) -> dict[str, Fit]:
-    shapes = [block_shape(b["hidden"]) for b in blocks]
-    work = [linear_work(shape) for shape in shapes]
-    tokens = ROWS * LENGTH
-    return {
-        "decompose": fit([d.work for d in linears], seconds),
-        "rest": fit(work, [b["rest"] for b in blocks]),
-        "read": fit([reading_work(shape) for shape in shapes], [b["read"] / tokens for b in blocks]),
-        "differentiate": fit(work, [b["differentiate"] / tokens for b in blocks]),
-    }
+    works = [work_of(block_shape(b["hidden"])) for b in blocks]
+    fits = {"decompose": fit([d.work for d in linears], seconds)}
+    for step, per in (("rest", 1), ("read", ROWS * LENGTH), ("differentiate", ROWS * LENGTH)):
+        fits[step] = fit([work[step] for work in works], [b[step] / per for b in blocks])
+    return fits
 
 
 def block_seconds(model: Model, fits: dict[str, Fit], tokens: int) -> dict[str, float]:
     """Estimate the steps of one block. The first of the `tokens` of calibration are differentiated."""
-    work = linear_work(model)
+    seconds = {step: fits[step].predict(work) for step, work in work_of(model).items()}
     return {
-        "read": tokens * fits["read"].predict(reading_work(model)),
-        "differentiate": min(tokens, DIFFERENTIATED) * fits["differentiate"].predict(work),
+        "read": tokens * seconds["read"],
+        "differentiate": min(tokens, DIFFERENTIATED) * seconds["differentiate"],
         "decompose": sum(fits["decompose"].predict(d.work) for d in decompositions(model)),
-        "rest": fits["rest"].predict(work),
+        "rest": seconds["rest"],
     }
 
 

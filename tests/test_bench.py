@@ -297,8 +297,8 @@ def test_a_sweep_covers_its_axes():
     assert list(found) == ["base", "N, 1 thread", "M, 1 thread"]
     assert len(found["N, 1 thread"]["us"]) == len(found["N, 1 thread"]["residuals"]) == 3
     assert found["M, 1 thread"]["GB/s"] is None
-    assert scale.marginal(TINY[0], "N", [64, 128, 256], [1.0, 2.0, 4.0]) == round(2 * 20 * 64 / 1e3, 1)
-    assert scale.marginal(TINY[0], "N", [64, 128], [2.0, 1.9]) is None
+    assert scale.marginal(TINY[0], "N", each=1 / 64) == round(2 * 20 * 64 / 1e3, 1)
+    assert scale.marginal(TINY[0], "N", each=0.0) is None
 
 
 @pytest.fixture(scope="module")

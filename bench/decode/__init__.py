@@ -3,7 +3,6 @@
 models           dense models of known shapes with random weights, and what is made of a dense model
 random_adapters  adapters for random weights
 steps            a prompt and the tokens after it, through a static cache
-measure          contenders take turns, and give rows of results
-profile          how the time of a token is divided
-drafts           speculative decoding, with RaNA as the draft of its own dense model
+measure          contenders take turns; how the time of a token is divided; speculative decoding with RaNA as
+                 the draft of its own dense model
 """

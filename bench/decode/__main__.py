@@ -15,10 +15,16 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from bench.__main__ import require_green_tests
-from bench.decode import drafts
-from bench.decode.measure import Setting, Steps, random_tokens, rows, take_turns
+from bench.decode.measure import (
+    Setting,
+    Steps,
+    measure_drafts,
+    random_tokens,
+    share_rows,
+    take_turns,
+    where_time_goes,
+)
 from bench.decode.models import SHAPES, from_directory, from_random, random_model
-from bench.decode.profile import share_table, where_time_goes
 from bench.decode.steps import Decoder, compiled, forget_compiled
 from bench.gpu.tests import require_green_gates
 from bench.kernels.cases import COST_RATIO
@@ -100,8 +106,8 @@ def main(
     facts = {"model": Path(model).name, "dtype": dtype, "cost_ratio": cost_ratio, "mode": mode}
     timed: list[Row] = []
     for setting in track(grid, "timing", console=console):
-        found = rows(setting, take_turns(_steps(models, compile), setting, rounds, turn))
-        timed += [facts | row | {"perplexity": losses[row["contender"]]} for row in found]
+        found = take_turns(_steps(models, compile), setting, rounds, turn)
+        timed += [facts | row | {"perplexity": losses[str(row["contender"])]} for row in found]
     show(console, "time to the first token, and tokens a second after it (medians)", timed)
     for count in counts:
         if not on_card:  # a profile of the processor shows nothing of a graph
@@ -141,14 +147,15 @@ def _show_shares(steps: Steps, setting: Setting) -> None:
             decoder.read(random_tokens(model, setting))
             decoder.decode(8)
             shares[name] = where_time_goes(decoder)
-    console.print(share_table(shares, setting.threads))
+    title = f"milliseconds of a step (calls), profiled, {setting.threads} threads"
+    show(console, title, share_rows(shares))
 
 
 def _show_drafts(models: Models, text: Tensor, threads: int) -> None:
     prompts = text[:DRAFT_PROMPTS, :DRAFT_PROMPT].to(models["dense"].device)
     with using(threads):
-        found = drafts.measure_drafts(models["dense"], models["rana"], prompts, DRAFT_TOKENS)
-    console.print(drafts.draft_table(found, threads))
+        found = measure_drafts(models["dense"], models["rana"], prompts, DRAFT_TOKENS)
+    show(console, f"RaNA drafts for the dense model, {threads} threads", found)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""Contenders take turns at the first token of a prompt and the tokens after it, which gives rows."""
+"""What is measured of models: speed in turns, the division of a token's time, speculative decoding."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from bench.decode.steps import Decoder
-from bench.kernels.timing import Timing, summary, using
+from bench.kernels.timing import summary, timed, using
 from bench.report.results import Row
 
 READINGS = 3  # of a prompt by each contender,
 READ_TOKENS = 6144  # or fewer, one at least, so that they come to no more tokens than this
 BASELINE = "dense"
+MOST = 6  # torch's ops that are listed by name
+DRAFTED = (2, 4, 8)  # tokens drafted before each check
 
 
 @dataclass(frozen=True)
@@ -26,32 +30,41 @@ class Setting:
     read: bool
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Microseconds: of the first token, if the prompt is read, and of a step after it."""
-
-    first: Timing | None
-    step: Timing
-
-
 Steps = dict[str, tuple[PreTrainedModel, Callable]]
+Shares = dict[str, tuple[float, float]]  # milliseconds and calls of a step
 
 
 @torch.inference_mode()
-def take_turns(contenders: Steps, setting: Setting, rounds: int, turn: int) -> dict[str, Speed]:
-    """Let every contender, a model and its step function, decode `turn` tokens in each round."""
+def take_turns(contenders: Steps, setting: Setting, rounds: int, turn: int) -> list[Row]:
+    """Let every contender, a model and its step function, decode `turn` tokens in each round.
+
+    Return a row for each contender: tokens a second of the whole batch, and the ratio to dense.
+    """
     room = setting.prompt + turn * (rounds + 1) + 1
     decoders = {n: Decoder(model, setting.batch, room, step) for n, (model, step) in contenders.items()}
-    steps: dict[str, list[float]] = {name: [] for name in decoders}
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
     with using(setting.threads):
-        first = _read_prompts(decoders, setting)
+        first = {name: summary(read) for name, read in _read_prompts(decoders, setting).items() if read}
         for _ in range(rounds + 1):  # the first round warms up, or compiles
             for name, decoder in decoders.items():
-                steps[name].append(decoder.decode(turn))
-    return {
-        name: Speed(summary(first[name]) if setting.read else None, summary(seconds[1:]))
-        for name, seconds in steps.items()
+                seconds[name].append(decoder.decode(turn))
+    steps = {name: summary(values[1:]) for name, values in seconds.items()}
+    rates = {
+        n: [round(1e6 * setting.batch / us, 2) for us in (t.median, t.p80, t.p20)] for n, t in steps.items()
     }
+    return [
+        {
+            "prompt": setting.prompt,
+            "batch": setting.batch,
+            "threads": setting.threads,
+            "contender": name,
+            "first token ms": round(first[name].median / 1e3, 1) if first else "",
+            "x dense, first": round(first[BASELINE].median / first[name].median, 2) if first else "",
+            **dict(zip(("tokens/s", "p20", "p80"), rates[name], strict=True)),
+            "x dense": round(steps[BASELINE].median / step.median, 2),
+        }
+        for name, step in steps.items()
+    ]
 
 
 def _read_prompts(decoders: dict[str, Decoder], setting: Setting) -> dict[str, list[float]]:
@@ -72,29 +85,79 @@ def random_tokens(model: PreTrainedModel, setting: Setting) -> Tensor:
     return torch.randint(model.config.vocab_size, size, device=model.device)
 
 
-def rows(setting: Setting, speeds: dict[str, Speed]) -> list[Row]:
-    """Return a row for each contender: tokens a second of the whole batch, and the ratio to dense."""
-    dense = speeds[BASELINE]
+def where_time_goes(decoder: Decoder, tokens: int = 8) -> Shares:
+    """Return the shares of one step on the processor that runs Python. A card's kernels are not seen.
+
+    Loops that torch.compile writes are no ops, and count as outside of ops. The profiler slows short ops.
+    """
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        begin = time.perf_counter()
+        decoder.decode(tokens)
+        whole = 1e3 * (time.perf_counter() - begin) / tokens  # by the clock of the profiler
+    shares: Shares = {}
+    others: Shares = {}
+    for event in profiler.key_averages():
+        if event.key.startswith("rana::"):
+            shares[event.key] = (event.cpu_time_total / 1e3 / tokens, event.count / tokens)
+        elif event.key.startswith(("aten::", "mkldnn::")):
+            others[event.key] = (event.self_cpu_time_total / 1e3 / tokens, event.count / tokens)
+    listed = sorted(others, key=lambda name: -others[name][0])
+    shares |= {name: others[name] for name in listed[:MOST]}
+    rest = [others[name] for name in listed[MOST:]]
+    shares["other ops of torch's"] = (sum(ms for ms, _ in rest), sum(calls for _, calls in rest))
+    return shares | {"outside of ops": (whole - sum(ms for ms, _ in shares.values()), 0)}
+
+
+def share_rows(shares: dict[str, Shares]) -> list[Row]:
+    """Return a row for each share, with a column for each model."""
+    rows: dict[str, Row] = {}
+    for name, part in shares.items():
+        for what, (ms, calls) in part.items():
+            row = rows.setdefault(what, {"": what})
+            row[name] = f"{ms:.2f} ({calls:.0f})" if calls else f"{ms:.2f}"
+    return list(rows.values())
+
+
+@torch.inference_mode()
+def measure_drafts(
+    dense: PreTrainedModel, draft: PreTrainedModel, prompts: Tensor, tokens: int, rounds: int = 3
+) -> list[Row]:
+    """Let `draft` draft for the dense model that it was made from, which checks its tokens.
+
+    Each of the `prompts` [n, T] is continued by itself, with `tokens` new tokens, greedily.
+
+    `accepted` of the `drafted` tokens pass a check, on average. `same text` is the share of the texts that
+    equal the dense model's own. It is 1 in float32. In 16 bits, products of one token and of several round
+    differently, and two tokens may be almost equally likely.
+    """
+
+    def generated(model: PreTrainedModel, prompt: Tensor, **options) -> tuple[float, Tensor]:
+        prompt = prompt[None]
+        return timed(
+            model.generate, prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=tokens,
+            max_new_tokens=tokens, do_sample=False, pad_token_id=0, **options,
+        )  # fmt: skip
+
+    wanted = [generated(dense, prompt)[1] for prompt in prompts]
     found: list[Row] = []
-    for name, speed in speeds.items():
-        step, first = speed.step, speed.first
-        read = first is not None and dense.first is not None
-        found.append(
-            {
-                "prompt": setting.prompt,
-                "batch": setting.batch,
-                "threads": setting.threads,
-                "contender": name,
-                "first token ms": round(first.median / 1e3, 1) if read else "",
-                "x dense, first": round(dense.first.median / first.median, 2) if read else "",
-                "tokens/s": _rate(setting, step.median),
-                "p20": _rate(setting, step.p80),
-                "p80": _rate(setting, step.p20),
-                "x dense": round(dense.step.median / step.median, 2),
-            }
-        )
+    for drafted in DRAFTED:
+        draft.generation_config.num_assistant_tokens = drafted
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
+        draft.generation_config.assistant_confidence_threshold = 0.0
+        alone, together, same, checks = 0.0, 0.0, 0, []
+        for prompt, text in rounds * list(zip(prompts, wanted, strict=True)):
+            alone += generated(dense, prompt)[0]
+            hook = dense.register_forward_hook(lambda *_, checks=checks: checks.append(1))
+            seconds, again = generated(dense, prompt, assistant_model=draft)
+            hook.remove()
+            same += torch.equal(again, text)
+            together += seconds
+        texts = rounds * len(prompts)
+        new = texts * tokens
+        found.append({
+            "drafted": drafted, "accepted": f"{new / len(checks) - 1:.2f}",
+            "same text": f"{same / texts:.0%}",
+            "tokens/s": f"{new / together:.1f}", "dense alone": f"{new / alone:.1f}",
+            "x dense": f"{alone / together:.2f}",
+        })  # fmt: skip
     return found
-
-
-def _rate(setting: Setting, microseconds: float) -> float:
-    return round(1e6 * setting.batch / microseconds, 2)

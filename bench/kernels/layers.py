@@ -46,45 +46,33 @@ class Contenders:
 class Case:
     """One adapter for M tokens. Its tensors, `Weights`, are the arguments of its op, in their order.
 
-    op          the op's name
-    layer       the dense layer that it replaces
-    factors     the places of its weights that dense products take transposed
-    in_parts    the same in separate ops, or None
+    op              the op's name
+    layer           the dense layer that it replaces
+    factors         the places of its weights that dense products take transposed
+    shapes          [N, K] of the dense weights
+    multiply_adds   of one token, on average
+    adapter         x -> random weights, with thresholds at which x keeps as many rows as the case says
+    values_read     x, weights -> how many values of the weights x must read
+    in_torch        x, *weights -> the op in torch's own operations, from transposed factors
+    in_parts        the same in separate ops, or None
     """
 
+    name: str
+    M: int
+    dtype: str
     op: str
     layer: Layer = staticmethod(one_linear)
     factors: tuple[int, ...]
+    shapes: list[tuple[int, int]]
+    multiply_adds: int
+    adapter: Callable[[Tensor], Weights]
+    values_read: Callable[[Tensor, Weights], int]
+    in_torch: Callable[..., Tensor]
     in_parts: Callable[..., Tensor] | None = None
-    M: int
-    dtype: str
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """[N, K] of the dense weights."""
-        raise NotImplementedError
-
-    @property
-    def multiply_adds(self) -> int:
-        """Of one token, on average."""
-        raise NotImplementedError
 
     @property
     def cost_ratio(self) -> float:
         return self.multiply_adds / sum(N * K for N, K in self.shapes)
-
-    def adapter(self, x: Tensor) -> Weights:
-        """Return random weights, with thresholds at which x keeps as many rows as the case says."""
-        raise NotImplementedError
-
-    def values_read(self, x: Tensor, weights: Weights) -> int:
-        """Return how many values of the weights x must read."""
-        raise NotImplementedError
-
-    @staticmethod
-    def in_torch(x: Tensor, *weights: Tensor) -> Tensor:
-        """Compute the op in torch's own operations, from transposed factors."""
-        raise NotImplementedError
 
     def inputs(self, device: str = "cpu") -> Tensor:
         return torch.randn(self.M, self.shapes[0][1], device=device).to(DTYPES[self.dtype])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -156,6 +156,14 @@ def once(run: Callable[[], object], threads: int, calls: int) -> float:
     for _ in range(calls):
         run()
     return (now() - begin) / calls
+
+
+def timed(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[float, Any]:
+    """Return the seconds of one call, and what it returned."""
+    now = clock(torch.get_num_threads())
+    begin = now()
+    found = function(*arguments, **options)
+    return now() - begin, found
 
 
 def captured(run: Callable[[], object]) -> Callable[[], None]:
