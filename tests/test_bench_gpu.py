@@ -27,14 +27,14 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from bench.gpu import ops, problems
+from bench.gpu import ops
 from bench.kernels.cases import Model
 from bench.report import results
 
-problems.DEVICE, problems.DTYPES["bf16"] = "cpu", torch.float32
-problems.MODELS = {"tiny": Model(hidden=32, queries=32, keys=32, neurons=64, blocks=1)}
-problems.DENSITIES = (1.0, 0.5)
-problems.cache_bytes = lambda: 1
+ops.DEVICE, ops.DTYPES["bf16"] = "cpu", torch.float32
+ops.MODELS = {"tiny": Model(hidden=32, queries=32, keys=32, neurons=64, blocks=1)}
+ops.DENSITIES = (1.0, 0.5)
+ops.cache_bytes = lambda: 1
 results.card = lambda: "no-card"
 def calls_all(contenders, rounds=15):
     results = {name: [call() for call in calls] for name, calls in contenders.items()}
