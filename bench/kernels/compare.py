@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,6 +22,8 @@ import rana_kernels
 from bench.kernels.layers import Case
 from bench.kernels.timing import once, repeats, summary
 from bench.report.results import ROOT, Row
+
+Ask = Callable[[object], Any]
 
 
 def against(revision: str, cases: list[Case], threads: list[int], rounds: int, console: Console) -> list[Row]:
@@ -62,40 +65,35 @@ def _run(command: list[str], folder: Path, variables: dict[str, str]) -> None:
 
 
 @contextmanager
-def worker(package: Path) -> Iterator["Worker"]:
-    """Start a process that imports `rana_kernels` from the folder `package`, and these benchmarks."""
+def worker(package: Path) -> Iterator[Ask]:
+    """Start a process that imports `rana_kernels` from the folder `package`, and these benchmarks.
+
+    Yield a function that sends it a request and returns what it answers: see `answer`.
+    """
     with tempfile.TemporaryDirectory(prefix="rana-worker-") as folder:
         # Python looks for modules here first
         for name, place in (("bench", ROOT / "bench"), ("rana_kernels", package)):
             (Path(folder) / name).symlink_to(place)
         command = [sys.executable, "-m", __name__]
         process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+        def ask(request: object) -> Any:
+            assert process.stdin and process.stdout, "both are pipes"
+            pickle.dump(request, process.stdin)
+            process.stdin.flush()
+            try:
+                return pickle.load(process.stdout)
+            except EOFError:
+                reason = "it printed the reason above"
+                raise RuntimeError(f"the process that times {package} ended: {reason}") from None
+
         try:
-            started = Worker(process, package)
-            imported = started.ask(None)
-            if Path(str(imported)).resolve() != package.resolve():
+            imported = ask(None)
+            if Path(imported).resolve() != package.resolve():
                 raise ValueError(f"the worker runs {imported}, wanted {package}")
-            yield started
+            yield ask
         finally:
             process.communicate()  # closes its input, which ends it
-
-
-class Worker:
-    """A process that answers requests: see `answer`."""
-
-    def __init__(self, process: subprocess.Popen, package: Path) -> None:
-        self.process, self.package = process, package
-
-    def ask(self, request: object) -> object:
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin and stdout, "both are pipes"
-        pickle.dump(request, stdin)
-        stdin.flush()
-        try:
-            return pickle.load(stdout)
-        except EOFError:
-            reason = "it printed the reason above"
-            raise RuntimeError(f"the process that times {self.package} ended: {reason}") from None
 
 
 @torch.inference_mode()
@@ -130,13 +128,13 @@ def prepared(case: Case, threads: int) -> Callable[[], float]:
 
 
 def rounds_of(
-    ours: Worker, theirs: Worker, case: Case, threads: int, rounds: int
+    ours: Ask, theirs: Ask, case: Case, threads: int, rounds: int
 ) -> tuple[list[float], list[float]]:
     """Return the seconds of a call in each round, of both."""
-    for each in (ours, theirs):
-        each.ask((case, threads))
-    pairs = [(ours.ask("time"), theirs.ask("time")) for _ in range(1 + rounds)][1:]
-    return [float(str(a)) for a, _ in pairs], [float(str(b)) for _, b in pairs]
+    for ask in (ours, theirs):
+        ask((case, threads))
+    pairs = [(ours("time"), theirs("time")) for _ in range(1 + rounds)][1:]
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def row(case: Case, threads: int, ours: list[float], theirs: list[float]) -> Row:
