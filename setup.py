@@ -12,9 +12,12 @@ import ast
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +42,7 @@ INSTRUCTION_SETS = {
 }
 # code for these cards, and PTX from which a driver compiles for later ones
 CUDA_TARGETS = ("80", "90", "100")
+CUDA_LINK = ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "--cudart=static"]
 CUDA_COMPILE = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 # the list of ops, and the file made of it
@@ -83,12 +87,10 @@ def op_libraries() -> list[Extension]:
     from torch.utils.cpp_extension import CppExtension
 
     sources = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
-    headers = sorted(str(p) for p in Path("csrc").rglob("*.h"))
     return [
         CppExtension(
             f"rana_kernels._cpu_{name}",
             sources,
-            depends=headers,
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
             extra_compile_args=[*COMPILE, *QUIET, *flags],
             py_limited_api=True,
@@ -98,7 +100,7 @@ def op_libraries() -> list[Extension]:
 
 
 def schemas_library() -> Extension:
-    """The schemas alone: for C++ programs, which lack `rana_kernels/ops/schemas.py`. Python never loads it."""
+    """The schemas alone, for C++ programs, which lack `ops/schemas.py`. Python never loads it."""
     from torch.utils.cpp_extension import CppExtension
 
     return CppExtension(
@@ -111,7 +113,7 @@ def schemas_library() -> Extension:
 
 
 def write_schemas() -> None:
-    """`SCHEMAS` of ops/schemas.py as C++. The file is read, not imported: it would load the package being built."""
+    """Write `SCHEMAS` as C++. The file is read as text: an import would load the package being built."""
     assigned = [node for node in ast.parse(Path(OPS).read_text()).body if isinstance(node, ast.Assign)]
     table = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "SCHEMAS")
     lines = [f"  m.def({json.dumps(name + schema)});" for name, schema in ast.literal_eval(table).items()]
@@ -127,11 +129,7 @@ def cuda_sources() -> list[str]:
 
 
 def cuda_library() -> Extension:
-    """Its sources are dependencies: torch's BuildExtension refuses .cu sources where torch has no CUDA."""
-    headers = sorted(str(p) for d in ("csrc", "csrc/cuda") for p in Path(d).glob("*.*h"))
-    return Extension(
-        "rana_kernels._cuda", sources=[], depends=[*cuda_sources(), *headers], py_limited_api=True
-    )
+    return Extension("rana_kernels._cuda", cuda_sources(), py_limited_api=True)
 
 
 def cuda_targets() -> list[str]:
@@ -140,26 +138,49 @@ def cuda_targets() -> list[str]:
     return [target for target in CUDA_TARGETS if f"compute_{target}" in listed.split()]
 
 
-def compile_cuda(target: str) -> None:
-    """One call of nvcc. libtorch is linked even if not needed: what only CUDA torches have is weak."""
+def cuda_compiler() -> list[str]:
+    """The command that compiles one file for every card. Its targets share the cores that are left."""
     from torch.utils import cpp_extension
 
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
     targets = cuda_targets()
     gencode = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
-    newest = targets[-1]
-    gencode.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    gencode.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
     includes = [word for p in cpp_extension.include_paths() for word in ("-isystem", p)]
-    link = [f"-L{p}" for p in cpp_extension.library_paths()]
-    link += ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "--cudart=static"]
-    # one thread a target and file at most, as many as MAX_JOBS allows
-    threads = [f"--threads={os.environ.get('MAX_JOBS', '0')}"]
-    subprocess.run(
-        [nvcc(), "-shared", *CUDA_COMPILE, *gencode, *threads, *defines, *includes, *cuda_sources()]
-        + [*link, "-o", target],
-        check=True,
-    )
+    threads = f"--threads={max(1, jobs() // len(cuda_sources()))}"
+    return [str(nvcc()), *CUDA_COMPILE, *gencode, threads, *defines, *includes]
+
+
+def cuda_linker() -> list[str]:
+    """The command that links the objects, libtorch always: symbols that only CUDA builds have are weak."""
+    from torch.utils import cpp_extension
+
+    paths = [f"-L{p}" for p in cpp_extension.library_paths()]
+    return [str(nvcc()), "-shared", *CUDA_COMPILE, *paths, *CUDA_LINK]
+
+
+def compiler(ext: Extension) -> list[str]:
+    """The command that compiles one file of a library of C++."""
+    macros = [f"-D{name}={value}" for name, value in ext.define_macros]
+    includes = [f"-I{p}" for p in (*ext.include_dirs, sysconfig.get_paths()["include"])]
+    given = shlex.split(os.environ.get("CXXFLAGS", ""))
+    return [*cxx(), "-fPIC", "-pthread", "-DNDEBUG", *ext.extra_compile_args, *macros, *includes, *given]
+
+
+def linker(ext: Extension) -> list[str]:
+    """The command that links the objects of a library of C++."""
+    libraries = [f"-L{p}" for p in ext.library_dirs] + [f"-l{name}" for name in ext.libraries]
+    given = shlex.split(os.environ.get("LDFLAGS", ""))
+    return [*cxx(), "-shared", "-pthread", *ext.extra_link_args, *given, "-Wl,--no-as-needed", *libraries]
+
+
+def cxx() -> list[str]:
+    return os.environ.get("CXX", "c++").split()
+
+
+def jobs() -> int:
+    """How many compilers run at a time."""
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 def host_module() -> list[Extension]:
@@ -175,27 +196,90 @@ def host_module() -> list[Extension]:
     return [Pybind11Extension("rana_kernels._C", ["csrc/bindings.cpp"], define_macros=macros, cxx_std=17)]
 
 
+@dataclass
+class Step:
+    """One command of the build. It reads `inputs`, writes `output`, and says `title`."""
+
+    title: str
+    command: list[str]
+    inputs: list[str]
+    output: str
+
+
+def steps_of(ext: Extension, folder: Path, target: str) -> list[Step]:
+    """The steps that compile and link one library. Large files come first: small ones then fill the gaps."""
+    name, cuda = ext.name.split(".")[-1], ext.sources == cuda_sources()
+    compile_, link = (cuda_compiler(), cuda_linker()) if cuda else (compiler(ext), linker(ext))
+    steps = []
+    for source in sorted(ext.sources, key=os.path.getsize, reverse=True):
+        output = str(folder / ext.name / f"{Path(source).name}.o")
+        command = [*compile_, "-MMD", "-MF", f"{output}.d", "-c", source, "-o", output]
+        steps.append(Step(f"{name}: {Path(source).name}", command, [source, "setup.py"], output))
+    objects = [step.output for step in steps]
+    steps.append(Step(f"{name}: link", [link[0], *objects, *link[1:], "-o", target], objects, target))
+    return steps
+
+
+def ninja() -> str | None:
+    """The program, of the path or of the environment whose Python runs this."""
+    return shutil.which("ninja") or shutil.which("ninja", path=Path(sys.executable).parent)
+
+
+def run_with_ninja(program: str, steps: list[Step], folder: Path) -> None:
+    """Run what is out of date, side by side. Ninja knows the headers from the compilers' dependency files."""
+
+    def word(text: str) -> str:
+        return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = [
+        "rule run",
+        "  command = $call",
+        "  description = $title",
+        "  depfile = $depfile",
+        "  deps = gcc",
+    ]
+    lines += ["rule link", "  command = $call", "  description = $title"]
+    for step in steps:
+        rule = "run" if "-c" in step.command else "link"
+        lines.append(f"build {word(step.output)}: {rule} {' '.join(map(word, step.inputs))}")
+        call = shlex.join(step.command).replace("$", "$$")
+        lines += [f"  call = {call}", f"  title = {step.title}", f"  depfile = {step.output}.d"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        Path(step.output).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join([*lines, ""]))
+    environment = {**os.environ, "NINJA_STATUS": "rana_kernels [%f/%t, %e s] "}
+    command = [program, "-f", str(folder / "build.ninja"), "-j", str(jobs())]
+    subprocess.run(command, check=True, env=environment)
+
+
+def run_in_order(steps: list[Step]) -> None:
+    """Run every step, one after the other, where there is no ninja."""
+    for step in steps:
+        say(step.title)
+        Path(step.output).parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(step.command, check=True)
+
+
 def build_command() -> dict:
+    from setuptools.command.build_ext import build_ext
     from setuptools.modified import newer_group
-    from torch.utils.cpp_extension import BuildExtension
 
-    class Build(BuildExtension):
-        def build_extension(self, ext: Extension) -> None:
-            if ext.name == "rana_kernels._cuda":
-                target = self.get_ext_fullpath(ext.name)
-                if self.force or newer_group(ext.depends, target, "newer"):
-                    compile_cuda(target)
-                return
-            if ext.sources == [SCHEMAS] and newer_group([OPS, "setup.py"], SCHEMAS):
+    class Build(build_ext):
+        """Compile the files of all libraries side by side, so that no core is idle while a library ends."""
+
+        def build_extensions(self) -> None:
+            if newer_group([OPS, "setup.py"], SCHEMAS):
                 write_schemas()
-            # the libraries share their sources: each needs an object folder of its own
-            shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
-            try:
-                super().build_extension(ext)
-            finally:
-                self.build_temp = shared
+            folder, steps = Path(self.build_temp), []
+            for ext in self.extensions:
+                steps += steps_of(ext, folder, self.get_ext_fullpath(ext.name))
+            if program := ninja():
+                run_with_ninja(program, steps, folder)
+            else:
+                run_in_order(steps)
 
-    return {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}
+    return {"build_ext": Build}
 
 
 def say(line: str) -> None:
@@ -218,7 +302,7 @@ def compiled() -> dict:
     cuda = [cuda_library()] if wanted != "cpu" and nvcc() else []
     say(f"compiling the CPU kernels{' and, with ' + str(nvcc()) + ', the CUDA kernels' if cuda else ''}")
     return {
-        "ext_modules": [*op_libraries(), *cuda, schemas_library(), *host_module()],
+        "ext_modules": [*cuda, *op_libraries(), schemas_library(), *host_module()],
         "cmdclass": build_command(),
     }
 
