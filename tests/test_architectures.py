@@ -16,7 +16,7 @@ from rana_kernels.model.install import install
 from rana_kernels.nn.adapters import RanaLinear, RanaReceiver
 from rana_kernels.nn.mlp import RanaMLP
 from tests.architectures import MODELS, table
-from tests.child import python
+from tests.subprocesses import python
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 
 every_model = pytest.mark.parametrize("name", MODELS)

@@ -19,7 +19,7 @@ from bench.gpu.stages import Stages
 from bench.report.results import read_csv, write_csv
 from rana_kernels import ops
 from rana_kernels.backends import triton
-from tests.child import python
+from tests.subprocesses import python
 
 ROOT = Path(__file__).parent.parent
 

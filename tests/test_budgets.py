@@ -23,9 +23,9 @@ from rana_kernels.checkpoint.model_card import write_card
 from rana_kernels.cli import compress as command
 from rana_kernels.model.architectures import find_blocks
 from rana_kernels.model.plan import Plan
-from tests.test_whole_model import DEMO_MODEL
 from tests.test_cli import compression, folder, run  # noqa: F401 - fixtures
 from tests.test_compress import make_model, tokens
+from tests.test_whole_model import DEMO_MODEL
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from rana_kernels.checkpoint.attachment import attach_plan, attached_plan
 from rana_kernels.checkpoint.headers import CheckpointError, read_header
 from rana_kernels.checkpoint.manifest import CARD, MANIFEST, read_manifest, write_manifest
 from rana_kernels.checkpoint.model_card import note, write_card
-from tests.child import python
+from tests.subprocesses import python
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 
 WEIGHTS = "model.safetensors"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rana_kernels import backends, ops
-from tests.child import python
+from tests.subprocesses import python
 
 TABLE = Path(__file__).with_name("cuda_registers.txt")
 PINNED = "release 13.0"

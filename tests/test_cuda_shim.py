@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from tests.cases import Case, exact_result, make_inputs
-from tests.child import pytest_passes
 from tests.cuda_shim import build
 from tests.cuda_shim.build import OPS
+from tests.subprocesses import pytest_passes
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None or sys.platform != "linux", reason="no C++ compiler"
@@ -74,8 +74,8 @@ def test_memory_errors_and_other_tokens(sanitized):
 
 
 # what every mutant is held against: sizes at which each barrier and each branch matters
-WIDE = Case("masked_lowrank_linear", 300, 300, 600)  # (R, N, K): several tiles, splits and warps a row
-LONG = Case("masked_lowrank_linear", 1500, 40, 33)  # several rounds and tables, if there is one block
+WIDE = Case("masked_lowrank_linear", R=300, N=300, K=600)  # (R, N, K): several tiles, splits and warps a row
+LONG = Case("masked_lowrank_linear", R=1500, N=40, K=33)  # several rounds and tables, if there is one block
 CHECKED = {
     "masked_lowrank_linear": [
         (WIDE, "4"),
@@ -86,19 +86,19 @@ CHECKED = {
         (replace(WIDE, density=0.25, lead=(16,), N=257), "2"),
     ],
     "masked_linear": [
-        (Case("masked_linear", 5000, 40), "3"),  # two looks at z
-        (Case("masked_linear", 13000, 24, density=1.0), "1"),  # two lists
-        (Case("masked_linear", 300, 700), "3"),
-        (Case("masked_linear", 301, 70, lead=(6,)), "2"),
-        (Case("masked_linear", 300, 300, lead=(13,)), "2"),
+        (Case("masked_linear", R=5000, N=40), "3"),  # two looks at z
+        (Case("masked_linear", R=13000, N=24, density=1.0), "1"),  # two lists
+        (Case("masked_linear", R=300, N=700), "3"),
+        (Case("masked_linear", R=301, N=70, lead=(6,)), "2"),
+        (Case("masked_linear", R=300, N=300, lead=(13,)), "2"),
     ],
     "masked_mlp": [
-        (Case("masked_mlp", 48, 300, 40, 600, gate=20), "3"),
-        (Case("masked_mlp", 48, 70, 40, 300, gate="shared", lead=(5,)), "2"),
+        (Case("masked_mlp", R=48, N=300, K=40, I=600, gate=20), "3"),
+        (Case("masked_mlp", R=48, N=70, K=40, I=300, gate="joint", lead=(5,)), "2"),
     ],
     "linear": [
-        (Case("linear", 0, 1500, 33), "1"),
-        (Case("linear", 0, 300, 600, lead=(13,)), "2"),
+        (Case("linear", N=1500, K=33), "1"),
+        (Case("linear", N=300, K=600, lead=(13,)), "2"),
     ],
 }
 

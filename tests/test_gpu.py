@@ -17,7 +17,7 @@ import torch
 import rana_kernels
 from rana_kernels import backends
 from tests.cases import FORMS, Case, assert_close, input_of, make_inputs
-from tests.child import python
+from tests.subprocesses import python
 
 pytestmark = [
     pytest.mark.gpu,

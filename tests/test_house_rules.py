@@ -13,7 +13,7 @@ import rana_kernels
 from rana_kernels import ops
 from rana_kernels.ops import checks, gradients, mlp, reference
 from tests.cases import SMALL
-from tests.child import python
+from tests.subprocesses import python
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rana_kernels"

@@ -8,7 +8,7 @@ import pytest
 
 from rana_kernels import backends
 from rana_kernels.system import cpu
-from tests.child import pytest_passes, python
+from tests.subprocesses import pytest_passes, python
 
 AVX2 = {"avx2", "fma", "f16c"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}

@@ -11,7 +11,7 @@ import torch
 
 from rana_kernels import backends, ops
 from rana_kernels.backends import triton as backend
-from tests.child import pytest_passes, python
+from tests.subprocesses import pytest_passes, python
 
 pytestmark = pytest.mark.skipif(not backend.available(), reason="the triton package is not installed")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rana_kernels.backends import triton
-from tests.child import python
+from tests.subprocesses import python
 
 pytestmark = pytest.mark.skipif(not triton.available(), reason="the triton package is not installed")
 
