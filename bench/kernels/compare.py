@@ -4,13 +4,14 @@ The other revision is checked out and built in a temporary directory. Both proce
 benchmarks, on weights made from the same seed.
 """
 
+import json
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from rich.console import Console
 from rich.progress import track
 
 import rana_kernels
-from bench.kernels.layers import Case
+from bench.kernels.layers import Case, Lowrank, Mlp, Neurons
 from bench.kernels.timing import once, repeats, summary
 from bench.report.results import ROOT, Row
 
 Ask = Callable[[object], Any]
+KINDS: dict[str, type[Case]] = {kind.__name__: kind for kind in (Lowrank, Neurons, Mlp)}
 
 
 def against(revision: str, cases: list[Case], threads: list[int], rounds: int, console: Console) -> list[Row]:
@@ -75,17 +77,18 @@ def worker(package: Path) -> Iterator[Ask]:
         for name, place in (("bench", ROOT / "bench"), ("rana_kernels", package)):
             (Path(folder) / name).symlink_to(place)
         command = [sys.executable, "-m", __name__]
-        process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
         def ask(request: object) -> Any:
             assert process.stdin and process.stdout, "both are pipes"
-            pickle.dump(request, process.stdin)
-            process.stdin.flush()
-            try:
-                return pickle.load(process.stdout)
-            except EOFError:
+            print(json.dumps(request), file=process.stdin, flush=True)
+            answered = process.stdout.readline()
+            if not answered:
                 reason = "it printed the reason above"
-                raise RuntimeError(f"the process that times {package} ended: {reason}") from None
+                raise RuntimeError(f"the process that times {package} ended: {reason}")
+            return json.loads(answered)
 
         try:
             imported = ask(None)
@@ -98,25 +101,24 @@ def worker(package: Path) -> Iterator[Ask]:
 
 @torch.inference_mode()
 def answer() -> None:
-    """Answer requests on the standard input.
+    """Answer requests on the standard input, one line of JSON each.
 
-    None              the folder that rana_kernels was imported from
-    (case, threads)   True, once the weights are made
-    "time"            the seconds of one call
+    null                                  the folder that rana_kernels was imported from
+    [kind, fields of the case, threads]   true, once the weights are made
+    "time"                                the seconds of one call
     """
     time: Callable[[], float] | None = None
-    with suppress(EOFError):
-        while True:
-            request = pickle.load(sys.stdin.buffer)
-            if request is None:
-                found: object = rana_kernels.__path__[0]
-            elif request == "time":
-                assert time is not None, "a case comes first"
-                found = time()
-            else:
-                time, found = prepared(*request), True
-            pickle.dump(found, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request is None:
+            found: object = rana_kernels.__path__[0]
+        elif request == "time":
+            assert time is not None, "a case comes first"
+            found = time()
+        else:
+            kind, fields, threads = request
+            time, found = prepared(KINDS[kind](**fields), threads), True
+        print(json.dumps(found), flush=True)
 
 
 def prepared(case: Case, threads: int) -> Callable[[], float]:
@@ -132,7 +134,7 @@ def rounds_of(
 ) -> tuple[list[float], list[float]]:
     """Return the seconds of a call in each round, of both."""
     for ask in (ours, theirs):
-        ask((case, threads))
+        ask([type(case).__name__, asdict(case), threads])
     pairs = [(ours("time"), theirs("time")) for _ in range(1 + rounds)][1:]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
