@@ -48,7 +48,7 @@ demo: build
 	$(BIN)/python -m examples.demo --output build/demo
 
 # The files of tests shared out between processes; what the tests of a file share is made once.
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: build
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow and not gpu and not stacks"

@@ -1,4 +1,4 @@
-// The host module `_C`: facts about the build and the processor. The op libraries do not need it.
+// The host module `_C`: facts about the build. The op libraries do not need it.
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;
@@ -13,23 +13,9 @@ py::dict build_facts() {
   return facts;
 }
 
-py::dict cpu_features() {
-  py::dict features;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  features["avx2"] = bool(__builtin_cpu_supports("avx2"));
-  features["fma"] = bool(__builtin_cpu_supports("fma"));
-  features["avx512f"] = bool(__builtin_cpu_supports("avx512f"));
-  features["avx512bf16"] = bool(__builtin_cpu_supports("avx512bf16"));
-  features["amx_bf16"] = bool(__builtin_cpu_supports("amx-bf16"));
-#endif
-  return features;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Facts about this build of rana_kernels and about this processor.";
+  m.doc() = "Facts about this build of rana_kernels.";
   m.def("build_facts", &build_facts, "Compiler, torch and instruction sets the libraries were built with.");
-  m.def("cpu_features", &cpu_features, "Vector extensions this processor has.");
 }

@@ -16,6 +16,11 @@ from rana_kernels.ops import reference
 from tests import two_processes
 
 OUTCOMES = pytest.StashKey[dict]()
+# Few tests that take long each. pytest-xdist would start files with many tests first.
+LONGEST_FILES = (
+    "test_cuda_shim", "test_isa", "test_cuda_build", "test_demo", "test_ops", "test_export",
+    "test_two_processes", "test_triton", "test_cli", "test_compress", "test_architectures", "test_bench",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,12 @@ def pytest_configure(config) -> None:
     # the problems are small: threads would only wait for one another, and for those of other processes
     torch.set_num_threads(1)
     config.option.markexpr = config.option.markexpr or "not slow and not stacks"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the files that take longest first, so that no core is idle while the last of them runs."""
+    rank = {name: i for i, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.hookimpl(tryfirst=True)

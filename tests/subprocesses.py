@@ -1,4 +1,4 @@
-"""Other Python processes, for tests that depend on how a process starts: its environment, or its first imports."""
+"""Other Python processes, for tests of how a process starts: its environment, or what it imports first."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedPr
 
 
 def pytest_passes(*arguments: str, **environment: str) -> str:
-    """Run pytest in a process of its own and return what it prints. Fail unless tests ran there and all passed.
+    """Run pytest in a process of its own and return its output. Fail unless tests ran and all of them passed.
 
     The plugins stay out: no test needs one here, and importing them takes 1.5 s.
     """

@@ -40,8 +40,8 @@ ARROWS = {
     },
     "integrations": {"ops", "nn", "model", "checkpoint", "system"},
     "cli": {
-        "backends", "checkpoint", "evaluation", "statistics", "allocation", "compression", "recovery", "model",
-        "integrations",
+        "backends", "model", "checkpoint", "evaluation", "statistics", "allocation", "compression",
+        "recovery", "integrations",
     },
 }  # fmt: skip
 # Only these rooms call the ops. The others see kernels through modules.

@@ -131,7 +131,7 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def gpu_name(monkeypatch):
+def card(monkeypatch):
     """A card's current stream, whether it is captured, and how many states a sheet of the supply has."""
     from rana_kernels.backends.triton import launch
 

@@ -125,7 +125,7 @@ class AdaptedLinear(AdapterModule):
 class Handoff:
     """Carries outputs from the RanaLinear that computed them to the receivers that return them.
 
-    The outputs lie on the input tensor itself, under a name of this handoff and this thread. Threads that call
+    The outputs lie on the input tensor itself, under a name of this handoff and thread. Threads that call
     one model at once, and calls within calls, therefore never meet, and an input that is dropped takes its
     outputs with it. A copy or a pickle of a handoff is a new one. Modules that are copied in one call still
     share one.
@@ -156,8 +156,8 @@ class Handoff:
         if index not in held:
             raise RuntimeError(
                 "RanaReceiver: called before the linear it was decomposed with, or with another input. That "
-                "linear computes the outputs of both: call it first, with the same tensor, once for each call "
-                "of this one"
+                "linear computes the outputs of both: call it first, with the same tensor, once for each "
+                "call of this one"
             )
         output = held.pop(index)
         if not held:
