@@ -232,6 +232,7 @@ def run_with_ninja(program: str, steps: list[Step], folder: Path) -> None:
         return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
     lines = [
+        f"builddir = {word(str(folder))}",
         "rule run",
         "  command = $call",
         "  description = $title",
