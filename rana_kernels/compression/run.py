@@ -8,8 +8,8 @@ norms and the weights of lm_head and of dense linears stay.
 """
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
@@ -20,7 +20,6 @@ from rana_kernels.allocation.cost import reduction
 from rana_kernels.allocation.latency import LatencyTable
 from rana_kernels.allocation.method import Chooser, chooser_of
 from rana_kernels.allocation.methods import DEFAULT, METHODS, make_request
-from rana_kernels.allocation.request import Request
 from rana_kernels.allocation.search import Search
 from rana_kernels.checkpoint.attachment import attach_plan
 from rana_kernels.checkpoint.resume import ResumeDir, fingerprint
@@ -89,26 +88,17 @@ def compress(
         "flops_reduction": flops_reduction, "time_reduction": time_reduction, "latency": times,
         "max_memory": max_memory,
     }  # fmt: skip
-    if plan is None:
-        request = make_request(method, search=search, **asked)
-        METHODS[method].check(model, blocks, request)
-        needs, wanted = METHODS[method].needs, repr(request)
-    else:
-        _require_alone(asked)
-        request, needs, wanted = None, _needs_of(check_plan(model, blocks, plan), plan), plan.to_json()
+    target = _target(model, blocks, plan, method, search, asked)
     if stats is None:
         assert calibration is not None
-        stats = calibrate_blocks(model, blocks, calibration, **needs, progress=progress)
-    stats.require(needs["inputs"])
-    facts = (stats.digest, wanted, *([search.digest] if search else []))
+        stats = calibrate_blocks(model, blocks, calibration, **target.needs, progress=progress)
+    stats.require(target.needs["inputs"])
+    facts = (stats.digest, target.description, *([search.digest] if search else []))
     made = {"model, calibration or request": fingerprint(model, blocks, *facts)}
     store = ResumeDir(resume_dir, made) if resume_dir else None
-    choose = _chooser(stats, plan, request, store, progress)
     bytes_before, block_bytes_before = model_bytes(model), block_bytes(model, blocks)
-    adapters, measured = _compress_blocks(stats, choose, store, progress)
-    start = plan if request is None else request.record()
-    assert start is not None, "there is a plan or a request"
-    done = start.with_adapters(tuple(adapters))
+    adapters, measured = _compress_blocks(stats, target.prepare(stats, store, progress), store, progress)
+    done = target.start.with_adapters(tuple(adapters))
     serve_dense(model, dense_names(model, done))
     use_huge_pages(model)
     report = CompressReport(
@@ -128,11 +118,44 @@ def compress(
     return report
 
 
-def _require_alone(asked: dict[str, Any]) -> None:
-    """Raise ValueError if a budget is given besides a plan."""
+@dataclass(frozen=True)
+class _Target:
+    """What decides the adapters: a plan, or a method at its budget.
+
+    needs         the arguments of `calibrate`
+    description   all that the outcome depends on besides the model and the statistics
+    start         the plan that gets the finished adapters
+    prepare       makes the chooser from the statistics, the store and whether to show progress
+    """
+
+    needs: dict[str, Any]
+    description: str
+    start: Plan
+    prepare: Callable[[Stats, ResumeDir | None, bool], Chooser]
+
+
+def _target(
+    model: nn.Module,
+    blocks: list[Block],
+    plan: Plan | None,
+    method: str,
+    search: Search | None,
+    asked: dict[str, Any],
+) -> _Target:
+    """Check what is asked for against the model. Raise ValueError if the two do not fit."""
+    if plan is None:
+        request, chosen = make_request(method, search=search, **asked), METHODS[method]
+        chosen.check(model, blocks, request)
+
+        def prepare(stats: Stats, store: ResumeDir | None, progress: bool) -> Chooser:
+            return chosen.prepare(stats, request, store, progress)
+
+        return _Target(chosen.needs, repr(request), request.record(), prepare)
     given = ["times" if name == "latency" else name for name, value in asked.items() if value is not None]
     if given:
         raise ValueError(f"compress: a plan is given, and {', '.join(given)}: wanted exactly one of them")
+    needs = _needs_of(check_plan(model, blocks, plan), plan)
+    return _Target(needs, plan.to_json(), plan, lambda *_: chooser_of(plan))
 
 
 def _needs_of(planned: list[tuple[Block, list[AdapterSpec]]], plan: Plan) -> dict[str, Any]:
@@ -147,16 +170,6 @@ def _needs_of(planned: list[tuple[Block, list[AdapterSpec]]], plan: Plan) -> dic
             if adapter.kind == "rank" or (adapter.kind == "neuron" and name != "down"):
                 needed.add(name)
     return {"inputs": tuple(sorted(needed)), "gradients": any(a.metric == "loss" for a in plan.adapters)}
-
-
-def _chooser(
-    stats: Stats, plan: Plan | None, request: Request | None, store: ResumeDir | None, progress: bool
-) -> Chooser:
-    """Return the function that decides the adapters of a block: by the plan, or by the requested method."""
-    if request is None:
-        assert plan is not None, "there is a plan or a request"
-        return chooser_of(plan)
-    return METHODS[request.method].prepare(stats, request, store, progress)
 
 
 def _compress_blocks(
