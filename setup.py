@@ -46,14 +46,14 @@ CUDA_LINK = ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-
 CUDA_COMPILE = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 # the list of ops, and the file made of it
-OPS, SCHEMAS = "rana_kernels/ops/schemas.py", "build/schemas.cpp"
+SCHEMAS_PY, SCHEMAS_CPP = "rana_kernels/ops/schemas.py", "build/schemas.cpp"
 
 
 def why_not() -> str | None:
     """Why nothing can be compiled here, or None."""
     if platform.machine() not in INSTRUCTION_SETS:
         return f"there are no kernels for {platform.machine()}"
-    compiler = os.environ.get("CXX", "c++").split()[0]
+    compiler = cxx()[0]
     if not shutil.which(compiler):
         return f"no C++ compiler ({compiler}) was found"
     try:
@@ -72,14 +72,13 @@ def nvcc() -> str | None:
 @cache
 def instruction_sets() -> dict[str, list[str]]:
     """Those of this machine that its compiler knows: AMX is new in GCC 11."""
-    compiler = os.environ.get("CXX", "c++").split()
     found = {}
     for name, flags in INSTRUCTION_SETS[platform.machine()].items():
-        nothing = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+        nothing = [*cxx(), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
         if subprocess.run(nothing, capture_output=True).returncode == 0:
             found[name] = flags
         else:
-            say(f"no kernels for {name}: {compiler[0]} does not know {' '.join(flags)}")
+            say(f"no kernels for {name}: {cxx()[0]} does not know {' '.join(flags)}")
     return found
 
 
@@ -105,7 +104,7 @@ def schemas_library() -> Extension:
 
     return CppExtension(
         "rana_kernels._schemas",
-        [SCHEMAS],
+        [SCHEMAS_CPP],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
         extra_compile_args=COMPILE,
         py_limited_api=True,
@@ -114,12 +113,12 @@ def schemas_library() -> Extension:
 
 def write_schemas() -> None:
     """Write `SCHEMAS` as C++. The file is read as text: an import would load the package being built."""
-    assigned = [node for node in ast.parse(Path(OPS).read_text()).body if isinstance(node, ast.Assign)]
+    assigned = [node for node in ast.parse(Path(SCHEMAS_PY).read_text()).body if isinstance(node, ast.Assign)]
     table = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "SCHEMAS")
     lines = [f"  m.def({json.dumps(name + schema)});" for name, schema in ast.literal_eval(table).items()]
-    Path(SCHEMAS).parent.mkdir(exist_ok=True)
-    Path(SCHEMAS).write_text(
-        f"// Written by setup.py from {OPS}.\n#include <torch/csrc/stable/library.h>\n\n"
+    Path(SCHEMAS_CPP).parent.mkdir(exist_ok=True)
+    Path(SCHEMAS_CPP).write_text(
+        f"// Written by setup.py from {SCHEMAS_PY}.\n#include <torch/csrc/stable/library.h>\n\n"
         + "\n".join(["STABLE_TORCH_LIBRARY(rana, m) {", *lines, "}\n"])
     )
 
@@ -138,7 +137,7 @@ def cuda_targets() -> list[str]:
     return [target for target in CUDA_TARGETS if f"compute_{target}" in listed.split()]
 
 
-def cuda_compiler() -> list[str]:
+def cuda_compile_command() -> list[str]:
     """The command that compiles one file for every card. Its targets share the cores that are left."""
     from torch.utils import cpp_extension
 
@@ -151,7 +150,7 @@ def cuda_compiler() -> list[str]:
     return [str(nvcc()), *CUDA_COMPILE, *gencode, threads, *defines, *includes]
 
 
-def cuda_linker() -> list[str]:
+def cuda_link_command() -> list[str]:
     """The command that links the objects, libtorch always: symbols that only CUDA builds have are weak."""
     from torch.utils import cpp_extension
 
@@ -159,7 +158,7 @@ def cuda_linker() -> list[str]:
     return [str(nvcc()), "-shared", *CUDA_COMPILE, *paths, *CUDA_LINK]
 
 
-def compiler(ext: Extension) -> list[str]:
+def compile_command(ext: Extension) -> list[str]:
     """The command that compiles one file of a library of C++."""
     macros = [f"-D{name}={value}" for name, value in ext.define_macros]
     includes = [f"-I{p}" for p in (*ext.include_dirs, sysconfig.get_paths()["include"])]
@@ -167,7 +166,7 @@ def compiler(ext: Extension) -> list[str]:
     return [*cxx(), "-fPIC", "-pthread", "-DNDEBUG", *ext.extra_compile_args, *macros, *includes, *given]
 
 
-def linker(ext: Extension) -> list[str]:
+def link_command(ext: Extension) -> list[str]:
     """The command that links the objects of a library of C++."""
     libraries = [f"-L{p}" for p in ext.library_dirs] + [f"-l{name}" for name in ext.libraries]
     given = shlex.split(os.environ.get("LDFLAGS", ""))
@@ -209,19 +208,21 @@ class Step:
 def steps_of(ext: Extension, folder: Path, target: str) -> list[Step]:
     """The steps that compile and link one library. Large files come first: small ones then fill the gaps."""
     name, cuda = ext.name.split(".")[-1], ext.sources == cuda_sources()
-    compile_, link = (cuda_compiler(), cuda_linker()) if cuda else (compiler(ext), linker(ext))
+    compile_, link = (
+        (cuda_compile_command(), cuda_link_command()) if cuda else (compile_command(ext), link_command(ext))
+    )
     steps = []
     for source in sorted(ext.sources, key=os.path.getsize, reverse=True):
         output = str(folder / ext.name / f"{Path(source).name}.o")
         command = [*compile_, "-MMD", "-MF", f"{output}.d", "-c", source, "-o", output]
-        steps.append(Step(f"{name}: {Path(source).name}", command, [source, "setup.py"], output))
+        steps.append(Step(f"{name}: {Path(source).name}", command, [source], output))
     objects = [step.output for step in steps]
     steps.append(Step(f"{name}: link", [link[0], *objects, *link[1:], "-o", target], objects, target))
     return steps
 
 
 def ninja() -> str | None:
-    """The program, of the path or of the environment whose Python runs this."""
+    """Return ninja from the path, else from the environment of this Python, else None."""
     return shutil.which("ninja") or shutil.which("ninja", path=Path(sys.executable).parent)
 
 
@@ -233,7 +234,7 @@ def run_with_ninja(program: str, steps: list[Step], folder: Path) -> None:
 
     lines = [
         f"builddir = {word(str(folder))}",
-        "rule run",
+        "rule compile",
         "  command = $call",
         "  description = $title",
         "  depfile = $depfile",
@@ -241,7 +242,7 @@ def run_with_ninja(program: str, steps: list[Step], folder: Path) -> None:
     ]
     lines += ["rule link", "  command = $call", "  description = $title"]
     for step in steps:
-        rule = "run" if "-c" in step.command else "link"
+        rule = "compile" if "-c" in step.command else "link"
         lines.append(f"build {word(step.output)}: {rule} {' '.join(map(word, step.inputs))}")
         call = shlex.join(step.command).replace("$", "$$")
         lines += [f"  call = {call}", f"  title = {step.title}", f"  depfile = {step.output}.d"]
@@ -270,7 +271,7 @@ def build_command() -> dict:
         """Compile the files of all libraries side by side, so that no core is idle while a library ends."""
 
         def build_extensions(self) -> None:
-            if newer_group([OPS, "setup.py"], SCHEMAS):
+            if newer_group([SCHEMAS_PY, "setup.py"], SCHEMAS_CPP):
                 write_schemas()
             folder, steps = Path(self.build_temp), []
             for ext in self.extensions:

@@ -229,10 +229,21 @@ def test_requests_that_do_not_fit():
             "want method 'global' or 'rankadaptor'",
         ),
         ({"plan": Plan(()), "max_memory": 9}, "a plan is given, and max_memory: wanted exactly one"),
+        (
+            {"plan": Plan(()), "search": Search(tokens(2), 2)},
+            "a plan is given, and search: wanted exactly one",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             rana.compress(model, [tokens()], progress=False, **asked)
     assert all(type(model.get_submodule(n)) is torch.nn.Linear for b in find_blocks(model) for n in b.linears)
+
+
+def test_a_table_of_another_dtype_is_refused_by_plan_too():
+    stats = rana.calibrate(make_model(), [tokens()], progress=False)
+    times = made_of(stats.model, "bfloat16")
+    with pytest.raises(ValueError, match="the times are of bfloat16, the model is float32"):
+        rana.plan(stats, time_reduction=0.4, times=times, progress=False)
 
 
 def test_plans_without_the_new_fields_are_read():

@@ -226,10 +226,9 @@ def test_transformers_stays_in_its_rooms(name):
 
 
 def test_the_package_imports_without_transformers():
-    """Only an import inside a function or a guard may reach them from `import rana_kernels`."""
-    assert not {n.split(".")[0] for n in imports(PACKAGE / "__init__.py", top_level_only=True)} & {
-        "transformers"
-    }
+    """Importing transformers would more than double the time of `import rana_kernels`."""
+    found = python("-c", "import sys, rana_kernels; print('transformers' in sys.modules)")
+    assert found.stdout.strip() == "False", found.stdout + found.stderr
 
 
 # files

@@ -224,7 +224,7 @@ def test_errors_of_the_curves_are_what_the_modules_do():
             curve += whole_model._neurons(layer, names[0], MULTIPLY_ADDS)
         for point in curve[::7]:
             adapter = point.adapter
-            metric = layer.metric(names).float()
+            metric = layer.output_weights(names).float()
             if adapter.kind == "rank":
                 factors = layer.factors(names, "loss")
                 h, rows = x @ factors.B[: adapter.rank].T, factors.rows[: adapter.rank]

@@ -35,8 +35,8 @@ class Method(ABC):
 
     def check(self, model: nn.Module, blocks: list[Block], request: Request) -> None:
         """Raise ValueError for a request out of reach, if this is known before calibration."""
-        if request.latency:
-            request.latency.require(model, blocks)
+        if request.times:
+            request.times.require(model, blocks)
 
     @abstractmethod
     def prepare(

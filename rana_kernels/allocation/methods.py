@@ -50,10 +50,11 @@ def plan(
     what is in reach).
     """
     request = make_request(
-        method, flops_reduction=flops_reduction, time_reduction=time_reduction, latency=times,
+        method, flops_reduction=flops_reduction, time_reduction=time_reduction, times=times,
         max_memory=max_memory, search=search,
     )  # fmt: skip
     chosen = METHODS[method]
+    chosen.check(stats.model, stats.blocks, request)
     stats.require(chosen.needs["inputs"])
     choose = chosen.prepare(stats, request, store, progress)
     adapters: list[AdapterSpec] = []
@@ -74,7 +75,7 @@ def make_request(method: str, *, search: Search | None = None, **asked: Any) -> 
             f"rana_kernels.allocation.search.Search with method {wanted!r}, and only there"
         )
     request = Request(method, search=search, **asked)
-    if not chosen.any_budget and (request.latency or request.max_memory):
+    if not chosen.any_budget and (request.times or request.max_memory):
         able = " or ".join(repr(name) for name, other in METHODS.items() if other.any_budget)
         raise ValueError(
             f"method {method!r} counts FLOPs and stores what they pay for: time_reduction and "

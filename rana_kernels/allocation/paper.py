@@ -153,15 +153,15 @@ def _paper_mlp(calibrated: CalibratedBlock, cost_ratio: float) -> list[AdapterSp
     best, best_error = (18 // len(linears),) * len(linears), math.inf
     for shares in SHARES[len(linears)]:
         live = shares[-1] * unit / down.shape[0]
-        if live > down.shape[1] or not all(e.affords(s) for e, s in zip(expanding, shares, strict=False)):
+        if live > down.shape[1] or not all(e.affords(s) for e, s in zip(expanding, shares[:-1], strict=True)):
             continue
-        g = calibrated.neurons(*(e.output(s) for e, s in zip(expanding, shares, strict=False)))
+        g = calibrated.neurons(*(e.output(s) for e, s in zip(expanding, shares[:-1], strict=True)))
         threshold, _ = threshold_for(g.abs() * norms, live)
-        dropped = exact - torch.where(g.abs() * norms < threshold, 0, g)
-        error = float((dropped @ down.T).square().sum())
+        difference = exact - torch.where(g.abs() * norms < threshold, 0, g)
+        error = float((difference @ down.T).square().sum())
         if error < best_error:
             best, best_error = shares, error
-    chosen = list(zip(expanding, best, strict=False))
+    chosen = list(zip(expanding, best[:-1], strict=True))
     g = calibrated.neurons(*(e.output(s) for e, s in chosen))
     neurons = neuron_spec(calibrated, block.down, best[-1] * unit / down.shape[0], g)
     return [*(e.adapter(s) for e, s in chosen), neurons]

@@ -22,7 +22,7 @@ class Request:
     method: str
     flops_reduction: float | None = None
     time_reduction: float | None = None
-    latency: LatencyTable | None = None
+    times: LatencyTable | None = None
     max_memory: int | None = None
     search: Search | None = field(default=None, repr=False)
 
@@ -34,8 +34,8 @@ class Request:
             )
         if not 0 < self.reduction < 1:
             raise ValueError(f"{self.unit} is {self.reduction}, wanted more than 0 and less than 1")
-        if (self.time_reduction is None) != (self.latency is None):
-            has = "given" if self.latency else None
+        if (self.time_reduction is None) != (self.times is None):
+            has = "given" if self.times else None
             raise ValueError(
                 f"time_reduction is {self.time_reduction} and times are {has}, wanted both or neither: "
                 "measure them with rana_kernels.allocation.latency_measurement.measure_latency(model)"
@@ -56,7 +56,7 @@ class Request:
 
     @property
     def cost_model(self) -> CostModel:
-        return self.latency or MULTIPLY_ADDS
+        return self.times or MULTIPLY_ADDS
 
     def record(self, adapters: tuple[AdapterSpec, ...] = ()) -> Plan:
         """Return the plan that answers this request with `adapters`."""

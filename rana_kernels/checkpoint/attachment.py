@@ -11,8 +11,8 @@ from rana_kernels.checkpoint.headers import CheckpointError, strict_json
 from rana_kernels.model.plan import Plan
 from rana_kernels.version import __version__
 
-FORMAT = 2
-METHOD = "rana"  # our name in transformers' field "quant_method"
+CHECKPOINT_FORMAT = 2  # of the directory: raise it when names or dtypes of stored tensors change
+QUANT_METHOD = "rana"  # our name in transformers' field "quant_method"
 
 
 def attach_plan(model: nn.Module, plan: Plan, made: dict[str, Any] | None = None) -> None:
@@ -29,7 +29,7 @@ def attach_plan(model: nn.Module, plan: Plan, made: dict[str, Any] | None = None
 def attached_plan(model: nn.Module) -> Plan | None:
     """Return the plan of a compressed model, or None if `model` is not compressed."""
     fields = _fields(model)
-    return plan_from_config(fields) if fields.get("quant_method") == METHOD else None
+    return plan_from_config(fields) if fields.get("quant_method") == QUANT_METHOD else None
 
 
 def attached_facts(model: nn.Module) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def _fields(model: nn.Module) -> dict[str, Any]:
 
 def plan_to_config(plan: Plan) -> dict[str, Any]:
     """Return `quantization_config` of config.json for a plan."""
-    return {"quant_method": METHOD, "format": FORMAT, "plan": json.loads(plan.to_json())}
+    return {"quant_method": QUANT_METHOD, "format": CHECKPOINT_FORMAT, "plan": json.loads(plan.to_json())}
 
 
 def plan_from_config(fields: dict[str, Any]) -> Plan:
@@ -62,7 +62,7 @@ def read_plan(directory: str | os.PathLike) -> Plan:
     path = Path(directory) / "config.json"
     config = strict_json(path.read_bytes(), str(path))
     fields = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(fields, dict) or fields.get("quant_method") != METHOD:
+    if not isinstance(fields, dict) or fields.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
             f"{path} has no plan in quantization_config, wanted a compressed model's config"
         )
@@ -71,8 +71,8 @@ def read_plan(directory: str | os.PathLike) -> Plan:
 
 def check_format(found: object, where: str) -> None:
     """Raise CheckpointError unless `found` is the format that this version reads."""
-    if type(found) is not int or found != FORMAT:
+    if type(found) is not int or found != CHECKPOINT_FORMAT:
         raise CheckpointError(
             f"{where}: format is {str(found)[:200]!r}, this version of rana_kernels ({__version__}) reads "
-            f"{FORMAT}: install the version that wrote it, or compress the original model again"
+            f"{CHECKPOINT_FORMAT}: install the version that wrote it, or compress the original model again"
         )

@@ -10,8 +10,8 @@
                          size and SHA-256 of every other file except the model card, which people edit on
                          the hub. Safetensors files have no checksum of their own
 
-Loading makes the cheap checks first: the manifest, then sizes, then hashes, then the safetensors headers
-against the plan (`headers.py`). Only then does it read a tensor. No file can contain code.
+Loading checks the manifest, then sizes, then hashes, then the safetensors headers against the plan
+(`headers.py`). Only then does it read a tensor. No file can contain code.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import nn
 
-from rana_kernels.checkpoint.attachment import FORMAT, check_format
+from rana_kernels.checkpoint.attachment import CHECKPOINT_FORMAT, check_format
 from rana_kernels.checkpoint.headers import CheckpointError, strict_json
 from rana_kernels.model.plan import Plan
 from rana_kernels.version import __version__
@@ -77,12 +77,12 @@ class Manifest:
 
 
 def write_manifest(directory: Path, model: nn.Module, plan: Plan, paths: Iterable[Path]) -> None:
-    """Write rana.json for the files among `paths`, which lie within `directory`. Force all to the disk."""
+    """Write rana.json for the files among `paths`, all within `directory`, and force them to the disk."""
     names = {path.relative_to(directory).as_posix(): path for path in sorted(paths) if path.is_file()}
     files = {name: _describe(path) for name, path in names.items() if name not in (CARD, MANIFEST)}
     config: Any = model.config
     data = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "versions": versions(),
         "base": {
             "architecture": type(model).__name__,
@@ -115,8 +115,8 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     path = place / MANIFEST
     if not path.is_file():
         raise CheckpointError(
-            f"{place} has no {MANIFEST}: it is not a checkpoint of rana.save, or was not copied whole. What "
-            "model.save_pretrained wrote, AutoModelForCausalLM.from_pretrained reads, without these checks"
+            f"{place} has no {MANIFEST}: it is not a checkpoint of rana.save, or was not copied whole. "
+            "AutoModelForCausalLM.from_pretrained loads what save_pretrained wrote, without these checks"
         )
     if path.stat().st_size > _MAX_MANIFEST:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes, wanted at most {_MAX_MANIFEST}")

@@ -1,10 +1,10 @@
-"""Compression: calibrate, plan, and replace the linears of one block at a time.
+"""Compression: calibrate, plan, then put modules in place, one block at a time.
 
-A method that plans block by block decomposes each linear once. A budget for the whole model needs all linears
-before it decides, so the chosen adapters are decomposed a second time. That takes a thirtieth of the time,
-while keeping all factors would take the memory of two more models. The factors of a block are dropped when
-its modules are installed, so there are never two copies of the model. Only linears are replaced: embeddings,
-norms and the weights of lm_head and of dense linears stay.
+A method that plans block by block decomposes each linear once. A method with one budget for the whole model
+decomposes every linear before it decides, and the chosen ones again for their modules: to keep all factors
+would take the memory of two more models. A block's factors are dropped when its modules are in place, so
+there are never two copies of the model. Only linears are replaced: embeddings and norms stay, and so do the
+weights of lm_head and of linears that are left dense.
 """
 
 import time
@@ -85,10 +85,10 @@ def compress(
         raise ValueError("compress: the statistics are of another model object than the one given")
     blocks = stats.blocks if stats is not None else find_blocks(model)
     asked = {
-        "flops_reduction": flops_reduction, "time_reduction": time_reduction, "latency": times,
-        "max_memory": max_memory,
+        "flops_reduction": flops_reduction, "time_reduction": time_reduction, "times": times,
+        "max_memory": max_memory, "search": search,
     }  # fmt: skip
-    target = _target(model, blocks, plan, method, search, asked)
+    target = _target(model, blocks, plan, method, asked)
     if stats is None:
         assert calibration is not None
         stats = calibrate_blocks(model, blocks, calibration, **target.needs, progress=progress)
@@ -135,23 +135,18 @@ class _Target:
 
 
 def _target(
-    model: nn.Module,
-    blocks: list[Block],
-    plan: Plan | None,
-    method: str,
-    search: Search | None,
-    asked: dict[str, Any],
+    model: nn.Module, blocks: list[Block], plan: Plan | None, method: str, asked: dict[str, Any]
 ) -> _Target:
     """Check what is asked for against the model. Raise ValueError if the two do not fit."""
     if plan is None:
-        request, chosen = make_request(method, search=search, **asked), METHODS[method]
+        request, chosen = make_request(method, **asked), METHODS[method]
         chosen.check(model, blocks, request)
 
         def prepare(stats: Stats, store: ResumeDir | None, progress: bool) -> Chooser:
             return chosen.prepare(stats, request, store, progress)
 
         return _Target(chosen.needs, repr(request), request.record(), prepare)
-    given = ["times" if name == "latency" else name for name, value in asked.items() if value is not None]
+    given = [name for name, value in asked.items() if value is not None]
     if given:
         raise ValueError(f"compress: a plan is given, and {', '.join(given)}: wanted exactly one of them")
     needs = _needs_of(check_plan(model, blocks, plan), plan)

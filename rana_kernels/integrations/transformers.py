@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rana_kernels.checkpoint.attachment import METHOD, attached_plan, plan_from_config, read_plan
+from rana_kernels.checkpoint.attachment import QUANT_METHOD, attached_plan, plan_from_config, read_plan
 from rana_kernels.checkpoint.headers import CheckpointError, check_tensors, read_header
 from rana_kernels.checkpoint.manifest import CARD, MANIFEST, read_manifest, write_manifest
 from rana_kernels.checkpoint.model_card import write_card
@@ -84,7 +84,7 @@ def load(
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(QUANT_METHOD)
 class RanaConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json: the format, the Plan as JSON, and facts for the model card."""
 
@@ -95,11 +95,11 @@ class RanaConfig(QuantizationConfigMixin):
         made: dict[str, Any] | None = None,
         **_: object,
     ) -> None:
-        self.quant_method: Any = METHOD
+        self.quant_method: Any = QUANT_METHOD
         self.format, self.plan, self.made = format, plan, made
 
 
-@register_quantizer(METHOD)
+@register_quantizer(QUANT_METHOD)
 class RanaQuantizer(HfQuantizer):
     """The hooks that `from_pretrained` calls. They accept `**_`, because versions differ in the arguments."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 KINDS = ("rank", "neuron", "dense")
 METRICS = ("output", "loss")
-FORMAT = 2
+PLAN_FORMAT = 2  # of its JSON: raise it when fields or their meaning change
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class AdapterSpec:
     def flops(self) -> float:
         if self.kind == "dense":
             return self.dense_flops
-        router = self.rank * self.in_features if self.kind == "rank" else 0
-        return 2 * (router + self.live * self.width)
+        through_B = self.rank * self.in_features if self.kind == "rank" else 0
+        return 2 * (through_B + self.live * self.width)
 
     def stored_bytes(self, itemsize: int) -> int:
         """Return the bytes of all its tensors, with `itemsize` bytes for each element of weights and biases.
@@ -133,7 +133,7 @@ class Plan:
         return replace(self, adapters=adapters)
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
+        return json.dumps({"format": PLAN_FORMAT, **asdict(self)}, indent=1, allow_nan=False)
 
     @staticmethod
     def from_json(text: str) -> "Plan":
@@ -144,7 +144,7 @@ class Plan:
             raise ValueError(f"Plan: not JSON: {error}") from None
         _require(isinstance(data, dict), "Plan", "the JSON", type(data).__name__, "an object")
         found = data.pop("format", None)
-        _require(found == FORMAT, "Plan", "format", found, f"{FORMAT}, the one this version reads")
+        _require(found == PLAN_FORMAT, "Plan", "format", found, f"{PLAN_FORMAT}, the one this version reads")
         entries = data.get("adapters")
         _require(isinstance(entries, list), "Plan", "adapters", entries, "a list")
         adapters = tuple(_read(AdapterSpec, entry, f"adapters[{i}]") for i, entry in enumerate(entries))

@@ -36,7 +36,7 @@ class AdapterModule(nn.Module):
 
     threshold: Tensor
 
-    def _register_float32(self, name: str, size: int, device: torch.device | str | None) -> None:
+    def register_float32(self, name: str, size: int, device: torch.device | str | None) -> None:
         self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device=device))
 
     def _apply(self, fn, recurse=True):
@@ -111,11 +111,13 @@ class AdaptedLinear(AdapterModule):
     rows: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, in_features: int, out_features: int, bias: int, device, dtype) -> None:
+    def __init__(self, in_features: int, out_features: int, bias_size: int, device, dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
-        self.register_parameter("bias", empty_parameter(bias, device=device, dtype=dtype) if bias else None)
+        self.register_parameter(
+            "bias", empty_parameter(bias_size, device=device, dtype=dtype) if bias_size else None
+        )
 
     def extra_repr(self) -> str:
         ranks = f", ranks={self.rows.shape[0]}" if hasattr(self, "rows") else ""
@@ -156,7 +158,7 @@ class Handoff:
         if index not in held:
             raise RuntimeError(
                 "RanaReceiver: called before the linear it was decomposed with, or with another input. That "
-                "linear computes the outputs of both: call it first, with the same tensor, once for each "
+                "linear computes all their outputs: call it first, with the same tensor, once for each "
                 "call of this one"
             )
         output = held.pop(index)
@@ -199,7 +201,7 @@ class RanaLinear(AdaptedLinear):
         self.widths, self.handoff = (out_features, *others), handoff
         self.B = empty_parameter(rank, in_features, device=device, dtype=dtype)
         self.rows = empty_parameter(rank, width, device=device, dtype=dtype)
-        self._register_float32("threshold", rank, device)
+        self.register_float32("threshold", rank, device)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.ops.rana.masked_lowrank_linear(x, self.B, self.rows, self.threshold, self.bias)
@@ -252,8 +254,8 @@ class RanaNeuronLinear(AdaptedLinear):
     ) -> None:
         super().__init__(in_features, out_features, out_features if bias else 0, device, dtype)
         self.rows = empty_parameter(in_features, out_features, device=device, dtype=dtype)
-        self._register_float32("norms", in_features, device)
-        self._register_float32("threshold", in_features, device)
+        self.register_float32("norms", in_features, device)
+        self.register_float32("threshold", in_features, device)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.rana.masked_linear(x, self.rows, self.threshold, self.norms, self.bias)

@@ -34,8 +34,8 @@ class _NeuronRows(AdaptedLinear):
     def __init__(self, in_features, out_features, bias, device, dtype) -> None:
         super().__init__(in_features, out_features, out_features if bias else 0, device, dtype)
         self.rows = empty_parameter(in_features, out_features, device=device, dtype=dtype)
-        self._register_float32("norms", in_features, device)
-        self._register_float32("threshold", in_features, device)
+        self.register_float32("norms", in_features, device)
+        self.register_float32("threshold", in_features, device)
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         return self.rows, self.norms, self.threshold, self.bias
@@ -76,7 +76,7 @@ class RanaMLP(AdapterModule):
         place = {"device": device, "dtype": dtype}
         stacked = up_rank if joint else up_rank + (gate_rank or 0)
         self.B = empty_parameter(stacked, in_features, **place)
-        self._register_float32("threshold", stacked, device)
+        self.register_float32("threshold", stacked, device)
         up, gate, down = names
         self.add_module(up, _Rows(in_features, neurons * (1 + packed), up_rank, bias[0], **place))
         if gate_rank is not None and not packed:

@@ -7,7 +7,7 @@ and rounds each gradient once. It consists of plain torch ops, so it runs on any
 import torch
 from torch import Tensor
 
-from rana_kernels.ops.checks import widen
+from rana_kernels.ops.checks import ACTIVATIONS, widen
 from rana_kernels.ops.mlp import gate_ranks
 from rana_kernels.ops.reference import activate, keep
 
@@ -38,8 +38,9 @@ def _activation_gradient(grad: Tensor, h: Tensor, activation: str) -> Tensor:
             return aten.gelu_backward(grad, h, approximate="tanh")
         case "relu":
             return grad * (h > 0)
-        case _:
+        case "relu2":
             return grad * 2 * h.relu()
+    raise ValueError(f"activation is {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
 
 
 def _like(gradients: list[Tensor | None], inputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -32,8 +32,9 @@ def activate(h: Tensor, activation: str) -> Tensor:
             return F.gelu(h, approximate="tanh")
         case "relu":
             return F.relu(h)
-        case _:
+        case "relu2":
             return F.relu(h).square()
+    raise ValueError(f"activation is {activation!r}, wanted one of {', '.join(checks.ACTIVATIONS)}")
 
 
 def masked_linear(

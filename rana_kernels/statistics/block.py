@@ -61,11 +61,11 @@ class CalibratedBlock:
             weight = self.weight(names)
             if not weight.isfinite().all():
                 raise ValueError(f"the weights of {' or '.join(names)} hold values that are not finite")
-            d = self.metric(names) if metric == "loss" else None
+            d = self.output_weights(names) if metric == "loss" else None
             self._factors[names, metric] = decompose(weight, moment.to(weight.device), d)
         return self._factors[names, metric]
 
-    def metric(self, names: tuple[str, ...]) -> Tensor:
+    def output_weights(self, names: tuple[str, ...]) -> Tensor:
         """Return factors [N] float64 for output errors: their scaled squares estimate the rise in loss."""
         missing = [name for name in names if name not in self.stats.gradients]
         if missing:
@@ -91,7 +91,7 @@ class CalibratedBlock:
     def weighted(self, names: tuple[str, ...], metric: str) -> Tensor:
         """Return the weights [N, K] float32, each output multiplied by the weight of its errors."""
         weight = self.weight(names).float()
-        return weight if metric == "output" else self.metric(names).float()[:, None] * weight
+        return weight if metric == "output" else self.output_weights(names).float()[:, None] * weight
 
     def act(self, h: Tensor) -> Tensor:
         """Apply the activation of the block's MLP."""

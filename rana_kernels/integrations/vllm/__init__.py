@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.models.utils import WeightsMapper
 
-from rana_kernels.checkpoint.attachment import METHOD, plan_from_config
+from rana_kernels.checkpoint.attachment import QUANT_METHOD, plan_from_config
 from rana_kernels.checkpoint.headers import CheckpointError, read_header
 from rana_kernels.checkpoint.manifest import MANIFEST, read_manifest
 from rana_kernels.integrations.vllm.method import RanaLinearMethod
@@ -27,7 +27,7 @@ from rana_kernels.model.plan import AdapterSpec, Plan
 
 def register() -> None:
     """Register our checkpoints with vLLM. The plugin may be called any number of times in a process."""
-    register_quantization_config(METHOD)(RanaConfig)
+    register_quantization_config(QUANT_METHOD)(RanaConfig)
 
 
 class RanaConfig(QuantizationConfig):
@@ -41,7 +41,7 @@ class RanaConfig(QuantizationConfig):
         self.packed_modules_mapping["gate_up_proj"] = ["gate_proj", "up_proj"]  # Qwen3-MoE sets this too late
 
     def get_name(self) -> Any:
-        return METHOD
+        return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16, torch.float32]
