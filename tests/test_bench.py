@@ -384,12 +384,12 @@ def test_pages_show_every_kind_of_result(compression, tmp_path):
         "performance.md": (
             "| Llama-2-7B up, fp32 | 1 | 1 | 1.5 |  | 0.90 | 0.80 |",
             "| dense" + "".join(f" | {n} of {n}, 0.90" for n in tokens) + " |",
-            "| m, eager, 8 texts after 32 | 8 | 2 | 11.5 tokens/s |  | 1.15 | 0.57 |",
+            "| m, eager, 8 texts after 32 | 2 | 11.5 | 1.15 | 0.57 | 0.95 | a model |",
             "| whole models, static low rank |  | 1 of 1, 0.57 |  |",
             "| whole models, dense, first token |  | 1 of 1, 0.95 |  |",
             "| Llama-2-7B MLP, bf16 | 2 |  | 7.25 |  | 0.80 |",
             "| dense |  | 1 of 1, 0.80 |  |",
-            "- [scale-a](../bench/results/scale-a.md)",
+            ", [scale-a](../bench/results/scale-a.md)",
         ),
     }
     found = {path.name: text for path, text in full.pages(tmp_path).items()}

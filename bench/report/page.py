@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "performance.md"
 Row = dict[str, str]
 DEVICES = {
     "amd-epyc": "AMD EPYC (Zen 5)",
-    "intel-r-xeon-r-processor": "Intel Xeon (with AMX)",
+    "intel-r-xeon-r-processor": "Intel Xeon (Emerald Rapids)",
     "nvidia-h100-80gb-hbm3": "NVIDIA H100",
 }
 UP, DOWN, MLP = "Llama-2-7B up", "Llama-2-7B down", "Llama-2-7B MLP"
@@ -27,28 +27,34 @@ PLOTS = {"speed": "speed-up against cost", "roofline": "every case under the roo
 ON_CARD = {"masked_lowrank_linear": UP, "masked_linear": DOWN, "masked_mlp": MLP}
 BASELINES = ("dense", "dense compiled", "dense packed", "static low rank", "static packed")
 FIRST = "dense, first token"  # of whole models: from the prompt to the first token after it
-SHOWN = ("dense", "dense packed", "static low rank", "static packed")  # in the tables of headline cases
+# the baselines in the tables of headline cases
+SHOWN = ("dense", "dense packed", "static low rank", "static packed")
+SHOWN_OF_MODELS = ("dense", "static low rank", FIRST)
 TOKENS = {"1 token": (1, 1), "2 to 8": (2, 8), "more than 8": (9, 10**6)}
 INTRODUCTION = """# Performance
 
 *Written by `python -m bench.report` from the files in `bench/results`. Every number is in one of them.*
 
-- **× dense** and its neighbours say how many times as fast as that baseline ours is. Below 1 ours is slower.
+- **× dense** and every other column with × is the time of that baseline divided by ours; below 1 ours is
+  slower.
 - **Dense** is torch's `F.linear`. **Packed** has its weights in oneDNN's own layout, which `torch.compile`
   makes of a model's weights with its option `freezing`. **Static low rank** is two dense products at the same
   cost as ours.
 - **% of bandwidth** compares the weight bytes that ours must read, over its time, with the best streaming
-  loop timed in the same rounds (on a card: with a copy).
+  loop timed in the same rounds (on a card: with a copy). Each thread of the loop reads one fixed share. On two
+  threads some of our kernels read faster than the loop, and are then above 100.
 - The tables below show headline cases, at 0.56 of the dense multiply-adds if they do not say otherwise. The
   counts of losses are over all cases, also at other costs. Weights are random, live ranks lie in random
   places, and contenders take turns over copies of the weights that are larger than the cache. Times are
   medians.
 - Whole models have random weights (but for the demo model), and static low rank runs through our ops. They
   decode after 32 tokens, and ours is given in tokens a second of all texts together. Compiled models have
-  packed dense weights.
+  packed dense weights. **Measured with** names the revision, and whatever else differs from the conditions
+  of the kernels, which stand below the device's name. A dirty revision had changes that were not committed.
 - In the tables of every number, **masked in torch** is ours in torch's own operations, **parts** is an MLP in
   separate ops, and **error** is ‖y - exact‖ / ‖exact‖ against float64.
-- The files of one processor's name may come from different machines, so compare ratios within a file.
+- The files of one processor's name may come from different machines, so compare ratios within a file. A
+  hypervisor hid AMX from the Intel that ran the whole models, and so from torch too.
 
 Quality at the same cost is in [quality](quality.md), and the reasons for the losses are in
 [limits](limits.md).
@@ -71,7 +77,11 @@ python -m bench.report                 # this page, the tables below and the plo
 
 @dataclass(frozen=True)
 class Entry:
-    """One measurement of ours. `ratios`: how many times as fast as each baseline it is."""
+    """One measurement of ours.
+
+    ratios     how many times as fast as each baseline it is
+    measured   of a whole model: its revision, and the conditions that differ from those of the kernels
+    """
 
     case: str
     tokens: int
@@ -79,6 +89,7 @@ class Entry:
     ours: str
     bandwidth: str
     ratios: dict[str, float]
+    measured: str = ""
 
 
 def page(results: Path) -> str:
@@ -95,35 +106,47 @@ def _device(stem: str, files: dict[str, tuple[str, list[Row]]]) -> str:
     chosen = _card(_headline_problems(rows)) if on_card else _processor(_headline_cases(rows))
     decoded = [
         entry
-        for name, (_, part) in files.items()
+        for name, (own, part) in files.items()
         if name.startswith("decode-") and name.endswith(f"-{stem}")
-        for entry in _models(part)
+        for entry in _models(part, _measured(own, stamp))
     ]
-    chosen += [e for e in decoded if "after 32" in e.case and e.tokens in (1, 8)]
     plots = " ".join(
         f"![{words}]({kind}-{stem}.png)"
         for kind, words in PLOTS.items()
         if (ROOT / "docs" / f"{kind}-{stem}.png").exists()
     )
-    shown = [name for name in SHOWN if any(name in entry.ratios for entry in chosen)]
-    lines = [
-        [
-            e.case,
-            e.tokens,
-            e.threads,
-            e.ours,
-            e.bandwidth,
-            *(f"{e.ratios[n]:.2f}" if n in e.ratios else "" for n in shown),
-        ]
-        for e in chosen
-    ]
-    titles = ["case", "tokens", "threads", "ours, µs", "% of bandwidth", *(f"× {name}" for name in shown)]
     parts = [
         f"## {DEVICES.get(stem, stem)}\n\n{stamp}.\n",
         *([f"{plots}\n"] if plots else []),
-        table(titles, lines),
+        _kernel_table(chosen),
+        *([_model_table(decoded)] if decoded else []),
     ]
     return "\n".join([*parts, _losses(kernels, decoded)])
+
+
+def _measured(own: str, kernels: str) -> str:
+    """Return the revision of a stamp, and the other parts that the stamp of the kernels does not have."""
+    known = [part for part in kernels.split(", ") if not part.startswith("revision")]
+    return ", ".join(part for part in own.split(", ") if part not in known)
+
+
+def _kernel_table(entries: list[Entry]) -> str:
+    shown = [name for name in SHOWN if any(name in e.ratios for e in entries)]
+    titles = ["case", "tokens", "threads", "ours, µs", "% of bandwidth", *(f"× {name}" for name in shown)]
+    lines = [[e.case, e.tokens, e.threads, e.ours, e.bandwidth, *_cells(e, shown)] for e in entries]
+    return table(titles, lines)
+
+
+def _model_table(entries: list[Entry]) -> str:
+    ratios = [f"× {name}" for name in SHOWN_OF_MODELS]
+    titles = ["whole model", "threads", "ours, tokens/s", *ratios, "measured with"]
+    chosen = [e for e in entries if "after 32" in e.case and e.tokens in (1, 8)]
+    lines = [[e.case, e.threads, e.ours, *_cells(e, SHOWN_OF_MODELS), e.measured] for e in chosen]
+    return table(titles, lines)
+
+
+def _cells(entry: Entry, shown: Iterable[str]) -> list[str]:
+    return [f"{entry.ratios[name]:.2f}" if name in entry.ratios else "" for name in shown]
 
 
 def _headline_cases(rows: list[Row]) -> list[Row]:
@@ -165,7 +188,7 @@ def _card(rows: Iterable[Row]) -> list[Entry]:
     return found
 
 
-def _models(rows: list[Row]) -> list[Entry]:
+def _models(rows: list[Row], measured: str) -> list[Entry]:
     """Return an entry for each setting of whole models: ours against dense and static low rank."""
     settings: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
@@ -178,7 +201,7 @@ def _models(rows: list[Row]) -> list[Entry]:
         if part["rana"].get("x dense, first"):
             ratios[FIRST] = float(part["rana"]["x dense, first"])
         case = f"{model}, {mode}, {batch} text{'s' * (batch != '1')} after {prompt}"
-        found.append(Entry(case, int(batch), threads, f"{speed['rana']:.1f} tokens/s", "", ratios))
+        found.append(Entry(case, int(batch), threads, f"{speed['rana']:.1f}", "", ratios, measured))
     return found
 
 
@@ -205,7 +228,15 @@ def _lost(entries: list[Entry], name: str) -> str:
 
 def _links(results: Path) -> str:
     """Link the pages with every number."""
-    stems = sorted(path.stem for path in results.glob("*.csv"))
-    stems += sorted(path.stem for kind in ("scale", "cost") for path in results.glob(f"{kind}-*.json"))
-    lines = [f"- [{stem}](../bench/results/{stem}.md)" for stem in stems]
+    measured = sorted(path.stem for path in results.glob("*.csv"))
+    others = sorted(path.stem for kind in ("scale", "cost") for path in results.glob(f"{kind}-*.json"))
+    groups = {
+        "Kernels": [stem for stem in measured if not stem.startswith("decode-")],
+        "Whole models": [stem for stem in measured if stem.startswith("decode-")],
+        "Growth and cost": others,
+    }
+    lines = [
+        f"- {name}: " + ", ".join(f"[{stem}](../bench/results/{stem}.md)" for stem in stems)
+        for name, stems in groups.items()
+    ]
     return "\n".join(["## All tables\n", *lines]) + "\n"
