@@ -41,8 +41,8 @@ INTRODUCTION = """# Performance
   makes of a model's weights with its option `freezing`. **Static low rank** is two dense products at the same
   cost as ours.
 - **% of bandwidth** compares the weight bytes that ours must read, over its time, with the best streaming
-  loop timed in the same rounds (on a card: with a copy). Each thread of the loop reads one fixed share. On two
-  threads some of our kernels read faster than the loop, and are then above 100.
+  loop timed in the same rounds (on a card: with a copy). Each thread of the loop reads one fixed share. On
+  two threads some of our kernels read faster than the loop, and are then above 100.
 - The tables below show headline cases, at 0.56 of the dense multiply-adds if they do not say otherwise. The
   counts of losses are over all cases, also at other costs. Weights are random, live ranks lie in random
   places, and contenders take turns over copies of the weights that are larger than the cache. Times are
