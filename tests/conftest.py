@@ -18,8 +18,8 @@ from tests import two_processes
 OUTCOMES = pytest.StashKey[dict]()
 # Few tests that take long each. pytest-xdist would start files with many tests first.
 LONGEST_FILES = (
-    "test_cuda_shim", "test_isa", "test_cuda_build", "test_demo", "test_ops", "test_export",
-    "test_two_processes", "test_triton", "test_cli", "test_compress", "test_architectures", "test_bench",
+    "test_cuda_shim", "test_triton", "test_isa", "test_export", "test_two_processes", "test_cuda_build",
+    "test_cli", "test_compress", "test_architectures", "test_demo", "test_bench", "test_whole_model",
 )  # fmt: skip
 
 
