@@ -170,7 +170,7 @@ def link_command(ext: Extension) -> list[str]:
     """The command that links the objects of a library of C++."""
     libraries = [f"-L{p}" for p in ext.library_dirs] + [f"-l{name}" for name in ext.libraries]
     given = shlex.split(os.environ.get("LDFLAGS", ""))
-    return [*cxx(), "-shared", "-pthread", *ext.extra_link_args, *given, "-Wl,--no-as-needed", *libraries]
+    return [*cxx(), "-shared", "-pthread", *ext.extra_link_args, *given, "-Wl,--as-needed", *libraries]
 
 
 def cxx() -> list[str]:
