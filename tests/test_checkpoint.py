@@ -92,7 +92,7 @@ def test_transformers_reads_and_writes_it_alone(model, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_equal_states(model, again)
     assert again.hf_quantizer.is_serializable() and again.hf_quantizer.is_compileable
-    with pytest.raises(CheckpointError, match="has no rana.json.*from_pretrained reads"):
+    with pytest.raises(CheckpointError, match="has no rana.json.*from_pretrained loads"):
         rana.load(tmp_path)
 
 
