@@ -71,10 +71,10 @@ inline Tensor torch_linear(const Tensor& x, const Tensor& weight, const Optional
   return call("aten::linear", "", stack.data());
 }
 
-// The first row of B that belongs to gate. Gate always reads the last rows of B: either they follow those of up, or
-// both read the same rows.
-inline int64_t first_gate_rank(const Tensor& B, const OptionalTensor& gate_rows) {
-  return gate_rows ? B.size(0) - gate_rows->size(0) : 0;
+// The first of the `ranks` values of h that belongs to gate. Gate always reads the last ones: either they follow those
+// of up, or both read the same values.
+inline int64_t first_gate_rank(int64_t ranks, const OptionalTensor& gate_rows) {
+  return gate_rows ? ranks - gate_rows->size(0) : 0;
 }
 
 }  // namespace rana

@@ -8,7 +8,7 @@ output by far more than rounding does.
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import cycle, product
 from math import prod
@@ -34,13 +34,16 @@ class Case:
     """One problem: x [*lead, K], B [R, K], rows [R, N], and I neurons in an MLP.
 
     gate: None (ungated), "joint" (the ranks of up) or a number of ranks of its own; R counts up's.
-    per_row: one threshold a row, or a 0-d one; in an MLP this is the down threshold.
+    R is None in an MLP without B: up and gate then share one mask on x.
+    per_row: one threshold a row, or a 0-d one; in an MLP this is the down threshold, and that of x without B.
+    bits: the widths of the matrices in the order of the schema, taken in turns; 16 stands for the input's dtype.
+    group: the columns that share a scale; 0 stands for all of a row.
     A dense `linear` has no R, density and thresholds.
     """
 
     op: str
     _: KW_ONLY
-    R: int = 0
+    R: int | None = 0
     N: int
     K: int = 0
     I: int = 0  # noqa: E741
@@ -51,10 +54,16 @@ class Case:
     per_row: bool = True
     norms: bool = True
     activation: str = "silu"
+    bits: tuple[int, ...] = (16,)
+    group: int = 32
 
     @property
     def tokens(self) -> int:
         return prod(self.lead)
+
+    @property
+    def quantized(self) -> bool:
+        return self.bits != (16,)
 
     @property
     def id(self) -> str:
@@ -63,13 +72,14 @@ class Case:
             self.op,
             "x".join(["M", *map(str, self.lead)]),
             f"K{self.K}" * lowrank,
-            f"R{self.R}" * masked,
+            f"R{self.R}" * (masked and self.R is not None),
             f"gate_{self.gate}-{self.activation}-I{self.I}" * mlp,
             f"N{self.N}",
             f"keep{self.density:g}" * masked,
             "bias" * self.bias,
-            "norms" * (self.norms and self.op == "masked_linear"),
+            "norms" * (self.norms and (self.op == "masked_linear" or self.R is None)),
             ("per_row" if self.per_row else "one_threshold") * masked,
+            ("bits" + "_".join(map(str, self.bits)) + f"-g{self.group}") * self.quantized,
         ]
         return "-".join(filter(None, parts))
 
@@ -85,6 +95,7 @@ DENSE = [(1, 1), (7, 5), (16, 16), (33, 65), (64, 100), (17, 48), (130, 256), (0
 LEADS = [(1,), (5,), (33,), (), (16,), (2, 1), (300,), (0,), (2, 3), (64,), (2, 0, 3)]
 # past the sizes at which a CPU backend splits its work: long inputs, wide outputs, many neurons
 LONG = [(3, 66000), (30, 4500)], [(4200, 30, 70)], [(33, 17, 4500, 31)], [(4200, 70), (30, 4500)]
+LONG_QUANTIZED = *LONG[:2], [(33, 17, 4500, 32)], LONG[3]
 LONG_LEADS = [(1,), (2,), (16,), (20,), (40,)]
 # projections and MLPs of models of 0.1 to 1 billion weights, with R = 0.4 K
 REAL_LINEAR = [(1536, 576), (4096, 2048)]
@@ -92,6 +103,16 @@ REAL_LOWRANK = [(576, 240, 1536), (2048, 816, 5632), (768, 304, 3001)]
 REAL_MLP = [(576, 240, 1536, 576), (768, 304, 3072, 768)]
 REAL_DENSE = [(576, 576), (2048, 3001)]
 REAL_LEADS = [(1,), (4,), (40,)]
+# quantised: even widths, odd and short groups along K, several groups of every size
+QUANTIZED = (
+    [(1, 2), (7, 6), (33, 66), (17, 64), (48, 130), (20, 300), (0, 8), (8, 0)],
+    [(1, 1, 2), (33, 17, 66), (65, 16, 64), (129, 48, 130), (300, 20, 300), (0, 4, 8), (8, 0, 4)],
+    [(7, 3, 10, 6), (33, 17, 66, 32), (64, 48, 130, 70), (150, 20, 300, 34), (0, 4, 8, 4), (8, 4, 0, 4)],
+    [(1, 1), (7, 5), (33, 66), (65, 64), (129, 48), (300, 130), (0, 8), (8, 0)],
+)
+QUANTIZED_LEADS = [(1,), (5,), (33,), (2,), (16,), (300,), (2, 3), (0,)]
+WIDTHS = [(8,), (4,), (4, 8), (16, 8), (8, 16, 4), (4, 16)]
+GROUPS = (32, 64, 128, 0)
 DENSITIES = (0.5, 0.25, 1.0, 0.0)
 
 
@@ -141,7 +162,27 @@ def _cases(linear, lowrank, mlp, dense, leads) -> list[Case]:
     return cases
 
 
+def _without_B(mlps: Iterable[Case]) -> list[Case]:
+    """The MLPs with one mask on x for up and gate; their K stays, and every other one has norms."""
+    return [replace(c, R=None, gate=c.gate and "joint", norms=bool(i % 2)) for i, c in enumerate(mlps)]
+
+
+def _quantized(cases: list[Case]) -> list[Case]:
+    turns = list(product(WIDTHS, GROUPS))
+    random.Random(1).shuffle(turns)
+    return [replace(c, bits=b, group=g) for c, (b, g) in zip(cases, cycle(turns), strict=False)]
+
+
+def _mlps(cases: list[Case]) -> list[Case]:
+    return [c for c in cases if c.op == "masked_mlp"]
+
+
 CASES = _cases(LINEAR, LOWRANK, MLP, DENSE, LEADS) + _cases(*LONG, LONG_LEADS)
+CASES += _without_B(_mlps(CASES)[::2])
+QUANTIZED_CASES = _cases(*QUANTIZED, QUANTIZED_LEADS)
+QUANTIZED_CASES = _quantized(QUANTIZED_CASES + _without_B(_mlps(QUANTIZED_CASES)))
+QUANTIZED_CASES += _quantized(_cases(*LONG_QUANTIZED, LONG_LEADS[:4]))
+CASES += QUANTIZED_CASES
 # enough for each instruction set
 FEW_CASES = [c for c in CASES if zlib.crc32(c.id.encode()) % 6 == 0]
 REAL_CASES = _cases(REAL_LINEAR, REAL_LOWRANK, REAL_MLP, REAL_DENSE, REAL_LEADS)
@@ -160,8 +201,20 @@ FORMS = {
     "mlp_separate": SMALL["masked_mlp"],
     "mlp_joint": replace(SMALL["masked_mlp"], gate="joint", bias=False, activation="gelu_tanh"),
     "mlp_ungated": replace(SMALL["masked_mlp"], gate=None, activation="gelu", per_row=False),
+    "mlp_without_B": replace(SMALL["masked_mlp"], R=None, gate="joint"),
+    "mlp_without_B_bare": replace(
+        SMALL["masked_mlp"], R=None, gate=None, bias=False, norms=False, per_row=False
+    ),
     "dense": SMALL["linear"],
     "dense_bare": replace(SMALL["linear"], bias=False),
+}
+EVEN = {"R": 18, "N": 70, "K": 33, "I": 66}  # 4 bits need an even N
+QUANTIZED_FORMS = {
+    f"{name}_{bits}": replace(
+        FORMS[name], **{k: v for k, v in EVEN.items() if getattr(FORMS[name], k)}, bits=widths, group=group
+    )
+    for name in ("linear", "lowrank", "mlp_separate", "mlp_without_B", "dense")
+    for bits, widths, group in (("int8", (8,), 32), ("int4", (4,), 64), ("mixed", (4, 8, 16), 0))
 }
 
 
@@ -184,12 +237,22 @@ def make_inputs(case: Case, dtype: torch.dtype, *, integers: bool = False, devic
         "masked_mlp": _mlp,
         "linear": _dense,
     }
-    build = kinds[case.op]
-    return {n: a.to(device) if isinstance(a, Tensor) else a for n, a in build(case, draw).items()}
+    args = kinds[case.op](case, draw)
+    for name, (weight, scale) in draw.quantized.items():
+        args |= {name: weight, scale_of(name): scale}
+    if case.quantized:
+        order = [a.name for a in getattr(torch.ops.rana, case.op).default._schema.arguments]
+        args = {name: args.get(name) for name in order}
+    return {n: a.to(device) if isinstance(a, Tensor) else a for n, a in args.items()}
+
+
+def scale_of(matrix: str) -> str:
+    """The name of the argument with the scale of a matrix."""
+    return matrix.removesuffix("_rows") + "_scale"
 
 
 def _linear(case: Case, draw) -> dict:
-    h, rows = draw.ranks(case.R), draw.matrix(case.R, case.N, fan=64, along=0)
+    h, rows = draw.ranks(case.R), draw.matrix("rows", case.R, case.N, fan=64, along=0)
     norms = draw.norms(case.R) if case.norms else None
     scores = h.double().abs() * (1 if norms is None else norms.double())
     threshold = draw.threshold(scores, case.per_row)
@@ -197,27 +260,34 @@ def _linear(case: Case, draw) -> dict:
 
 
 def _lowrank(case: Case, draw) -> dict:
-    x, B = draw.input(case.K, decode=40, prefill=2), draw.matrix(case.R, case.K, fan=64, along=1)
-    rows = draw.matrix(case.R, case.N, fan=16, along=0)
+    x, B = draw.input(case.K, decode=40, prefill=2), draw.matrix("B", case.R, case.K, fan=64, along=1)
+    rows = draw.matrix("rows", case.R, case.N, fan=16, along=0)
     threshold = draw.threshold((x.double() @ B.double().T).abs(), case.per_row)
     return {"x": x, "B": B, "rows": rows, "threshold": threshold, "bias": draw.bias(case.N)}
 
 
 def _mlp(case: Case, draw) -> dict:
-    gate = case.R if case.gate == "joint" else case.gate
-    ranks = case.R if case.gate in ("joint", None) else case.R + gate
     # few and small terms: the neurons are products of two or three sums
     few = {"fan": 3 if case.tokens <= DECODE else 2, "top": 1}
-    x, B = draw.input(case.K, decode=3, prefill=1), draw.matrix(ranks, case.K, along=1, **few)
+    x, R, norms = draw.input(case.K, decode=3, prefill=1), case.R, None
+    if R is None:
+        R, B, h = case.K, None, x.double()
+        norms = draw.norms(case.K) if case.norms else None
+    gate = R if case.gate == "joint" else case.gate
+    if case.R is not None:
+        B = draw.matrix("B", R if case.gate in ("joint", None) else R + gate, case.K, along=1, **few)
+        h = x.double() @ B.double().T
+    scores = h.abs() * (1 if norms is None else norms.double())
     args = {
         "x": x,
         "B": B,
-        "up_rows": draw.matrix(case.R, case.I, along=0, **few),
-        "gate_rows": None if gate is None else draw.matrix(gate, case.I, along=0, **few),
-        "threshold": draw.threshold((x.double() @ B.double().T).abs(), per_row=True),
+        "up_rows": draw.matrix("up_rows", R, case.I, along=0, **few),
+        "gate_rows": None if gate is None else draw.matrix("gate_rows", gate, case.I, along=0, **few),
+        "threshold": draw.threshold(scores, per_row=B is not None or case.per_row),
+        "norms": norms,
         "up_bias": draw.bias(case.I, top=1),
         "gate_bias": None if gate is None else draw.bias(case.I, top=1),
-        "down_rows": draw.matrix(case.I, case.N, fan=16, along=0),
+        "down_rows": draw.matrix("down_rows", case.I, case.N, fan=16, along=0),
         "down_norms": draw.norms(case.I),
         "down_threshold": None,
         "down_bias": draw.bias(case.N),
@@ -229,7 +299,10 @@ def _mlp(case: Case, draw) -> dict:
 
 
 def _dense(case: Case, draw) -> dict:
-    x, weight = draw.input(case.K, decode=40, prefill=2), draw.matrix(case.N, case.K, fan=64, along=1)
+    x, weight = (
+        draw.input(case.K, decode=40, prefill=2),
+        draw.matrix("weight", case.N, case.K, fan=64, along=1),
+    )
     return {"x": x, "weight": weight, "bias": draw.bias(case.N)}
 
 
@@ -239,6 +312,8 @@ class _Gaussian:
     def __init__(self, case: Case, dtype: torch.dtype) -> None:
         self.case, self.dtype, self.prefill = case, dtype, case.tokens > DECODE
         self.generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
+        self.drawn: list[str] = []
+        self.quantized: dict[str, tuple[Tensor, Tensor]] = {}  # weight and scale, by the name of the argument
 
     def _normal(self, *shape: int, by: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=self.generator) * by).to(self.dtype)
@@ -249,8 +324,27 @@ class _Gaussian:
     def input(self, size: int, decode: int, prefill: int) -> Tensor:
         return self._normal(*self.case.lead, size)
 
-    def matrix(self, rows: int, columns: int, fan: int, along: int, top: int = 2) -> Tensor:
+    def matrix(self, name: str, rows: int, columns: int, fan: int, along: int, top: int = 2) -> Tensor:
+        bits = self.case.bits[len(self.drawn) % len(self.case.bits)]
+        self.drawn.append(name)
+        values = self._values(rows, columns, fan, along, top)
+        if bits == 16:
+            return values
+        group = self.case.group or max(columns, 1)
+        q, scale = self._round(values.float(), bits, group)
+        self.quantized[name] = (naive_pack(q) if bits == 4 else q.to(torch.int8), scale)
+        return q * spread(scale, columns)
+
+    def _values(self, rows: int, columns: int, fan: int, along: int, top: int) -> Tensor:
         return self._normal(rows, columns, by=max(1, (rows, columns)[along]) ** -0.5)
+
+    def _round(self, values: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+        """Whole numbers and a float16 step a group, by rounding to nearest."""
+        largest = 2 ** (bits - 1) - 1
+        tops = [part.abs().amax(1) for part in values.split(group, 1)] if values.shape[1] else []
+        scale = torch.stack(tops, 1) if tops else values[:, :0]
+        scale = (scale / largest + 1e-4).half()
+        return (values / spread(scale, values.shape[1])).round().clamp(-largest - 1, largest), scale
 
     def bias(self, size: int, top: int = 2) -> Tensor | None:
         return self._normal(size, by=0.5) if self.case.bias else None
@@ -303,12 +397,20 @@ class _Integers(_Gaussian):
     def input(self, size: int, decode: int, prefill: int) -> Tensor:
         return self._integers(prefill if self.prefill else decode, *self.case.lead, size)
 
-    def matrix(self, rows: int, columns: int, fan: int, along: int, top: int = 2) -> Tensor:
+    def _values(self, rows: int, columns: int, fan: int, along: int, top: int) -> Tensor:
         values = self._integers(top, rows, columns)
         if (rows, columns)[along] <= fan:
             return values
         rank = torch.rand(rows, columns, generator=self.generator).argsort(along).argsort(along)
         return values.where(rank < fan, 0)
+
+    def _round(self, values: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+        """Steps that are powers of two; the weights keep their values."""
+        least = -5 if bits == 8 else -1
+        groups = -(-values.shape[1] // group)
+        powers = torch.randint(least, 1, (values.shape[0], groups), generator=self.generator)
+        scale = (2.0**powers).half()
+        return values / spread(scale, values.shape[1]), scale
 
     def bias(self, size: int, top: int = 2) -> Tensor | None:
         return self._integers(top, size) if self.case.bias else None
@@ -327,6 +429,53 @@ class _Integers(_Gaussian):
             return torch.full(shape, float(scores.max()) + 0.5)
         middle = scores.flatten().sort().values[int((1 - self.case.density) * (scores.numel() - 1))]
         return (torch.randint(0, 2, shape, generator=self.generator) + middle.float() - 0.5).clamp(min=0.5)
+
+
+# Quantised weights, column by column, as the contract says.
+
+
+def _nibble(column: int, columns: int) -> tuple[int, int]:
+    """The byte of a row that holds a column, and where in it."""
+    block, i = divmod(column, 32)
+    if (block + 1) * 32 <= columns:
+        return 16 * block + i % 16, 4 * (i // 16)
+    return 16 * block + i // 2, 4 * (i % 2)
+
+
+def naive_pack(q: Tensor) -> Tensor:
+    """Whole numbers of -8..7, two a byte."""
+    packed = torch.zeros(q.shape[0], (q.shape[1] + 1) // 2, dtype=torch.int32)
+    for column in range(q.shape[1]):
+        byte, shift = _nibble(column, q.shape[1])
+        packed[:, byte] |= (q[:, column].int() & 15) << shift
+    return packed.to(torch.uint8)
+
+
+def naive_unpack(packed: Tensor, columns: int) -> Tensor:
+    places = [_nibble(column, columns) for column in range(columns)]
+    values = [(packed[:, byte].int() >> shift & 15) for byte, shift in places]
+    q = torch.stack(values, 1) if values else packed[:, :0].int()
+    return torch.where(q > 7, q - 16, q)
+
+
+def spread(scale: Tensor, columns: int) -> Tensor:
+    """The step of every column, in float32."""
+    group = next((g for g in (32, 64, 128) if -(-columns // g) == scale.shape[1]), max(columns, 1))
+    return scale.float().repeat_interleave(group, 1)[:, :columns]
+
+
+def meant(args: dict, name: str, dtype: torch.dtype) -> Tensor | None:
+    """The matrix that an argument stands for: a float one as it is, a quantised one dequantised."""
+    weight, scale = args[name], args.get(scale_of(name))
+    if scale is None:
+        return weight if weight is None else weight.to(dtype)
+    columns = (
+        args["x"].shape[-1]
+        if name in ("B", "weight")
+        else weight.shape[1] * (1 + (weight.dtype == torch.uint8))
+    )
+    q = naive_unpack(weight, columns) if weight.dtype == torch.uint8 else weight
+    return (q.double() * spread(scale, columns).double()).to(dtype)
 
 
 # The ops as a user writes them in dense torch: in float64 the oracle, in a dtype the yardstick.
@@ -356,8 +505,8 @@ def _kept(h: Tensor, threshold: Tensor, norms: Tensor | None = None) -> Tensor:
     return score.isnan() | (score >= threshold)
 
 
-def _decide(h: Tensor, threshold: Tensor) -> Tensor:
-    return h.where(_kept(h, threshold), 0)
+def _decide(h: Tensor, threshold: Tensor, norms: Tensor | None = None) -> Tensor:
+    return h.where(_kept(h, threshold, norms), 0)
 
 
 def _affine(z: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
@@ -366,7 +515,8 @@ def _affine(z: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
 
 def _neurons(a: dict, masked) -> Tensor:
     """What the down projection reads: act(gate(x)) * up(x)."""
-    z, act = masked(a["x"] @ a["B"].T, a["threshold"]), ACTIVATIONS[a["activation"]]
+    h = a["x"] if a["B"] is None else a["x"] @ a["B"].T
+    z, act = masked(h, a["threshold"], a["norms"]), ACTIVATIONS[a["activation"]]
     up = _affine(z[..., : a["up_rows"].shape[0]], a["up_rows"], a["up_bias"])
     if a["gate_rows"] is None:
         return act(up)
@@ -375,7 +525,8 @@ def _neurons(a: dict, masked) -> Tensor:
 
 
 def _cast(args: dict, dtype: torch.dtype) -> dict:
-    return {n: a.to(dtype) if isinstance(a, Tensor) else a for n, a in args.items()}
+    matrices = {n: meant(args, n, dtype) for n in matrices_of(args)}
+    return {n: a.to(dtype) if isinstance(a, Tensor) else a for n, a in args.items()} | matrices
 
 
 def exact_result(op: str, args: dict, dtype: torch.dtype) -> Tensor:

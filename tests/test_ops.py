@@ -15,6 +15,7 @@ from tests.cases import (
     DTYPES,
     FEW_CASES,
     FORMS,
+    QUANTIZED_FORMS,
     REAL_CASES,
     SMALL,
     Case,
@@ -41,10 +42,10 @@ def named(values: dict):
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 every_op = pytest.mark.parametrize("case", named(SMALL))
-every_form = pytest.mark.parametrize("case", named(FORMS))
+every_form = pytest.mark.parametrize("case", named(FORMS | QUANTIZED_FORMS))
 every_masked_op = pytest.mark.parametrize("case", named({n: c for n, c in SMALL.items() if n != "linear"}))
 every_masked_form = pytest.mark.parametrize(
-    "case", named({n: c for n, c in FORMS.items() if c.op != "linear"})
+    "case", named({n: c for n, c in (FORMS | QUANTIZED_FORMS).items() if c.op != "linear"})
 )
 
 
@@ -606,6 +607,25 @@ BAD = {
     "linear_bias_dtype": ("linear", "bias", lambda b: b.double()),
     "activation": ("masked_mlp", "activation", lambda a: "swish"),
     "activation_empty": ("masked_mlp", "activation", lambda a: ""),
+    "mlp_norms_beside_B": ("masked_mlp", "norms", lambda n: torch.ones(17)),
+}
+BAD_QUANTIZED = {
+    "scale_dtype": ("dense_int4", "weight_scale", lambda s: s.float()),
+    "scale_short": ("dense_int8", "weight_scale", lambda s: s[1:]),
+    "scale_groups": ("dense_int8", "weight_scale", lambda s: s.repeat(1, 3)),
+    "scale_elsewhere": ("dense_int8", "weight_scale", lambda s: s.to("meta")),
+    "int8_narrow": ("dense_int8", "weight", lambda w: w[:, 1:]),
+    "int4_narrow": ("dense_int4", "weight", lambda w: w[:, 1:]),
+    "int4_transposed": ("dense_int4", "weight", lambda w: w.T.contiguous().T),
+    "int4_short": ("linear_int4", "rows", lambda rows: rows[1:]),
+    "rows_scale_vector": ("linear_int4", "rows_scale", lambda s: s[:, 0]),
+    "B_scale_short": ("lowrank_int8", "B_scale", lambda s: s[:, 1:].repeat(1, 3)),
+    "up_scale_short": ("mlp_without_B_int4", "up_scale", lambda s: s[1:]),
+    "up_rows_short": ("mlp_without_B_int4", "up_rows", lambda rows: rows[1:]),
+    "gate_scale_short": ("mlp_without_B_int4", "gate_scale", lambda s: s[1:]),
+    "down_scale_dtype": ("mlp_separate_int8", "down_scale", lambda s: s.bfloat16()),
+    "mlp_norms_short": ("mlp_without_B_int4", "norms", lambda n: n[1:]),
+    "mlp_x_threshold_short": ("mlp_without_B_int4", "threshold", lambda t: t[1:]),
 }
 
 
@@ -619,6 +639,36 @@ def message(call, *args) -> str:
 def test_bad_arguments_are_named(implementation, op, argument, change):
     args = make_inputs(SMALL[op], torch.float32, device=implementation.device)
     args[argument] = change(args[argument])
+    names_the_argument(implementation, op, args, argument)
+
+
+@pytest.mark.parametrize("form, argument, change", [pytest.param(*v, id=k) for k, v in BAD_QUANTIZED.items()])
+def test_bad_quantized_arguments_are_named(implementation, form, argument, change):
+    case = QUANTIZED_FORMS[form]
+    args = make_inputs(case, torch.float32, device=implementation.device)
+    args[argument] = change(args[argument])
+    names_the_argument(implementation, case.op, args, argument)
+
+
+def test_weights_and_scales_belong_together(implementation):
+    args = make_inputs(QUANTIZED_FORMS["dense_int8"], torch.float32, device=implementation.device)
+    names_the_argument(implementation, "linear", args | {"weight": args["weight"].float()}, "weight")
+    names_the_argument(implementation, "linear", args | {"weight_scale": None}, "weight")
+    mlp = make_inputs(SMALL["masked_mlp"], torch.float32, device=implementation.device)
+    scales = dict.fromkeys(("B_scale", "up_scale", "gate_scale", "down_scale"))
+    scale = torch.ones(17, 3, dtype=torch.float16, device=implementation.device)
+    without_gate = mlp | {
+        "gate_rows": None,
+        "gate_bias": None,
+        "B": mlp["B"][:17],
+        "threshold": mlp["threshold"][:17],
+    }
+    names_the_argument(
+        implementation, "masked_mlp", without_gate | scales | {"gate_scale": scale}, "gate_scale"
+    )
+
+
+def names_the_argument(implementation, op: str, args: dict, argument: str) -> None:
     wanted = message(lambda: getattr(reference, op)(*args.values()))
     assert wanted.startswith(f"rana::{op}: {argument} has ") and ", wanted " in wanted
     assert wanted in message(implementation, op, args)

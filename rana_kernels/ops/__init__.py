@@ -12,6 +12,10 @@ on the float32 value of `h`. x, B, rows, weight and bias share one dtype (float3
 are float32, and y is rounded once. With more than 16 tokens the masked `h` may be rounded to that dtype as
 well. Weights must be finite, and their rows contiguous.
 
+B, rows and weight may instead be quantised, each for itself: int8, or uint8 with two 4-bit values a byte,
+beside a float16 scale (`quantized.py` has the layout). The op then computes what it would compute on
+`q · scale`.
+
 The ops are functional, deterministic, differentiable (the mask counts as a constant) and opaque to
 torch.compile. `schemas.py` lists them, `reference.py` specifies them in plain PyTorch, and
 `rana_kernels.backends` holds the faster implementations.
@@ -30,31 +34,44 @@ _LIBRARY = registration.register()
 
 
 def masked_linear(
-    h: Tensor, rows: Tensor, threshold: Tensor, norms: Tensor | None = None, bias: Tensor | None = None
+    h: Tensor,
+    rows: Tensor,
+    threshold: Tensor,
+    norms: Tensor | None = None,
+    bias: Tensor | None = None,
+    rows_scale: Tensor | None = None,
 ) -> Tensor:
     """Sum the rows whose score reaches the threshold: `y = (m ⊙ h) @ rows + bias`.
 
-    h [..., R] · rows [R, N] · threshold [] or [R] · norms [R] · bias [N] -> y [..., N]
+    h [..., R] · rows [R, N] · threshold [] or [R] · norms [R] · bias [N] · rows_scale [R, groups] -> y [..., N]
     """
-    return torch.ops.rana.masked_linear.default(h, rows, threshold, norms, bias)
+    return torch.ops.rana.masked_linear.default(h, rows, threshold, norms, bias, rows_scale)
 
 
 def masked_lowrank_linear(
-    x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    B: Tensor,
+    rows: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    B_scale: Tensor | None = None,
+    rows_scale: Tensor | None = None,
 ) -> Tensor:
     """Apply a rank adapter: `h = x @ B.T`, then `y = (m ⊙ h) @ rows + bias`.
 
-    x [..., K] · B [R, K] · rows [R, N] · threshold [] or [R] · bias [N] -> y [..., N]
+    x [..., K] · B [R, K] · rows [R, N] · threshold [] or [R] · bias [N]
+    B_scale, rows_scale [R, groups] -> y [..., N]
     """
-    return torch.ops.rana.masked_lowrank_linear.default(x, B, rows, threshold, bias)
+    return torch.ops.rana.masked_lowrank_linear.default(x, B, rows, threshold, bias, B_scale, rows_scale)
 
 
 def masked_mlp(
     x: Tensor,
-    B: Tensor,
+    B: Tensor | None,
     up_rows: Tensor,
     gate_rows: Tensor | None,
     threshold: Tensor,
+    norms: Tensor | None,
     up_bias: Tensor | None,
     gate_bias: Tensor | None,
     down_rows: Tensor,
@@ -62,30 +79,39 @@ def masked_mlp(
     down_threshold: Tensor,
     down_bias: Tensor | None,
     activation: str,
+    B_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    gate_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
-    """Apply a whole MLP: rank adapters for up and gate, a neuron adapter for down.
+    """Apply a whole MLP: rank or neuron adapters for up and gate, a neuron adapter for down.
 
     `g = act(gate(x)) * up(x)`, or `act(up(x))` without a gate; `y = (m ⊙ g) @ down_rows + down_bias`.
 
     x [..., K] · B [S, K] · up_rows [R_up, I] · gate_rows [R_gate, I] · threshold [S]
     up_bias, gate_bias [I] · down_rows [I, N] · down_norms [I] · down_threshold [] or [I] · down_bias [N]
-    activation: silu, gelu, gelu_tanh, relu or relu2 -> y [..., N]
+    activation: silu, gelu, gelu_tanh, relu or relu2 · B_scale, up_scale, gate_scale, down_scale -> y [..., N]
 
     B stacks the ranks of up over those of gate (S = R_up + R_gate), or both read the same ranks
-    (S = R_up = R_gate). The shapes tell which.
+    (S = R_up = R_gate). The shapes tell which. `norms` is then None.
+
+    Without B, up and gate are neuron adapters with one mask on x: up_rows, gate_rows [K, I] ·
+    threshold [] or [K] · norms [K] or None.
     """
     return torch.ops.rana.masked_mlp.default(
-        x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
-        down_rows, down_norms, down_threshold, down_bias, activation,
+        x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias, down_rows, down_norms, down_threshold,
+        down_bias, activation, B_scale, up_scale, gate_scale, down_scale,
     )  # fmt: skip
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_scale: Tensor | None = None
+) -> Tensor:
     """Apply a dense layer, `y = x @ weight.T + bias`. For a few tokens the op reads weights at memory speed.
 
-    x [..., K] · weight [N, K] · bias [N] -> y [..., N]
+    x [..., K] · weight [N, K] · bias [N] · weight_scale [N, groups] -> y [..., N]
 
     lm_head uses this op, and so do linears that stay dense beside adapters. On CUDA, many tokens go through
     torch's own matrix product.
     """
-    return torch.ops.rana.linear.default(x, weight, bias)
+    return torch.ops.rana.linear.default(x, weight, bias, weight_scale)

@@ -1,6 +1,7 @@
 """The ops in plain PyTorch: the specification, the oracle of every test, and the fallback.
 
 Each function converts its inputs to float32 once, computes in that precision, and rounds the result once.
+Quantised weights are dequantised, which is exact in float32.
 float64 inputs stay in float64, so that tests can compare gradients with finite differences.
 """
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from rana_kernels.ops import checks
 from rana_kernels.ops.checks import widen
 from rana_kernels.ops.mlp import combine, gate_ranks
+from rana_kernels.ops.quantized import dequantize
 
 
 def keep(h: Tensor, threshold: Tensor, norms: Tensor | None = None) -> Tensor:
@@ -38,29 +40,43 @@ def activate(h: Tensor, activation: str) -> Tensor:
 
 
 def masked_linear(
-    h: Tensor, rows: Tensor, threshold: Tensor, norms: Tensor | None = None, bias: Tensor | None = None
+    h: Tensor,
+    rows: Tensor,
+    threshold: Tensor,
+    norms: Tensor | None = None,
+    bias: Tensor | None = None,
+    rows_scale: Tensor | None = None,
 ) -> Tensor:
-    checks.masked_linear(h, rows, threshold, norms, bias)
+    checks.masked_linear(h, rows, threshold, norms, bias, rows_scale)
     wide_h = widen(h)
     z = torch.where(keep(wide_h, threshold, norms), wide_h, 0)
-    y = z @ widen(rows)
+    y = z @ dequantize(rows, rows_scale, dtype=wide_h.dtype)
     return (y if bias is None else y + widen(bias)).to(h.dtype)
 
 
 def masked_lowrank_linear(
-    x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    B: Tensor,
+    rows: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    B_scale: Tensor | None = None,
+    rows_scale: Tensor | None = None,
 ) -> Tensor:
-    checks.masked_lowrank_linear(x, B, rows, threshold, bias)
-    h = widen(x) @ widen(B).T
-    return masked_linear(h, widen(rows), threshold, None, _widen_optional(bias)).to(x.dtype)
+    checks.masked_lowrank_linear(x, B, rows, threshold, bias, B_scale, rows_scale)
+    wide_x = widen(x)
+    h = wide_x @ dequantize(B, B_scale, x.shape[-1], wide_x.dtype).T
+    wide_rows = dequantize(rows, rows_scale, dtype=wide_x.dtype)
+    return masked_linear(h, wide_rows, threshold, None, _widen_optional(bias)).to(x.dtype)
 
 
 def masked_mlp(
     x: Tensor,
-    B: Tensor,
+    B: Tensor | None,
     up_rows: Tensor,
     gate_rows: Tensor | None,
     threshold: Tensor,
+    norms: Tensor | None,
     up_bias: Tensor | None,
     gate_bias: Tensor | None,
     down_rows: Tensor,
@@ -68,25 +84,38 @@ def masked_mlp(
     down_threshold: Tensor,
     down_bias: Tensor | None,
     activation: str,
+    B_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    gate_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     checks.masked_mlp(
-        x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
-        down_rows, down_norms, down_threshold, down_bias, activation,
+        x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias, down_rows, down_norms, down_threshold,
+        down_bias, activation, B_scale, up_scale, gate_scale, down_scale,
     )  # fmt: skip
-    wide_x, wide_B, ranks = widen(x), widen(B), up_rows.shape[0]
-    bias_up, bias_gate, bias_down = (_widen_optional(bias) for bias in (up_bias, gate_bias, down_bias))
-    up = masked_lowrank_linear(wide_x, wide_B[:ranks], widen(up_rows), threshold[:ranks], bias_up)
-    gate = None
+    wide_x = widen(x)
+    h = wide_x if B is None else wide_x @ dequantize(B, B_scale, x.shape[-1], wide_x.dtype).T
+
+    def expand(ranks: slice, rows: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        own = threshold[ranks] if threshold.dim() else threshold
+        wide_rows = dequantize(rows, scale, dtype=wide_x.dtype)
+        return masked_linear(h[..., ranks], wide_rows, own, norms, _widen_optional(bias))
+
+    up, gate = expand(slice(up_rows.shape[0]), up_rows, up_scale, up_bias), None
     if gate_rows is not None:
-        last = gate_ranks(B.shape[0], gate_rows.shape[0])
-        gate = masked_lowrank_linear(wide_x, wide_B[last], widen(gate_rows), threshold[last], bias_gate)
+        last = gate_ranks(h.shape[-1], gate_rows.shape[0])
+        gate = expand(last, gate_rows, gate_scale, gate_bias)
     g = combine(up, gate, partial(activate, activation=activation))
-    return masked_linear(g, widen(down_rows), down_threshold, down_norms, bias_down).to(x.dtype)
+    wide_down = dequantize(down_rows, down_scale, dtype=wide_x.dtype)
+    return masked_linear(g, wide_down, down_threshold, down_norms, _widen_optional(down_bias)).to(x.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    checks.linear(x, weight, bias)
-    y = widen(x) @ widen(weight).T
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_scale: Tensor | None = None
+) -> Tensor:
+    checks.linear(x, weight, bias, weight_scale)
+    wide_x = widen(x)
+    y = wide_x @ dequantize(weight, weight_scale, x.shape[-1], wide_x.dtype).T
     return (y if bias is None else y + widen(bias)).to(x.dtype)
 
 

@@ -6,28 +6,19 @@ from torch import Tensor
 from rana_kernels.ops import checks, gradients, reference
 from rana_kernels.ops.schemas import SCHEMAS
 
-# The argument of each op whose shape contains N, and the dimension of N in it.
-_WIDTH = {
-    "masked_linear": ("rows", 1),
-    "masked_lowrank_linear": ("rows", 1),
-    "masked_mlp": ("down_rows", 1),
-    "linear": ("weight", 0),
-}
-
-# These arguments are float32 for every dtype of the input. Autocast does not convert them.
-_FLOAT32_ARGUMENTS = {"threshold", "norms", "down_norms", "down_threshold"}
+# These arguments have one dtype for every dtype of the input. Autocast does not convert them.
+_FIXED_ARGUMENTS = {"threshold", "norms", "down_norms", "down_threshold"}
+_FIXED_ARGUMENTS |= {f"{weight}_scale" for weight in ("B", "rows", "up", "gate", "down", "weight")}
 
 
 def _fake(name: str):
     """Return the function that gives torch the shape of an op's result without computing it."""
     check = getattr(checks, name)
-    argument, dimension = _WIDTH[name]
 
-    def fake(*args):
-        filled = [*args, *[None] * (len(_argument_names(name)) - len(args))]
-        check(*filled)
-        width = filled[_argument_names(name).index(argument)].shape[dimension]
-        return filled[0].new_empty((*filled[0].shape[:-1], width))
+    def fake(x, *others):
+        missing = len(_argument_names(name)) - 1 - len(others)
+        width = check(x, *others, *[None] * missing)
+        return x.new_empty((*x.shape[:-1], width))
 
     return fake
 
@@ -37,7 +28,7 @@ def _argument_names(name: str) -> list[str]:
 
 
 def _autocast(name: str, device: str):
-    """Return the op for autocast: it converts the input and the weights, but no thresholds or norms."""
+    """Return the op for autocast: it converts the input and float weights, and no other argument."""
     op = getattr(torch.ops.rana, name).default
     key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
     names = _argument_names(name)
@@ -45,7 +36,9 @@ def _autocast(name: str, device: str):
     def kernel(*args):
         dtype = torch.get_autocast_dtype(device)
         cast = [
-            a.to(dtype) if isinstance(a, Tensor) and n not in _FLOAT32_ARGUMENTS else a
+            a.to(dtype)
+            if isinstance(a, Tensor) and a.is_floating_point() and n not in _FIXED_ARGUMENTS
+            else a
             for n, a in zip(names, args, strict=False)
         ]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
