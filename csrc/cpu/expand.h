@@ -27,13 +27,13 @@ struct Output {
   }
 };
 
-// y = (m ⊙ h) rows + bias
-template <class W>
-void expand(const float* h, int64_t ldh, int64_t tokens, const W& rows, Mask mask, Output<typename W::Element> output) {
+// Computes (m ⊙ h) rows. Calls done(token, column, sums in lane order), in several threads.
+template <class W, class Done>
+void expand(const float* h, int64_t ldh, int64_t tokens, const W& rows, Mask mask, Done done) {
   for_method<W>(tokens, [&](auto method) {
     const Masked<decltype(method)> kept(h, ldh, tokens, rows.rows, mask);
     for_column_slices(rows.columns, rows.rows * tokens,
-                      [&](int64_t begin, int64_t end) { sum_rows(kept, rows, begin, end, output); });
+                      [&](int64_t begin, int64_t end) { sum_rows(kept, rows, begin, end, done); });
   });
 }
 

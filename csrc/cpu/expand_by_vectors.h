@@ -58,10 +58,10 @@ inline void add_chunk(Rows rows, const typename Step::Value* values, int64_t tok
   if (m < tokens) add(std::integral_constant<int, 1>{});
 }
 
-// Adds the columns [n, n + kChunks · kChunk) of one row of each stream. ask(i, n) prefetches for stream i.
-template <int kChunks, class Row, class Ask, class Load>
-inline void add_columns(const Row (&row)[kFarStreams], const Vec (&value)[kFarStreams], int64_t n, float* sums, Ask ask,
-                        Load load_at) {
+// Adds the columns [n, n + kChunks · kChunk) of one row of each stream. ask(i, n) prefetches for stream i; `count` is
+// the argument of an incomplete chunk, or nothing.
+template <int kChunks, class Term, class Ask, class... Count>
+inline void add_columns(const Term (&term)[kFarStreams], int64_t n, float* sums, Ask ask, Count... count) {
   Chunk tile[kChunks];
 #pragma GCC unroll 16
   for (int c = 0; c < kChunks; c++) tile[c] = load(sums + n + c * kChunk);
@@ -70,9 +70,7 @@ inline void add_columns(const Row (&row)[kFarStreams], const Vec (&value)[kFarSt
 #pragma GCC unroll 16
     for (int c = 0; c < kChunks; c++) {
       ask(i, n + c * kChunk);
-      const Chunk w = load_at(row[i], n + c * kChunk);
-      tile[c].lo += value[i] * w.lo;
-      tile[c].hi += value[i] * w.hi;
+      term[i].add_to(tile[c], n + c * kChunk, count...);
     }
 #pragma GCC unroll 16
   for (int c = 0; c < kChunks; c++) store(sums + n + c * kChunk, tile[c]);
@@ -82,19 +80,17 @@ inline void add_columns(const Row (&row)[kFarStreams], const Vec (&value)[kFarSt
 // with the rows `next`.
 template <class W, class Row = typename W::Row>
 inline void add_rows(const Row (&row)[kFarStreams], const Row (&next)[kFarStreams], const float* h, int64_t size,
-                     float* sums) {
+                     float* room, float* sums) {
   constexpr int64_t kAhead = columns_in<W>(kFarAheadBytes), kStep = kFarChunks * kChunk;
-  Vec value[kFarStreams];
-  for (int i = 0; i < kFarStreams; i++) value[i] = splat(h[i]);
+  typename W::Term term[kFarStreams];
+  for (int i = 0; i < kFarStreams; i++) term[i] = W::term(row[i], h[i], size, room + i * W::room(size));
   const auto its_own = [&](int i, int64_t n) { ask_for<W>(row[i], n + kAhead); };
   const auto the_next = [&](int i, int64_t n) { ask_for<W>(next[i], n + kAhead - size); };
-  const auto whole = [](Row r, int64_t n) { return W::load(r, n); };
   int64_t n = 0;
-  for (; n + kStep <= size - kAhead; n += kStep) add_columns<kFarChunks>(row, value, n, sums, its_own, whole);
-  for (; n + kStep <= size; n += kStep) add_columns<kFarChunks>(row, value, n, sums, the_next, whole);
-  for (; n + kChunk <= size; n += kChunk) add_columns<1>(row, value, n, sums, the_next, whole);
-  const auto rest = [count = size - n](Row r, int64_t n) { return W::load(r, n, count); };
-  if (n < size) add_columns<1>(row, value, n, sums, the_next, rest);
+  for (; n + kStep <= size - kAhead; n += kStep) add_columns<kFarChunks>(term, n, sums, its_own);
+  for (; n + kStep <= size; n += kStep) add_columns<kFarChunks>(term, n, sums, the_next);
+  for (; n + kChunk <= size; n += kChunk) add_columns<1>(term, n, sums, the_next);
+  if (n < size) add_columns<1>(term, n, sums, the_next, size - n);
 }
 
 // Adds most rows of one token. With one token, the order of a sum may depend on its mask, so this reads ten distant
@@ -103,6 +99,7 @@ inline void add_rows(const Row (&row)[kFarStreams], const Row (&next)[kFarStream
 template <class W>
 int64_t add_far_rows(const Masked<ByVectors<Single<W>>>& h, const W& rows, int64_t column, int64_t size, float* sums) {
   const int64_t length = h.steps() / kFarStreams;
+  std::vector<float> room(kFarStreams * W::room(size));
   for (int64_t s = 0; s < length; s++) {
     typename W::Row row[kFarStreams], next[kFarStreams];
     float value[kFarStreams];
@@ -112,7 +109,7 @@ int64_t add_far_rows(const Masked<ByVectors<Single<W>>>& h, const W& rows, int64
       next[i] = rows.at(h.row(std::min(step + 1, h.steps() - 1), 0), column);
       value[i] = h.values[step];
     }
-    add_rows<W>(row, next, value, size, sums);
+    add_rows<W>(row, next, value, size, room.data(), sums);
   }
   return length * kFarStreams;
 }
@@ -146,7 +143,8 @@ int64_t add_groups(const Masked<ByVectors<Step>>& h, int64_t s, const W& rows, i
 template <class Step, class W, class Done>
 void sum_rows(const Masked<ByVectors<Step>>& h, const W& rows, int64_t begin, int64_t end, Done done) {
   constexpr int64_t kSumBytes = 256 * 1024;
-  const int64_t most = std::max<int64_t>(kSumBytes / sizeof(float) / h.tokens / kChunk, 16) * kChunk;
+  constexpr int64_t kUnit = kAlignedColumns;
+  const int64_t most = std::max<int64_t>(kSumBytes / sizeof(float) / h.tokens / kUnit, 16) * kUnit;
   const int64_t width = std::min(most, chunks_of(end - begin) * kChunk);
   const int64_t lds = width + kChunk;  // a multiple of the page would put all tokens into one cache set
   std::vector<Chunk> aligned(h.tokens * lds / kChunk);  // a sum across two cache lines costs twice as much
@@ -161,7 +159,7 @@ void sum_rows(const Masked<ByVectors<Step>>& h, const W& rows, int64_t begin, in
     s = add_groups<Step, 4 / Step::kRows>(h, s, rows, n, size, sums, lds);
     add_groups<Step, 1>(h, s, rows, n, size, sums, lds);
     for (int64_t m = 0; m < h.tokens; m++)
-      for (int64_t i = 0; i < size; i += kChunk) done(m, n + i, load(sums + m * lds + i));
+      for (int64_t i = 0; i < size; i += kChunk) done(m, n + i, Step::to_lanes(load(sums + m * lds + i)));
   }
 }
 

@@ -7,12 +7,71 @@
 #include "../tensors.h"
 #include "expand.h"
 #include "project.h"
+#include "quantized.h"
 
 namespace {
 
 template <class T>
 Plain<T> plain(const Tensor& t) {
   return {static_cast<const T*>(t.const_data_ptr()), t.size(0), t.size(1), t.stride(0)};
+}
+
+// 2^result columns share a scale, or all of a row.
+inline int group_bits(int64_t columns, int64_t groups) {
+  const int64_t group = rana::group_size(columns, groups);
+  for (int bits : {5, 6, 7})
+    if (group == int64_t(1) << bits) return bits;
+  return 63;
+}
+
+template <class T, int kWidth>
+Quantized<T, kWidth> quantized(const Tensor& t, const Tensor& scale, int64_t columns) {
+  return {static_cast<const uint8_t*>(t.const_data_ptr()), t.size(0), columns, t.stride(0),
+          static_cast<const half*>(scale.const_data_ptr()), scale.stride(0), group_bits(columns, scale.size(1))};
+}
+
+// A weight [rows, columns] as an op gets it: float, or quantised with its scale.
+struct Weight {
+  const Tensor& tensor;
+  const OptionalTensor& scale;
+  int64_t columns;
+
+  Weight(const Tensor& tensor, const OptionalTensor& scale, int64_t columns)
+      : tensor(tensor), scale(scale), columns(columns) {}
+  Weight(const Tensor& tensor, const OptionalTensor& scale) : Weight(tensor, scale, rana::columns_of(tensor)) {}
+
+  int64_t rows() const { return tensor.size(0); }
+  bool stored_as(const Weight& other) const { return tensor.scalar_type() == other.tensor.scalar_type(); }
+};
+
+// Calls f with the storage of a weight.
+template <class T, class F>
+void for_storage(const Weight& weight, F f) {
+  if (!weight.scale) f(plain<T>(weight.tensor));
+  else if (rana::is_packed(weight.tensor)) f(quantized<T, 4>(weight.tensor, *weight.scale, weight.columns));
+  else f(quantized<T, 8>(weight.tensor, *weight.scale, weight.columns));
+}
+
+// Returns h = x Bᵀ in float32, [tokens, B.rows()].
+template <class T>
+std::vector<float> project(const T* x, int64_t tokens, const Weight& B) {
+  std::vector<float> h;
+  for_storage<T>(B, [&](const auto& rows) { h = project(x, tokens, rows); });
+  return h;
+}
+
+// Computes (m ⊙ h) rows. Calls done(token, column, sums in lane order).
+template <class T, class Done>
+void expand(const float* h, int64_t ldh, int64_t tokens, const Weight& rows, Mask mask, Done done) {
+  for_storage<T>(rows, [&](const auto& weights) { expand(h, ldh, tokens, weights, mask, done); });
+}
+
+// Returns x in float32.
+template <class T>
+std::vector<float> widened(const T* x, int64_t count) {
+  std::vector<float> wide(count);
+  widen(x, count, wide.data());
+  return wide;
 }
 
 }  // namespace

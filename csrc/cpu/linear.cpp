@@ -11,9 +11,9 @@ void finish(const std::vector<float>& h, int64_t tokens, int64_t columns, const 
   });
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  rana::check_linear(x, weight, bias);
-  const int64_t tokens = tokens_of(x), columns = weight.size(0);
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& weight_scale) {
+  rana::check_linear(x, weight, bias, weight_scale);
+  const int64_t tokens = tokens_of(x), size = last_size(x), columns = weight.size(0);
   Tensor y = empty_output(x, columns);
   for_dtype(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -21,7 +21,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
     const auto b = packed<T>(bias);
     T* out = static_cast<T*>(y.mutable_data_ptr());
     for_blocks(tokens, [&](int64_t first, int64_t count) {
-      const auto h = project(input.data + first * weight.size(1), count, plain<T>(weight));
+      const auto h = project<T>(input.data + first * size, count, Weight(weight, weight_scale, size));
       finish<T>(h, count, columns, data_of(b), out + first * columns);
     });
   });

@@ -3,9 +3,10 @@
 namespace {
 
 Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshold, const OptionalTensor& norms,
-                     const OptionalTensor& bias) {
-  rana::check_masked_linear(h, rows, threshold, norms, bias);
-  const int64_t ranks = last_size(h), columns = rows.size(1);
+                     const OptionalTensor& bias, const OptionalTensor& rows_scale) {
+  rana::check_masked_linear(h, rows, threshold, norms, bias, rows_scale);
+  const Weight weight(rows, rows_scale);
+  const int64_t ranks = last_size(h), columns = weight.columns;
   Tensor y = empty_output(h, columns);
   const Packed<float> t(threshold);
   const auto n = packed<float>(norms);
@@ -15,10 +16,9 @@ Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshol
     const Packed<T> input(h);
     const auto b = packed<T>(bias);
     for_blocks(tokens_of(h), [&](int64_t first, int64_t tokens) {
-      std::vector<float> wide(tokens * ranks);
-      widen(input.data + first * ranks, tokens * ranks, wide.data());
+      const std::vector<float> wide = widened(input.data + first * ranks, tokens * ranks);
       T* out = static_cast<T*>(y.mutable_data_ptr()) + first * columns;
-      expand(wide.data(), ranks, tokens, plain<T>(rows), mask, {out, columns, data_of(b)});
+      expand<T>(wide.data(), ranks, tokens, weight, mask, Output<T>{out, columns, data_of(b)});
     });
   });
   return y;

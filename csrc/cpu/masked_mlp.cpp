@@ -5,18 +5,21 @@ namespace {
 
 template <class T>
 struct Mlp {
-  Plain<T> B, up_rows;
-  std::optional<Plain<T>> gate_rows;
+  std::optional<Weight> B;
+  Weight up_rows;
+  std::optional<Weight> gate_rows;
   int64_t first_gate_rank;
-  const float* threshold;
+  Mask mask;  // of the ranks, or of x without B
   const T *up_bias, *gate_bias;
-  Plain<T> down_rows;
+  Weight down_rows;
   Mask down_mask;
   const T* down_bias;
   Activation activation;
 
   int64_t neurons() const { return up_rows.columns; }
-  Mask rank_mask(int64_t first) const { return {threshold + first, 1, nullptr}; }
+  Mask gate_mask() const {
+    return {mask.threshold + first_gate_rank * mask.threshold_step, mask.threshold_step, mask.norms};
+  }
 };
 
 // The neurons g of a block of tokens. With a gate, g first holds the sums of up in lane order, until those of gate are
@@ -46,55 +49,85 @@ struct Neurons {
   }
 };
 
-// Computes one block of tokens in three parallel regions: h = B x, then the neurons g, then y over the live neurons.
-// Nothing is rounded between them.
-template <class T>
-void mlp_block(const Mlp<T>& mlp, const T* x, int64_t tokens, T* y) {
-  const std::vector<float> h = project(x, tokens, mlp.B);
-  const int64_t ldg = chunks_of(mlp.neurons()) * kChunk;
-  std::vector<float> g(tokens * ldg);
-  const Neurons<T> neurons{g.data(), ldg, mlp.neurons(), mlp.activation};
-  for_method<Plain<T>>(tokens, [&](auto method) {
+// Computes g from h [tokens, ranks] where up and gate are stored alike: one parallel region reads both.
+template <class W, class T>
+void gated_neurons(const Mlp<T>& mlp, const std::vector<float>& h, int64_t ldh, int64_t tokens, const W& up_rows,
+                   const Neurons<T>& neurons) {
+  for_method<W>(tokens, [&](auto method) {
     using Kept = Masked<decltype(method)>;
-    const int64_t ldh = mlp.B.rows, first = mlp.first_gate_rank, gate_ranks = mlp.gate_rows ? mlp.gate_rows->rows : 0;
-    const Kept up(h.data(), ldh, tokens, mlp.up_rows.rows, mlp.rank_mask(0));
-    const Kept gate(h.data() + first, ldh, tokens, gate_ranks, mlp.rank_mask(first));
-    for_column_slices(mlp.neurons(), (mlp.up_rows.rows + gate_ranks) * tokens, [&](int64_t begin, int64_t end) {
-      if (!mlp.gate_rows) return sum_rows(up, mlp.up_rows, begin, end, neurons.activate_up(mlp.up_bias));
-      sum_rows(up, mlp.up_rows, begin, end, neurons.keep_up(mlp.up_bias));
-      sum_rows(gate, *mlp.gate_rows, begin, end, neurons.gate_up(mlp.gate_bias));
+    const int64_t first = mlp.first_gate_rank, gate_ranks = mlp.gate_rows->rows();
+    const Kept up(h.data(), ldh, tokens, up_rows.rows, mlp.mask);
+    std::optional<Kept> own;  // of gate, unless both read the same values
+    if (first > 0) own.emplace(h.data() + first, ldh, tokens, gate_ranks, mlp.gate_mask());
+    for_storage<T>(*mlp.gate_rows, [&](const auto& gate_rows) {
+      if constexpr (std::is_same_v<std::decay_t<decltype(gate_rows)>, W>)
+        for_column_slices(mlp.neurons(), (up_rows.rows + gate_ranks) * tokens, [&](int64_t begin, int64_t end) {
+          sum_rows(up, up_rows, begin, end, neurons.keep_up(mlp.up_bias));
+          sum_rows(own ? *own : up, gate_rows, begin, end, neurons.gate_up(mlp.gate_bias));
+        });
     });
   });
-  expand(g.data(), ldg, tokens, mlp.down_rows, mlp.down_mask, {y, mlp.down_rows.columns, mlp.down_bias});
 }
 
-Tensor masked_mlp(const Tensor& x, const Tensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows,
-                  const Tensor& threshold, const OptionalTensor& up_bias, const OptionalTensor& gate_bias,
-                  const Tensor& down_rows, const Tensor& down_norms, const Tensor& down_threshold,
-                  const OptionalTensor& down_bias, std::string activation) {
+template <class T>
+void compute_neurons(const Mlp<T>& mlp, const std::vector<float>& h, int64_t ldh, int64_t tokens,
+                     const Neurons<T>& neurons) {
+  if (!mlp.gate_rows) {
+    expand<T>(h.data(), ldh, tokens, mlp.up_rows, mlp.mask, neurons.activate_up(mlp.up_bias));
+  } else if (mlp.up_rows.stored_as(*mlp.gate_rows)) {
+    for_storage<T>(mlp.up_rows, [&](const auto& rows) { gated_neurons(mlp, h, ldh, tokens, rows, neurons); });
+  } else {
+    expand<T>(h.data(), ldh, tokens, mlp.up_rows, mlp.mask, neurons.keep_up(mlp.up_bias));
+    expand<T>(h.data() + mlp.first_gate_rank, ldh, tokens, *mlp.gate_rows, mlp.gate_mask(),
+              neurons.gate_up(mlp.gate_bias));
+  }
+}
+
+// Computes one block of tokens in parallel regions: h = B x (or x itself), then the neurons g, then y over the live
+// neurons. Nothing is rounded between them.
+template <class T>
+void mlp_block(const Mlp<T>& mlp, const T* x, int64_t size, int64_t tokens, T* y) {
+  const std::vector<float> h = mlp.B ? project<T>(x, tokens, *mlp.B) : widened(x, tokens * size);
+  const int64_t ldg = chunks_of(mlp.neurons()) * kChunk;
+  std::vector<float> g(tokens * ldg);
+  compute_neurons(mlp, h, mlp.B ? mlp.B->rows() : size, tokens,
+                  Neurons<T>{g.data(), ldg, mlp.neurons(), mlp.activation});
+  expand<T>(g.data(), ldg, tokens, mlp.down_rows, mlp.down_mask, Output<T>{y, mlp.down_rows.columns, mlp.down_bias});
+}
+
+Tensor masked_mlp(const Tensor& x, const OptionalTensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows,
+                  const Tensor& threshold, const OptionalTensor& norms, const OptionalTensor& up_bias,
+                  const OptionalTensor& gate_bias, const Tensor& down_rows, const Tensor& down_norms,
+                  const Tensor& down_threshold, const OptionalTensor& down_bias, std::string activation,
+                  const OptionalTensor& B_scale, const OptionalTensor& up_scale, const OptionalTensor& gate_scale,
+                  const OptionalTensor& down_scale) {
   const Activation function = find_activation(activation);
-  rana::check_masked_mlp(x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_norms, down_threshold,
-                         down_bias, activation, function != nullptr);
-  const int64_t size = last_size(x), columns = down_rows.size(1);
-  Tensor y = empty_output(x, columns);
+  rana::check_masked_mlp(x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias, down_rows, down_norms,
+                         down_threshold, down_bias, activation, B_scale, up_scale, gate_scale, down_scale,
+                         function != nullptr);
+  const int64_t size = last_size(x), ranks = B ? B->size(0) : size;
+  const Weight down(down_rows, down_scale);
+  Tensor y = empty_output(x, down.columns);
   const Packed<float> t(threshold), down_t(down_threshold), down_n(down_norms);
+  const auto n = packed<float>(norms);
   for_dtype(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const Packed<T> input(x);
     const auto up_b = packed<T>(up_bias), gate_b = packed<T>(gate_bias), down_b = packed<T>(down_bias);
-    const Mlp<T> mlp{plain<T>(B),
-                     plain<T>(up_rows),
-                     gate_rows ? std::optional(plain<T>(*gate_rows)) : std::nullopt,
-                     first_gate_rank(B, gate_rows),
-                     t.data,
+    const Mlp<T> mlp{B ? std::optional<Weight>(std::in_place, *B, B_scale, size) : std::nullopt,
+                     Weight(up_rows, up_scale),
+                     gate_rows ? std::optional<Weight>(std::in_place, *gate_rows, gate_scale) : std::nullopt,
+                     first_gate_rank(ranks, gate_rows),
+                     {t.data, threshold.dim(), data_of(n)},
                      data_of(up_b),
                      data_of(gate_b),
-                     plain<T>(down_rows),
+                     down,
                      {down_t.data, down_threshold.dim(), down_n.data},
                      data_of(down_b),
                      function};
     for_blocks(tokens_of(x), [&](int64_t first, int64_t tokens) {
-      mlp_block<T>(mlp, input.data + first * size, tokens, static_cast<T*>(y.mutable_data_ptr()) + first * columns);
+      mlp_block<T>(mlp, input.data + first * size, size, tokens,
+                   static_cast<T*>(y.mutable_data_ptr()) + first * down.columns);
     });
   });
   return y;

@@ -192,6 +192,23 @@ inline void store_natural(float* p, Chunk c, int64_t count) {
   std::memcpy(p, natural, (count < kChunk ? count : kChunk) * sizeof(float));
 }
 
+// Brings a chunk from natural order into the lane order of T.
+template <class T>
+inline Chunk to_lane_order(Chunk natural) {
+  if constexpr (natural_position<T>(1) == 1) return natural;
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512 lo = (__m512)natural.lo, hi = (__m512)natural.hi;
+  return {(Vec)_mm512_permutex2var_ps(lo, even, hi), (Vec)_mm512_permutex2var_ps(lo, odd, hi)};
+#else
+  float from[kChunk], lanes[kChunk];
+  store(from, natural);
+  for (int i = 0; i < kChunk; i++) lanes[i] = from[natural_position<T>(i)];
+  return load(lanes);
+#endif
+}
+
 // Converts `count` elements to float32. Where lane order is natural order, whole chunks are faster than what the
 // compiler makes of the loop for half.
 template <class T>

@@ -19,6 +19,7 @@ struct Single {
   static void pack_elements(const typename W::Element* p, int64_t count, Value* values) { widen(p, count, values); }
   static Chunk rows(const typename W::Row* row, int64_t n) { return W::load(row[0], n); }
   static Chunk rows(const typename W::Row* row, int64_t n, int64_t count) { return W::load(row[0], n, count); }
+  static Chunk to_lanes(Chunk sums) { return W::to_lanes(sums); }
   static void multiply_add(Chunk& sums, Value h, Chunk w) {
     const Vec c = splat(h);
     sums.lo += c * w.lo;
@@ -49,12 +50,13 @@ struct Pair {
     return {(Vec)((a & 0xffffu) | (b << 16)), (Vec)((a >> 16) | (b & 0xffff0000u))};
   }
   static Chunk rows(const typename W::Row* row, int64_t n) {
-    return interleave((Bits)W::load_operand(row[0], n), (Bits)W::load_operand(row[1], n));
+    return interleave(W::load_pairs(row[0], n), W::load_pairs(row[1], n));
   }
   static Chunk rows(const typename W::Row* row, int64_t n, int64_t count) {
     if (count >= kChunk) return rows(row, n);
-    return interleave((Bits)W::load_operand(row[0], n, count), (Bits)W::load_operand(row[1], n, count));
+    return interleave(W::load_pairs(row[0], n, count), W::load_pairs(row[1], n, count));
   }
+  static Chunk to_lanes(Chunk sums) { return sums; }
   static void multiply_add(Chunk& sums, Value h, Chunk w) {
     const __m512bh pair = (__m512bh)_mm512_set1_epi32(h);
     sums.lo = (Vec)_mm512_dpbf16_ps((__m512)sums.lo, pair, (__m512bh)(__m512i)w.lo);

@@ -2,26 +2,37 @@
 //
 // A storage is a small value that is passed in place of a pointer. Kernels use these members only:
 //   Element                the type of the x, y and bias that belong to the weights
+//   Input                  the type of x beside operands of a projection: Element or float
 //   Row                    a position: a row, from some column on. It may be more than a pointer (values and scales).
 //   kBits                  bits of memory a column
 //   kAddressable           true if a Row is a pointer to Elements, and rows lie `ld` Elements apart
 //   rows, columns          the shape
-//   at(row, column)        the Row of that row from that column on; the column is a multiple of kChunk
-//   load(row, n)           columns [n, n + kChunk) after a Row as float32, in the lane order of Element
-//   load_operand(row, n)   the same columns in the form that multiply_add takes
+//   at(row, column)        the Row of that row from that column on; the column is a multiple of kAlignedColumns
+//   load(row, n)           columns [n, n + kChunk) after a Row as float32, in the storage's own order
+//   to_lanes(chunk)        from that order into the lane order of Element
+//   load_pairs(row, n)     the same columns as Elements in natural order, for products of pairs of bfloat16
 //   address(row, n)        the address of column n, for prefetches
 //   elements(row, count, buffer)   a pointer to the first `count` columns as Elements, if necessary in `buffer`
-// Both loads also exist with an argument `count` for the incomplete chunk at the end of a row.
+//   term(row, value, size, room)   `value` times `size` columns of a Row, made ready to be read once by one token;
+//                          `room` has space for room(size) floats. A Term has operand(n), for a projection, and
+//                          add_to(sums, n).
+// Every load also exists with an argument `count` for the incomplete chunk at the end of a row.
 #pragma once
+
+#include <algorithm>
 
 #include "simd.h"
 
 namespace {
 
+constexpr int64_t kAlignedColumns = 32;
+static_assert(kAlignedColumns % kChunk == 0);
+
 // Weights stored as they are multiplied: in the type of x.
 template <class T>
 struct Plain {
   using Element = T;
+  using Input = T;
   using Row = const T*;
   static constexpr int64_t kBits = 8 * sizeof(T);
   static constexpr bool kAddressable = true;
@@ -33,10 +44,33 @@ struct Plain {
 
   static Chunk load(Row row, int64_t n) { return ::load(row + n); }
   static Chunk load(Row row, int64_t n, int64_t count) { return load_first(row + n, count); }
-  static auto load_operand(Row row, int64_t n) { return ::load_operand(row + n); }
-  static auto load_operand(Row row, int64_t n, int64_t count) { return load_operand_first(row + n, count); }
+  static Chunk to_lanes(Chunk chunk) { return chunk; }
+  static Bits load_pairs(Row row, int64_t n) { return load_bytes<Bits>(row + n); }
+  static Bits load_pairs(Row row, int64_t n, int64_t count) {
+    T padded[kChunk] = {};
+    std::memcpy(padded, row + n, std::min<int64_t>(count, kChunk) * sizeof(T));
+    return load_bytes<Bits>(padded);
+  }
   static const void* address(Row row, int64_t n) { return row + n; }
   static const T* elements(Row row, int64_t /*count*/, T* /*buffer*/) { return row; }
+
+  struct Term {
+    Row row;
+    Vec value;
+
+    auto operand(int64_t n) const { return load_operand(row + n); }
+    auto operand(int64_t n, int64_t count) const { return load_operand_first(row + n, count); }
+    void add_to(Chunk& sums, int64_t n) const { add_to(sums, load(row, n)); }
+    void add_to(Chunk& sums, int64_t n, int64_t count) const { add_to(sums, load(row, n, count)); }
+
+   private:
+    void add_to(Chunk& sums, Chunk w) const {
+      sums.lo += value * w.lo;
+      sums.hi += value * w.hi;
+    }
+  };
+  static constexpr int64_t room(int64_t /*size*/) { return 0; }
+  static Term term(Row row, float value, int64_t /*size*/, float* /*room*/) { return {row, splat(value)}; }
 };
 
 // How many columns take `bytes` bytes of a row.

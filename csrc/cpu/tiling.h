@@ -49,8 +49,9 @@ void parallel(int64_t items, int64_t weights_per_item, F f) {
 // defeat the prefetcher; threads split columns, because then nothing has to be reduced afterwards.
 template <class F>
 void for_column_slices(int64_t columns, int64_t rows, F f) {
-  parallel(chunks_of(columns), rows * kChunk,
-           [&](int64_t begin, int64_t end) { f(begin * kChunk, std::min(end * kChunk, columns)); });
+  constexpr int64_t kUnit = kAlignedColumns;
+  parallel((columns + kUnit - 1) / kUnit, rows * kUnit,
+           [&](int64_t begin, int64_t end) { f(begin * kUnit, std::min(end * kUnit, columns)); });
 }
 
 }  // namespace

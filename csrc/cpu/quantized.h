@@ -1,0 +1,191 @@
+// Quantised weights: int8, or two 4-bit values a byte, with a float16 scale a group (csrc/quantized.h).
+//
+// A loop reads the whole numbers of a row and multiplies by scales as seldom as it can. All sizes of groups are
+// multiples of 32 columns or whole rows, so loops see one scale for every 32 columns.
+#pragma once
+
+#include "../quantized.h"
+#include "storage.h"
+
+namespace {
+
+constexpr int64_t kScaleColumns = kAlignedColumns;
+
+// The whole numbers of a chunk in natural order, and the scale of its columns.
+struct Scaled {
+  Chunk steps;
+  Vec scale;
+};
+
+inline Vec multiply_add(Vec sum, Chunk x, Scaled w) {
+  Vec product = x.lo * w.steps.lo;
+  product += x.hi * w.steps.hi;
+  sum += w.scale * product;
+  return sum;
+}
+
+template <class From>
+inline Vec to_floats(const void* p) {
+  using Some __attribute__((vector_size(kLanes * sizeof(From)))) = From;
+  return __builtin_convertvector(load_bytes<Some>(p), Vec);
+}
+
+// ---- whole numbers as floats: kChunk columns, from a multiple of kChunk on ----
+
+template <int kWidth>
+struct Steps;
+
+template <>
+struct Steps<8> {
+  static Chunk load(const uint8_t* row, int64_t n, int64_t /*columns*/) {
+    return {to_floats<int8_t>(row + n), to_floats<int8_t>(row + n + kLanes)};
+  }
+  static float one(const uint8_t* row, int64_t n, int64_t /*columns*/) { return int8_t(row[n]); }
+};
+
+template <>
+struct Steps<4> {
+  static Chunk load(const uint8_t* row, int64_t n, int64_t columns) {
+    const int64_t start = n / kBlock * kBlock;
+    const uint8_t* const block = row + start / 2;
+#if defined(__AVX512F__)
+    static_assert(kChunk == kBlock);
+    const __m512i bytes = _mm512_cvtepu8_epi32(load_bytes<__m128i>(block));
+    // The look-up takes the low four bits of each index.
+    const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    return {(Vec)_mm512_permutexvar_ps(bytes, values), (Vec)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values)};
+#else
+    if (start + kBlock > columns) return load_one_by_one(row, n, columns);
+    return {nibbles(block, n - start), nibbles(block, n - start + kLanes)};
+#endif
+  }
+  // In a shorter last block the columns lie in plain order.
+  static float one(const uint8_t* row, int64_t n, int64_t columns) {
+    const int64_t start = n / kBlock * kBlock, i = n - start;
+    const bool whole = start + kBlock <= columns;
+    const int byte = row[start / 2 + (whole ? i % (kBlock / 2) : i / 2)];
+    const bool high = whole ? i >= kBlock / 2 : i % 2;
+    return int8_t((high ? byte : byte << 4) & 0xf0) / 16;
+  }
+
+ private:
+  static constexpr int64_t kBlock = rana::kNibbleBlock;
+
+  static Vec nibbles(const uint8_t* block, int64_t column) {
+    using Bytes __attribute__((vector_size(kLanes))) = uint8_t;
+    using Ints __attribute__((vector_size(kVectorBytes))) = int32_t;
+    const Ints bytes = __builtin_convertvector(load_bytes<Bytes>(block + column % (kBlock / 2)), Ints);
+    return __builtin_convertvector((column < kBlock / 2 ? bytes << 28 : bytes << 24) >> 28, Vec);
+  }
+  static Chunk load_one_by_one(const uint8_t* row, int64_t n, int64_t columns) {
+    float values[kChunk];
+    for (int i = 0; i < kChunk; i++) values[i] = one(row, n + i, columns);
+    return ::load(values);
+  }
+};
+
+// float16 to float32, one value.
+inline float to_float(half scale) {
+#if defined(__F16C__)
+  uint16_t bits;
+  std::memcpy(&bits, &scale, sizeof bits);
+  return _cvtsh_ss(bits);
+#else
+  return scale;
+#endif
+}
+
+// Weights of kWidth bits beside inputs of type T.
+template <class T, int kWidth>
+struct Quantized {
+  using Element = T;
+  using Input = float;
+  struct Row {
+    const uint8_t* steps;
+    const half* scale;
+    int64_t first;  // the column where it starts, a multiple of kScaleColumns
+    const Quantized* all;
+
+    int64_t left() const { return all->columns - first; }
+  };
+  static constexpr int64_t kBits = kWidth;
+  static constexpr bool kAddressable = false;
+
+  const uint8_t* data;
+  int64_t rows, columns, ld;  // ld in bytes
+  const half* scale;
+  int64_t scale_ld;
+  int group_bits;  // a group has 2^group_bits columns, or all
+
+  Row at(int64_t row, int64_t column) const {
+    return {data + row * ld + column * kWidth / 8, scale + row * scale_ld, column, this};
+  }
+
+  static const void* address(const Row& row, int64_t n) { return row.steps + n * kWidth / 8; }
+  static float scale_at(const Row& row, int64_t n) { return to_float(row.scale[(row.first + n) >> row.all->group_bits]); }
+
+  static Chunk load(const Row& row, int64_t n) {
+    const Vec scale = splat(scale_at(row, n));
+    const Chunk steps = Steps<kWidth>::load(row.steps, n, row.left());
+    return {steps.lo * scale, steps.hi * scale};
+  }
+  static Chunk load(const Row& row, int64_t n, int64_t count) {
+    if (count >= kChunk) return load(row, n);
+    float padded[kChunk] = {};
+    for (int64_t i = 0; i < count; i++) padded[i] = one(row, n + i) * scale_at(row, n);
+    return ::load(padded);
+  }
+  static Bits load_pairs(const Row& row, int64_t n) { return to_pairs(load(row, n)); }
+  static Bits load_pairs(const Row& row, int64_t n, int64_t count) { return to_pairs(load(row, n, count)); }
+
+  static const T* elements(const Row& row, int64_t count, T* buffer) {
+    for (int64_t n = 0; n < count; n += kChunk)
+      store_first(buffer + n, to_lanes(load(row, n, count - n)), count - n);
+    return buffer;
+  }
+
+  static Chunk to_lanes(Chunk natural) { return to_lane_order<T>(natural); }
+
+  // A row times a value, ready to be read: the scales, times the value, are widened once.
+  struct Term {
+    const uint8_t* steps;
+    const float* factor;  // one for every kScaleColumns columns
+    int64_t columns;
+
+    Scaled operand(int64_t n) const { return {Steps<kWidth>::load(steps, n, columns), splat(factor[n / kScaleColumns])}; }
+    Scaled operand(int64_t n, int64_t count) const {
+      if (count >= kChunk) return operand(n);
+      float padded[kChunk] = {};
+      for (int64_t i = 0; i < count; i++) padded[i] = Steps<kWidth>::one(steps, n + i, columns);
+      return {::load(padded), splat(factor[n / kScaleColumns])};
+    }
+    void add_to(Chunk& sums, Scaled w) const {
+      sums.lo += w.scale * w.steps.lo;
+      sums.hi += w.scale * w.steps.hi;
+    }
+    void add_to(Chunk& sums, int64_t n) const { add_to(sums, operand(n)); }
+    void add_to(Chunk& sums, int64_t n, int64_t count) const { add_to(sums, operand(n, count)); }
+  };
+  static constexpr int64_t room(int64_t size) { return (size + kScaleColumns - 1) / kScaleColumns; }
+  static Term term(const Row& row, float value, int64_t size, float* into) {
+    const int bits = row.all->group_bits;
+    if (bits == 5) {
+      static_assert(kScaleColumns == 32);
+      widen(row.scale + row.first / kScaleColumns, room(size), into);
+      for (int64_t i = 0; i < room(size); i++) into[i] *= value;
+    } else {
+      for (int64_t i = 0; i < room(size); i++) into[i] = value * to_float(row.scale[(row.first + i * kScaleColumns) >> bits]);
+    }
+    return {row.steps, into, row.left()};
+  }
+
+ private:
+  static float one(const Row& row, int64_t n) { return Steps<kWidth>::one(row.steps, n, row.left()); }
+  static Bits to_pairs(Chunk natural) {
+    bfloat16 pairs[kChunk];
+    store(pairs, to_lane_order<bfloat16>(natural));
+    return load_bytes<Bits>(pairs);
+  }
+};
+
+}  // namespace
