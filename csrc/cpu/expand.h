@@ -27,13 +27,20 @@ struct Output {
   }
 };
 
-// Computes (m ⊙ h) rows. Calls done(token, column, sums in lane order), in several threads.
-template <class W, class Done>
+// Returns `done` for sums in the lane order of W's elements, where it wants that of T.
+template <class T, class W, class Done>
+auto in_lanes_of(Done done) {
+  if constexpr (std::is_same_v<typename W::Element, T>) return done;
+  else return [=](int64_t m, int64_t n, Chunk natural) { done(m, n, to_lane_order<T>(natural)); };
+}
+
+// Computes (m ⊙ h) rows. Calls done(token, column, sums in the lane order of T), in several threads.
+template <class T, class W, class Done>
 void expand(const float* h, int64_t ldh, int64_t tokens, const W& rows, Mask mask, Done done) {
   for_method<W>(tokens, [&](auto method) {
     const Masked<decltype(method)> kept(h, ldh, tokens, rows.rows, mask);
     for_column_slices(rows.columns, rows.rows * tokens,
-                      [&](int64_t begin, int64_t end) { sum_rows(kept, rows, begin, end, done); });
+                      [&](int64_t begin, int64_t end) { sum_rows(kept, rows, begin, end, in_lanes_of<T, W>(done)); });
   });
 }
 

@@ -63,7 +63,7 @@ void sum_rows(const Masked<ByPanels<Step>>& h, const W& weights, int64_t begin, 
       }
     }
     for (int64_t c = 0; c < chunks; c++)
-      for (int64_t m = 0; m < h.tokens; m++) done(m, n + c * kChunk, Step::to_lanes(sums[c * tiles * kTile + m]));
+      for (int64_t m = 0; m < h.tokens; m++) done(m, n + c * kChunk, sums[c * tiles * kTile + m]);
   }
 }
 

@@ -15,11 +15,15 @@ constexpr int kStreams = 12;
 constexpr int kFarStreams = 10;
 #if defined(__AVX512F__)
 constexpr int kTokensAtOnce = 8;  // 16 sums, the rows and a value in 32 registers
-constexpr int kFarChunks = 2;     // 4 sums and the values of ten streams
+constexpr int kFewestFarChunks = 2;  // 4 sums and the values of ten streams
 #else
 constexpr int kTokensAtOnce = 4;
-constexpr int kFarChunks = 1;
+constexpr int kFewestFarChunks = 1;
 #endif
+// Chunks of a stream that one token adds before the next stream: at least a line of the caches, as far as there are
+// registers for the sums. The values of quantised rows are not in registers.
+template <class W>
+constexpr int kFarChunks = std::max(kFewestFarChunks, std::min(kLineChunks<W>, 4));
 
 // The distances of prefetches. The hardware prefetcher follows a dozen streams only if the loads of a stream are close
 // together in time, but the sums of several tokens come between them. It also does not know where a stream continues
@@ -58,20 +62,19 @@ inline void add_chunk(Rows rows, const typename Step::Value* values, int64_t tok
   if (m < tokens) add(std::integral_constant<int, 1>{});
 }
 
-// Adds the columns [n, n + kChunks · kChunk) of one row of each stream. ask(i, n) prefetches for stream i; `count` is
-// the argument of an incomplete chunk, or nothing.
-template <int kChunks, class Term, class Ask, class... Count>
-inline void add_columns(const Term (&term)[kFarStreams], int64_t n, float* sums, Ask ask, Count... count) {
+// Adds the columns [n, n + kChunks · kChunk) of one row of each stream. ask(i, n, count) prefetches for stream i;
+// `rest` is the argument of an incomplete chunk, or nothing.
+template <int kChunks, class Term, class Ask, class... Rest>
+inline void add_columns(const Term (&term)[kFarStreams], int64_t n, float* sums, Ask ask, Rest... rest) {
   Chunk tile[kChunks];
 #pragma GCC unroll 16
   for (int c = 0; c < kChunks; c++) tile[c] = load(sums + n + c * kChunk);
 #pragma GCC unroll 16
-  for (int i = 0; i < kFarStreams; i++)
+  for (int i = 0; i < kFarStreams; i++) {
+    ask(i, n, kChunks * kChunk);
 #pragma GCC unroll 16
-    for (int c = 0; c < kChunks; c++) {
-      ask(i, n + c * kChunk);
-      term[i].add_to(tile[c], n + c * kChunk, count...);
-    }
+    for (int c = 0; c < kChunks; c++) term[i].add_to(tile[c], n + c * kChunk, rest...);
+  }
 #pragma GCC unroll 16
   for (int c = 0; c < kChunks; c++) store(sums + n + c * kChunk, tile[c]);
 }
@@ -81,14 +84,14 @@ inline void add_columns(const Term (&term)[kFarStreams], int64_t n, float* sums,
 template <class W, class Row = typename W::Row>
 inline void add_rows(const Row (&row)[kFarStreams], const Row (&next)[kFarStreams], const float* h, int64_t size,
                      float* room, float* sums) {
-  constexpr int64_t kAhead = columns_in<W>(kFarAheadBytes), kStep = kFarChunks * kChunk;
+  constexpr int64_t kAhead = columns_in<W>(kFarAheadBytes), kStep = kFarChunks<W> * kChunk;
   typename W::Term term[kFarStreams];
   for (int i = 0; i < kFarStreams; i++) term[i] = W::term(row[i], h[i], size, room + i * W::room(size));
-  const auto its_own = [&](int i, int64_t n) { ask_for<W>(row[i], n + kAhead); };
-  const auto the_next = [&](int i, int64_t n) { ask_for<W>(next[i], n + kAhead - size); };
+  const auto its_own = [&](int i, int64_t n, int64_t count) { ask_for<W>(row[i], n + kAhead, count); };
+  const auto the_next = [&](int i, int64_t n, int64_t count) { ask_for<W>(next[i], n + kAhead - size, count); };
   int64_t n = 0;
-  for (; n + kStep <= size - kAhead; n += kStep) add_columns<kFarChunks>(term, n, sums, its_own);
-  for (; n + kStep <= size; n += kStep) add_columns<kFarChunks>(term, n, sums, the_next);
+  for (; n + kStep <= size - kAhead; n += kStep) add_columns<kFarChunks<W>>(term, n, sums, its_own);
+  for (; n + kStep <= size; n += kStep) add_columns<kFarChunks<W>>(term, n, sums, the_next);
   for (; n + kChunk <= size; n += kChunk) add_columns<1>(term, n, sums, the_next);
   if (n < size) add_columns<1>(term, n, sums, the_next, size - n);
 }
@@ -159,7 +162,7 @@ void sum_rows(const Masked<ByVectors<Step>>& h, const W& rows, int64_t begin, in
     s = add_groups<Step, 4 / Step::kRows>(h, s, rows, n, size, sums, lds);
     add_groups<Step, 1>(h, s, rows, n, size, sums, lds);
     for (int64_t m = 0; m < h.tokens; m++)
-      for (int64_t i = 0; i < size; i += kChunk) done(m, n + i, Step::to_lanes(load(sums + m * lds + i)));
+      for (int64_t i = 0; i < size; i += kChunk) done(m, n + i, load(sums + m * lds + i));
   }
 }
 

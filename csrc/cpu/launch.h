@@ -44,34 +44,48 @@ struct Weight {
   bool stored_as(const Weight& other) const { return tensor.scalar_type() == other.tensor.scalar_type(); }
 };
 
-// Calls f with the storage of a weight.
+// Quantised weights are multiplied as float32, or as bfloat16 where the processor multiplies those faster.
+template <class T>
+using Multiplied = std::conditional_t<kMultipliesPairs<T>, T, float>;
+
+// Calls f with the storage of a weight. If `pairs`, a quantised weight may become bfloat16.
 template <class T, class F>
-void for_storage(const Weight& weight, F f) {
+void for_storage(const Weight& weight, bool pairs, F f) {
+  const auto as = [&](auto element) {
+    using E = decltype(element);
+    if (rana::is_packed(weight.tensor)) f(quantized<E, 4>(weight.tensor, *weight.scale, weight.columns));
+    else f(quantized<E, 8>(weight.tensor, *weight.scale, weight.columns));
+  };
   if (!weight.scale) f(plain<T>(weight.tensor));
-  else if (rana::is_packed(weight.tensor)) f(quantized<T, 4>(weight.tensor, *weight.scale, weight.columns));
-  else f(quantized<T, 8>(weight.tensor, *weight.scale, weight.columns));
+  else if (pairs) as(Multiplied<T>{});
+  else as(float{});
+}
+
+// Returns x in another type.
+template <class To, class From>
+std::vector<To> converted(const From* x, int64_t count) {
+  std::vector<To> result(count);
+  if constexpr (std::is_same_v<To, float>) widen(x, count, result.data());
+  else std::copy_n(x, count, result.data());
+  return result;
 }
 
 // Returns h = x Bᵀ in float32, [tokens, B.rows()].
 template <class T>
 std::vector<float> project(const T* x, int64_t tokens, const Weight& B) {
-  std::vector<float> h;
-  for_storage<T>(B, [&](const auto& rows) { h = project(x, tokens, rows); });
+  std::vector<float> h(tokens * B.rows());
+  for_storage<T>(B, tokens > kVectorTokens, [&](const auto& rows) {
+    using E = typename std::decay_t<decltype(rows)>::Element;
+    if constexpr (std::is_same_v<E, T>) project(x, tokens, rows, h.data());
+    else project(converted<E>(x, tokens * B.columns).data(), tokens, rows, h.data());
+  });
   return h;
 }
 
-// Computes (m ⊙ h) rows. Calls done(token, column, sums in lane order).
+// Computes (m ⊙ h) rows. Calls done(token, column, sums in the lane order of T), in several threads.
 template <class T, class Done>
 void expand(const float* h, int64_t ldh, int64_t tokens, const Weight& rows, Mask mask, Done done) {
-  for_storage<T>(rows, [&](const auto& weights) { expand(h, ldh, tokens, weights, mask, done); });
-}
-
-// Returns x in float32.
-template <class T>
-std::vector<float> widened(const T* x, int64_t count) {
-  std::vector<float> wide(count);
-  widen(x, count, wide.data());
-  return wide;
+  for_storage<T>(rows, expands_pairs(tokens), [&](const auto& weights) { expand<T>(h, ldh, tokens, weights, mask, done); });
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ constexpr int64_t kRowAheadBytes = 0;
 // h[m][i · apart] = B[first + i · apart] · x[m] for a tile of kRows rows i and kTokens tokens m; x is [tokens,
 // columns].
 template <int kRows, int kTokens, class W>
-void dot_tile(const W& B, int64_t first, int64_t apart, const typename W::Input* x, float* room, float* h,
+void dot_tile(const W& B, int64_t first, int64_t apart, const typename W::Element* x, float* room, float* h,
               int64_t ldh) {
   const int64_t size = B.columns;
   typename W::Row row[kRows];
@@ -39,30 +39,35 @@ void dot_tile(const W& B, int64_t first, int64_t apart, const typename W::Input*
     term[r] = W::term(row[r], 1.0f, size, room + r * W::room(size));
   }
   Vec sums[kTokens][kRows] = {};
-  const auto add = [&](int64_t k, auto load_x, auto load_weights) {
+  // `count` is the argument of an incomplete chunk, or nothing.
+  const auto add = [&](int64_t k, auto load_x, auto... count) {
     decltype(load_x(x)) v[kTokens];
     for (int m = 0; m < kTokens; m++) v[m] = load_x(x + m * size + k);
     for (int r = 0; r < kRows; r++) {
-      if (kRowAheadBytes) ask_for<W>(row[r], k + columns_in<W>(kRowAheadBytes));
-      const auto w = load_weights(term[r]);
+      const auto w = term[r].operand(k, count...);
       for (int m = 0; m < kTokens; m++) sums[m][r] = multiply_add(sums[m][r], v[m], w);
     }
   };
-  using Input = typename W::Input;
-  using Term = typename W::Term;
+  const auto ask = [&](int64_t k) {
+    for (int r = 0; r < kRows; r++) ask_for<W>(row[r], k + columns_in<W>(kRowAheadBytes));
+  };
+  const auto whole = [](const typename W::Element* p) { return load_operand(p); };
+  constexpr int64_t kStep = kLineChunks<W> * kChunk;
   int64_t k = 0;
-  for (; k + kChunk <= size; k += kChunk)
-    add(k, [](const Input* p) { return load_operand(p); }, [k](const Term& t) { return t.operand(k); });
+  for (; k + kStep <= size; k += kStep) {
+    if (kRowAheadBytes) ask(k);
+#pragma GCC unroll 4
+    for (int c = 0; c < kLineChunks<W>; c++) add(k + c * kChunk, whole);
+  }
+  for (; k + kChunk <= size; k += kChunk) add(k, whole);
   if (const int64_t count = size - k; count > 0)
-    add(
-        k, [=](const Input* p) { return load_operand_first(p, count); },
-        [=](const Term& t) { return t.operand(k, count); });
+    add(k, [=](const typename W::Element* p) { return load_operand_first(p, count); }, count);
   for (int m = 0; m < kTokens; m++)
     for (int r = 0; r < kRows; r++) h[m * ldh + r * apart] = sum(sums[m][r]);
 }
 
 template <int kRows, class W>
-void dot_tokens(const W& B, int64_t first, int64_t apart, const typename W::Input* x, int64_t tokens, float* room,
+void dot_tokens(const W& B, int64_t first, int64_t apart, const typename W::Element* x, int64_t tokens, float* room,
                 float* h, int64_t ldh) {
   int64_t m = 0;
   const auto tile = [&](auto count) {
@@ -77,7 +82,7 @@ void dot_tokens(const W& B, int64_t first, int64_t apart, const typename W::Inpu
 // Reads the rows [begin, end) as kRows streams, each a share of them. The streams are far apart, because the hardware
 // prefetcher follows distant rows better than neighbouring ones. All streams use the same loads of x.
 template <int kRows, class W>
-void dot_streams(const W& B, const typename W::Input* x, int64_t tokens, int64_t begin, int64_t end, float* h,
+void dot_streams(const W& B, const typename W::Element* x, int64_t tokens, int64_t begin, int64_t end, float* h,
                  int64_t ldh) {
   const int64_t share = (end - begin) / kRows;
   std::vector<float> room(kRows * W::room(B.columns));
@@ -86,34 +91,18 @@ void dot_streams(const W& B, const typename W::Input* x, int64_t tokens, int64_t
   for (int64_t r = begin + kRows * share; r < end; r++) dot_tokens<1>(B, r, 1, x, tokens, room.data(), h, ldh);
 }
 
-// x [tokens, size] as vectors read it: as it is, or widened to float32 where weights are quantised.
-template <class W>
-struct Inputs {
-  std::vector<float> wide;
-  const typename W::Input* data;
-
-  Inputs(const typename W::Element* x, int64_t count) {
-    if constexpr (std::is_same_v<typename W::Input, typename W::Element>) {
-      data = x;
-    } else {
-      wide.resize(count);
-      widen(x, count, wide.data());
-      data = wide.data();
-    }
-  }
-};
-
+// Vectors read x [tokens, size] as it is.
 template <class Step>
-Inputs<typename Step::Weights> arrange(ByVectors<Step>, const Element<Step>* x, int64_t tokens, int64_t size) {
-  return {x, tokens * size};
+const Element<Step>* arrange(ByVectors<Step>, const Element<Step>* x, int64_t /*tokens*/, int64_t /*size*/) {
+  return x;
 }
 
 // h[m][r] = B[r] · x[m] for r in [begin, end) and all tokens; h is [tokens, ldh].
 template <class Step, class W>
-void project_rows(ByVectors<Step>, const W& B, const Inputs<W>& x, int64_t tokens, int64_t begin, int64_t end, float* h,
+void project_rows(ByVectors<Step>, const W& B, const typename W::Element* x, int64_t tokens, int64_t begin, int64_t end, float* h,
                   int64_t ldh) {
-  if (tokens <= kFewTokens) dot_streams<kRowsOfFew>(B, x.data, tokens, begin, end, h, ldh);
-  else dot_streams<kTileRows>(B, x.data, tokens, begin, end, h, ldh);
+  if (tokens <= kFewTokens) dot_streams<kRowsOfFew>(B, x, tokens, begin, end, h, ldh);
+  else dot_streams<kTileRows>(B, x, tokens, begin, end, h, ldh);
 }
 
 }  // namespace

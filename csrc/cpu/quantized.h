@@ -24,10 +24,34 @@ inline Vec multiply_add(Vec sum, Chunk x, Scaled w) {
   return sum;
 }
 
-template <class From>
-inline Vec to_floats(const void* p) {
-  using Some __attribute__((vector_size(kLanes * sizeof(From)))) = From;
-  return __builtin_convertvector(load_bytes<Some>(p), Vec);
+using Ints = int32_t __attribute__((vector_size(kVectorBytes)));
+
+// kLanes signed bytes, each in the high byte of a lane; the rest of the lane is not defined.
+inline Ints high_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_slli_epi32(_mm512_cvtepu8_epi32(load_bytes<__m128i>(p)), 24);
+#elif defined(__AVX2__)
+  return (Ints)_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 24);
+#elif defined(__SSE2__)
+  const __m128i bytes = _mm_cvtsi32_si128(load_bytes<int32_t>(p)), pairs = _mm_unpacklo_epi8(bytes, bytes);
+  return (Ints)_mm_unpacklo_epi16(pairs, pairs);
+#else
+  Ints lanes;
+  for (int i = 0; i < kLanes; i++) lanes[i] = int32_t(uint32_t(p[i]) << 24);
+  return lanes;
+#endif
+}
+
+inline Vec to_floats(Ints v) { return __builtin_convertvector(v, Vec); }
+
+inline Vec signed_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return to_floats((Ints)_mm512_cvtepi8_epi32(load_bytes<__m128i>(p)));
+#elif defined(__AVX2__)
+  return to_floats((Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return to_floats(high_bytes(p) >> 24);
+#endif
 }
 
 // ---- whole numbers as floats: kChunk columns, from a multiple of kChunk on ----
@@ -38,7 +62,7 @@ struct Steps;
 template <>
 struct Steps<8> {
   static Chunk load(const uint8_t* row, int64_t n, int64_t /*columns*/) {
-    return {to_floats<int8_t>(row + n), to_floats<int8_t>(row + n + kLanes)};
+    return {signed_bytes(row + n), signed_bytes(row + n + kLanes)};
   }
   static float one(const uint8_t* row, int64_t n, int64_t /*columns*/) { return int8_t(row[n]); }
 };
@@ -72,10 +96,8 @@ struct Steps<4> {
   static constexpr int64_t kBlock = rana::kNibbleBlock;
 
   static Vec nibbles(const uint8_t* block, int64_t column) {
-    using Bytes __attribute__((vector_size(kLanes))) = uint8_t;
-    using Ints __attribute__((vector_size(kVectorBytes))) = int32_t;
-    const Ints bytes = __builtin_convertvector(load_bytes<Bytes>(block + column % (kBlock / 2)), Ints);
-    return __builtin_convertvector((column < kBlock / 2 ? bytes << 28 : bytes << 24) >> 28, Vec);
+    const Ints bytes = high_bytes(block + column % (kBlock / 2));
+    return to_floats((column < kBlock / 2 ? bytes << 4 : bytes) >> 28);
   }
   static Chunk load_one_by_one(const uint8_t* row, int64_t n, int64_t columns) {
     float values[kChunk];
@@ -99,7 +121,6 @@ inline float to_float(half scale) {
 template <class T, int kWidth>
 struct Quantized {
   using Element = T;
-  using Input = float;
   struct Row {
     const uint8_t* steps;
     const half* scale;
@@ -124,13 +145,15 @@ struct Quantized {
   static const void* address(const Row& row, int64_t n) { return row.steps + n * kWidth / 8; }
   static float scale_at(const Row& row, int64_t n) { return to_float(row.scale[(row.first + n) >> row.all->group_bits]); }
 
-  static Chunk load(const Row& row, int64_t n) {
+  static Chunk load(const Row& row, int64_t n) { return to_lane_order<T>(load_natural(row, n)); }
+  static Chunk load(const Row& row, int64_t n, int64_t count) { return to_lane_order<T>(load_natural(row, n, count)); }
+  static Chunk load_natural(const Row& row, int64_t n) {
     const Vec scale = splat(scale_at(row, n));
     const Chunk steps = Steps<kWidth>::load(row.steps, n, row.left());
     return {steps.lo * scale, steps.hi * scale};
   }
-  static Chunk load(const Row& row, int64_t n, int64_t count) {
-    if (count >= kChunk) return load(row, n);
+  static Chunk load_natural(const Row& row, int64_t n, int64_t count) {
+    if (count >= kChunk) return load_natural(row, n);
     float padded[kChunk] = {};
     for (int64_t i = 0; i < count; i++) padded[i] = one(row, n + i) * scale_at(row, n);
     return ::load(padded);
@@ -140,11 +163,9 @@ struct Quantized {
 
   static const T* elements(const Row& row, int64_t count, T* buffer) {
     for (int64_t n = 0; n < count; n += kChunk)
-      store_first(buffer + n, to_lanes(load(row, n, count - n)), count - n);
+      store_first(buffer + n, load(row, n, count - n), count - n);
     return buffer;
   }
-
-  static Chunk to_lanes(Chunk natural) { return to_lane_order<T>(natural); }
 
   // A row times a value, ready to be read: the scales, times the value, are widened once.
   struct Term {
@@ -181,9 +202,9 @@ struct Quantized {
 
  private:
   static float one(const Row& row, int64_t n) { return Steps<kWidth>::one(row.steps, n, row.left()); }
-  static Bits to_pairs(Chunk natural) {
-    bfloat16 pairs[kChunk];
-    store(pairs, to_lane_order<bfloat16>(natural));
+  static Bits to_pairs(Chunk lanes) {
+    T pairs[kChunk];
+    store(pairs, lanes);
     return load_bytes<Bits>(pairs);
   }
 };

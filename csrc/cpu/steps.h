@@ -19,7 +19,6 @@ struct Single {
   static void pack_elements(const typename W::Element* p, int64_t count, Value* values) { widen(p, count, values); }
   static Chunk rows(const typename W::Row* row, int64_t n) { return W::load(row[0], n); }
   static Chunk rows(const typename W::Row* row, int64_t n, int64_t count) { return W::load(row[0], n, count); }
-  static Chunk to_lanes(Chunk sums) { return W::to_lanes(sums); }
   static void multiply_add(Chunk& sums, Value h, Chunk w) {
     const Vec c = splat(h);
     sums.lo += c * w.lo;
@@ -56,7 +55,6 @@ struct Pair {
     if (count >= kChunk) return rows(row, n);
     return interleave(W::load_pairs(row[0], n, count), W::load_pairs(row[1], n, count));
   }
-  static Chunk to_lanes(Chunk sums) { return sums; }
   static void multiply_add(Chunk& sums, Value h, Chunk w) {
     const __m512bh pair = (__m512bh)_mm512_set1_epi32(h);
     sums.lo = (Vec)_mm512_dpbf16_ps((__m512)sums.lo, pair, (__m512bh)(__m512i)w.lo);
@@ -64,9 +62,13 @@ struct Pair {
   }
 };
 
+template <class T>
+constexpr bool kMultipliesPairs = std::is_same_v<T, bfloat16>;
 template <class W>
-using Fastest = std::conditional_t<std::is_same_v<typename W::Element, bfloat16>, Pair<W>, Single<W>>;
+using Fastest = std::conditional_t<kMultipliesPairs<typename W::Element>, Pair<W>, Single<W>>;
 #else
+template <class T>
+constexpr bool kMultipliesPairs = false;
 template <class W>
 using Fastest = Single<W>;
 #endif

@@ -2,14 +2,12 @@
 //
 // A storage is a small value that is passed in place of a pointer. Kernels use these members only:
 //   Element                the type of the x, y and bias that belong to the weights
-//   Input                  the type of x beside operands of a projection: Element or float
 //   Row                    a position: a row, from some column on. It may be more than a pointer (values and scales).
 //   kBits                  bits of memory a column
 //   kAddressable           true if a Row is a pointer to Elements, and rows lie `ld` Elements apart
 //   rows, columns          the shape
 //   at(row, column)        the Row of that row from that column on; the column is a multiple of kAlignedColumns
-//   load(row, n)           columns [n, n + kChunk) after a Row as float32, in the storage's own order
-//   to_lanes(chunk)        from that order into the lane order of Element
+//   load(row, n)           columns [n, n + kChunk) after a Row as float32, in the lane order of Element
 //   load_pairs(row, n)     the same columns as Elements in natural order, for products of pairs of bfloat16
 //   address(row, n)        the address of column n, for prefetches
 //   elements(row, count, buffer)   a pointer to the first `count` columns as Elements, if necessary in `buffer`
@@ -32,7 +30,6 @@ static_assert(kAlignedColumns % kChunk == 0);
 template <class T>
 struct Plain {
   using Element = T;
-  using Input = T;
   using Row = const T*;
   static constexpr int64_t kBits = 8 * sizeof(T);
   static constexpr bool kAddressable = true;
@@ -44,7 +41,6 @@ struct Plain {
 
   static Chunk load(Row row, int64_t n) { return ::load(row + n); }
   static Chunk load(Row row, int64_t n, int64_t count) { return load_first(row + n, count); }
-  static Chunk to_lanes(Chunk chunk) { return chunk; }
   static Bits load_pairs(Row row, int64_t n) { return load_bytes<Bits>(row + n); }
   static Bits load_pairs(Row row, int64_t n, int64_t count) {
     T padded[kChunk] = {};
@@ -78,6 +74,10 @@ template <class W>
 constexpr int64_t columns_in(int64_t bytes) {
   return 8 * bytes / W::kBits;
 }
+
+// Chunks that lie in one line of the caches, or one chunk if it is longer.
+template <class W>
+constexpr int kLineChunks = columns_in<W>(kLineBytes) > kChunk ? columns_in<W>(kLineBytes) / kChunk : 1;
 
 // Asks memory for `count` columns from n on, which are read later.
 template <class W>

@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kVectorTokens = 4;
 // Up to this many tokens weights are streamed; more tokens take panels.
 constexpr int64_t kStreamTokens = 32;
+// Says whether pairs of bfloat16 may be multiplied for so many tokens. Tiles keep all bits of h, vectors round it.
+constexpr bool expands_pairs(int64_t tokens) { return tokens > (kHasAmx ? kVectorTokens : kExactTokens); }
 // Longer inputs are cut into blocks, so that temporaries do not grow with the input.
 constexpr int64_t kBlockTokens = 256;
 // A thread gets at least this many weights: waking it for fewer does not pay.
