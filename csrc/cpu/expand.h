@@ -2,6 +2,7 @@
 #pragma once
 
 #include "expand_by_amx.h"
+#include "expand_by_integers.h"
 #include "expand_by_panels.h"
 #include "expand_by_vectors.h"
 #include "tiling.h"
@@ -39,7 +40,7 @@ template <class T, class W, class Done>
 void expand(const float* h, int64_t ldh, int64_t tokens, const W& rows, Mask mask, Done done) {
   for_method<W>(tokens, [&](auto method) {
     const Masked<decltype(method)> kept(h, ldh, tokens, rows.rows, mask);
-    for_column_slices(rows.columns, rows.rows * tokens,
+    for_column_slices<W>(rows.columns, rows.rows * tokens,
                       [&](int64_t begin, int64_t end) { sum_rows(kept, rows, begin, end, in_lanes_of<T, W>(done)); });
   });
 }

@@ -146,7 +146,7 @@ int64_t add_groups(const Masked<ByVectors<Step>>& h, int64_t s, const W& rows, i
 template <class Step, class W, class Done>
 void sum_rows(const Masked<ByVectors<Step>>& h, const W& rows, int64_t begin, int64_t end, Done done) {
   constexpr int64_t kSumBytes = 256 * 1024;
-  constexpr int64_t kUnit = kAlignedColumns;
+  constexpr int64_t kUnit = W::kUnit;
   const int64_t most = std::max<int64_t>(kSumBytes / sizeof(float) / h.tokens / kUnit, 16) * kUnit;
   const int64_t width = std::min(most, chunks_of(end - begin) * kChunk);
   const int64_t lds = width + kChunk;  // a multiple of the page would put all tokens into one cache set

@@ -61,7 +61,7 @@ void gated_neurons(const Mlp<T>& mlp, const std::vector<float>& h, int64_t ldh, 
     if (first > 0) own.emplace(h.data() + first, ldh, tokens, gate_ranks, mlp.gate_mask());
     for_storage<T>(*mlp.gate_rows, expands_pairs(tokens), [&](const auto& gate_rows) {
       if constexpr (std::is_same_v<std::decay_t<decltype(gate_rows)>, W>)
-        for_column_slices(mlp.neurons(), (up_rows.rows + gate_ranks) * tokens, [&](int64_t begin, int64_t end) {
+        for_column_slices<W>(mlp.neurons(), (up_rows.rows + gate_ranks) * tokens, [&](int64_t begin, int64_t end) {
           sum_rows(up, up_rows, begin, end, in_lanes_of<T, W>(neurons.keep_up(mlp.up_bias)));
           sum_rows(own ? *own : up, gate_rows, begin, end, in_lanes_of<T, W>(neurons.gate_up(mlp.gate_bias)));
         });

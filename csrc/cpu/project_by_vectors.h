@@ -66,12 +66,16 @@ void dot_tile(const W& B, int64_t first, int64_t apart, const typename W::Elemen
     for (int r = 0; r < kRows; r++) h[m * ldh + r * apart] = sum(sums[m][r]);
 }
 
-template <int kRows, class W>
-void dot_tokens(const W& B, int64_t first, int64_t apart, const typename W::Element* x, int64_t tokens, float* room,
-                float* h, int64_t ldh) {
+template <class T>
+const T* skip_tokens(const T* x, int64_t count, int64_t size) {
+  return x + count * size;
+}
+
+template <int kRows, class W, class X>
+void dot_tokens(const W& B, int64_t first, int64_t apart, X x, int64_t tokens, float* room, float* h, int64_t ldh) {
   int64_t m = 0;
   const auto tile = [&](auto count) {
-    dot_tile<kRows, count()>(B, first, apart, x + m * B.columns, room, h + m * ldh + first, ldh);
+    dot_tile<kRows, count()>(B, first, apart, skip_tokens(x, m, B.columns), room, h + m * ldh + first, ldh);
     m += count();
   };
   while (m + kTileTokens <= tokens) tile(std::integral_constant<int, kTileTokens>{});
@@ -81,9 +85,8 @@ void dot_tokens(const W& B, int64_t first, int64_t apart, const typename W::Elem
 
 // Reads the rows [begin, end) as kRows streams, each a share of them. The streams are far apart, because the hardware
 // prefetcher follows distant rows better than neighbouring ones. All streams use the same loads of x.
-template <int kRows, class W>
-void dot_streams(const W& B, const typename W::Element* x, int64_t tokens, int64_t begin, int64_t end, float* h,
-                 int64_t ldh) {
+template <int kRows, class W, class X>
+void dot_streams(const W& B, X x, int64_t tokens, int64_t begin, int64_t end, float* h, int64_t ldh) {
   const int64_t share = (end - begin) / kRows;
   std::vector<float> room(kRows * W::room(B.columns));
   for (int64_t r = begin; r < begin + share; r++)

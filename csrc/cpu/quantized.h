@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t kScaleColumns = kAlignedColumns;
+constexpr int64_t kScaleColumns = 32;
 
 // The whole numbers of a chunk in natural order, and the scale of its columns.
 struct Scaled {
@@ -131,6 +131,7 @@ struct Quantized {
   };
   static constexpr int64_t kBits = kWidth;
   static constexpr bool kAddressable = false;
+  static constexpr int64_t kUnit = kWidth == 4 ? 2 * kVectorBytes : kScaleColumns;
 
   const uint8_t* data;
   int64_t rows, columns, ld;  // ld in bytes
@@ -143,6 +144,12 @@ struct Quantized {
   }
 
   static const void* address(const Row& row, int64_t n) { return row.steps + n * kWidth / 8; }
+  // Prefetches the scales of `size` columns.
+  static void ask_for_scales(const Row& row, int64_t size) {
+    const half* const first = row.scale + (row.first >> row.all->group_bits);
+    const half* const last = row.scale + ((row.first + size - 1) >> row.all->group_bits);
+    for (const half* p = first; p <= last; p += kLineBytes / sizeof(half)) __builtin_prefetch(p);
+  }
   static float scale_at(const Row& row, int64_t n) { return to_float(row.scale[(row.first + n) >> row.all->group_bits]); }
 
   static Chunk load(const Row& row, int64_t n) { return to_lane_order<T>(load_natural(row, n)); }
@@ -189,13 +196,20 @@ struct Quantized {
   };
   static constexpr int64_t room(int64_t size) { return (size + kScaleColumns - 1) / kScaleColumns; }
   static Term term(const Row& row, float value, int64_t size, float* into) {
-    const int bits = row.all->group_bits;
+    const int bits = std::min(row.all->group_bits, 30);  // fits an int, and no row is as long
+    static_assert(kScaleColumns == 32);
+    const half* const scale = row.scale + (row.first >> bits);
     if (bits == 5) {
-      static_assert(kScaleColumns == 32);
-      widen(row.scale + row.first / kScaleColumns, room(size), into);
+      widen(scale, room(size), into);
       for (int64_t i = 0; i < room(size); i++) into[i] *= value;
     } else {
-      for (int64_t i = 0; i < room(size); i++) into[i] = value * to_float(row.scale[(row.first + i * kScaleColumns) >> bits]);
+      // A scale covers 2^(bits - 5) factors; the first one may have fewer left.
+      const int64_t covered = int64_t(1) << (bits - 5), first = row.first / kScaleColumns % covered;
+      for (int64_t i = 0, s = 0; i < room(size); s++) {
+        const float factor = value * to_float(scale[s]);
+        const int64_t end = std::min(room(size), (s + 1) * covered - first);
+        for (; i < end; i++) into[i] = factor;
+      }
     }
     return {row.steps, into, row.left()};
   }

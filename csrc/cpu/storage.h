@@ -6,7 +6,8 @@
 //   kBits                  bits of memory a column
 //   kAddressable           true if a Row is a pointer to Elements, and rows lie `ld` Elements apart
 //   rows, columns          the shape
-//   at(row, column)        the Row of that row from that column on; the column is a multiple of kAlignedColumns
+//   at(row, column)        the Row of that row from that column on; the column is a multiple of kUnit
+//   kUnit                  columns that a sum treats alike, wherever the piece of a thread begins
 //   load(row, n)           columns [n, n + kChunk) after a Row as float32, in the lane order of Element
 //   load_pairs(row, n)     the same columns as Elements in natural order, for products of pairs of bfloat16
 //   address(row, n)        the address of column n, for prefetches
@@ -23,9 +24,6 @@
 
 namespace {
 
-constexpr int64_t kAlignedColumns = 32;
-static_assert(kAlignedColumns % kChunk == 0);
-
 // Weights stored as they are multiplied: in the type of x.
 template <class T>
 struct Plain {
@@ -33,6 +31,7 @@ struct Plain {
   using Row = const T*;
   static constexpr int64_t kBits = 8 * sizeof(T);
   static constexpr bool kAddressable = true;
+  static constexpr int64_t kUnit = kChunk;
 
   const T* data;
   int64_t rows, columns, ld;

@@ -1,0 +1,163 @@
+// Sums over the live rows of 4-bit weights for one token, in whole numbers.
+//
+// h · scale becomes fixed point: 15 bits and a sign, with one step for 32 columns of ten rows. The sums of ten rows are
+// exact, and then become float32.
+#pragma once
+
+#include <vector>
+
+#include "expand_by_vectors.h"
+#include "integers.h"
+
+#if defined(__SSE2__)
+
+namespace {
+
+constexpr int kPairsOfRows = kFarStreams / 2;
+
+// The factors of ten rows in fixed point, for each block of 32 columns.
+class FixedFactors {
+ public:
+  explicit FixedFactors(int64_t size) : blocks_((size / kScaleColumns + kLanes - 1) / kLanes * kLanes) {
+    pairs_.resize(kPairsOfRows * blocks_), zero_.resize(blocks_), step_.resize(blocks_);
+  }
+
+  // `factors` is [kFarStreams, ld]. Returns false if one of them is not finite.
+  bool set(const float* factors, int64_t ld, int64_t blocks) {
+    using namespace integers;
+    Ints largest_of_all = {};
+    for (int64_t b = 0; b < blocks; b += kLanes) {
+      Vec factor[kFarStreams];
+      Ints largest = {};
+      for (int i = 0; i < kFarStreams; i++) {
+        factor[i] = first_lanes(factors + i * ld + b, blocks - b);
+        largest = larger(largest, magnitude(factor[i]));
+      }
+      largest_of_all = larger(largest_of_all, largest);
+      const Step step(largest);
+      Ints sum = {};
+      for (int p = 0; p < kPairsOfRows; p++) {
+        const Ints first = step(factor[2 * p]), second = step(factor[2 * p + 1]);
+        const Ints pair = (first & 0xffff) | (second << 16);
+        std::memcpy(&pairs_[p * blocks_ + b], &pair, sizeof pair);
+        sum += first + second;
+      }
+      sum *= -8;
+      std::memcpy(&zero_[b], &sum, sizeof sum);
+      std::memcpy(&step_[b], &step.step, sizeof step.step);
+    }
+    return all_finite(largest_of_all);
+  }
+
+  Bits pair(int p, int64_t block) const { return integers::spread<Bits>(&pairs_[p * blocks_ + block]); }
+  Ints zero(int64_t block) const { return integers::spread<Ints>(&zero_[block]); }  // what the sums start from
+  Vec step(int64_t block) const { return integers::spread<Vec>(&step_[block]); }
+
+ private:
+  static Vec first_lanes(const float* p, int64_t count) {
+    if (count >= kLanes) return load_bytes<Vec>(p);
+    Vec v = {};
+    std::memcpy(&v, p, count * sizeof(float));
+    return v;
+  }
+
+  int64_t blocks_;
+  std::vector<int32_t> pairs_, zero_;
+  std::vector<float> step_;
+};
+
+// The sums of ten rows over a span: of half the words of every block, for every shift.
+struct HalfTile {
+  Ints sums[integers::kShifts];
+
+  explicit HalfTile(Ints zero)
+      : sums{zero, zero * integers::weight_of<1>, zero * integers::weight_of<2>, zero * integers::weight_of<3>} {}
+  void add(Bits words, Bits value) {
+    using namespace integers;
+    sums[0] = multiply_add(sums[0], nibbles<0>(words), value);
+    sums[1] = multiply_add(sums[1], nibbles<1>(words), value);
+    sums[2] = multiply_add(sums[2], nibbles<2>(words), value);
+    sums[3] = multiply_add(sums[3], nibbles<3>(words), value);
+  }
+  void add_to(float* floats, Vec step) const {
+    using namespace integers;
+    const Vec steps[] = {step, step / weight_of<1>, step / weight_of<2>, step / weight_of<3>};
+#pragma GCC unroll 4
+    for (int i = 0; i < kShifts; i++) {
+      Vec sum = load_bytes<Vec>(floats + i * kLanes);
+      sum += steps[i] * to_floats(sums[i]);
+      std::memcpy(floats + i * kLanes, &sum, sizeof sum);
+    }
+  }
+};
+
+// Adds kSpan columns of ten rows to sums in the order of the shifts.
+inline void add_span(const uint8_t* const (&row)[kFarStreams], const FixedFactors& factors, int64_t n, float* sums) {
+  const int64_t block = n / kScaleColumns;
+  HalfTile low(factors.zero(block)), high = low;
+#pragma GCC unroll 8
+  for (int p = 0; p < kPairsOfRows; p++) {
+    const Bits a = load_bytes<Bits>(row[2 * p] + n / 2), b = load_bytes<Bits>(row[2 * p + 1] + n / 2);
+    const Bits value = factors.pair(p, block);
+    low.add(integers::low_words(a, b), value);
+    high.add(integers::high_words(a, b), value);
+  }
+  low.add_to(sums + n, factors.step(block));
+  high.add_to(sums + n + integers::kShifts * kLanes, factors.step(block));
+}
+
+// Brings the sums of a span from the order of the shifts into natural order.
+inline void to_natural_order(float* sums) {
+  float from[integers::kSpan];
+  std::memcpy(from, sums, sizeof from);
+  for (int half = 0; half < 2; half++)
+    for (int shift = 0; shift < integers::kShifts; shift++)
+      for (int lane = 0; lane < kLanes; lane++) {
+        const int word = lane / 4 * 8 + half * 4 + lane % 4;
+        sums[integers::column_of(word, shift)] = from[(half * integers::kShifts + shift) * kLanes + lane];
+      }
+}
+
+// Adds most rows of one token, as the general add_far_rows does.
+template <class T>
+int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, 4>>>>& h, const Quantized<T, 4>& rows, int64_t column,
+                     int64_t size, float* sums) {
+  using W = Quantized<T, 4>;
+  constexpr int64_t kAhead = columns_in<W>(kFarAheadBytes);
+  const int64_t length = h.steps() / kFarStreams, whole = size / integers::kSpan * integers::kSpan;
+  const int64_t ld = W::room(size);
+  FixedFactors factors(size);
+  std::vector<float> room(kFarStreams * ld), by_integers(whole);
+  const auto nothing = [](int, int64_t, int64_t) {};
+  for (int64_t s = 0; s < length; s++) {
+    typename W::Term term[kFarStreams];
+    const uint8_t *row[kFarStreams], *next[kFarStreams];
+    for (int i = 0; i < kFarStreams; i++) {
+      const int64_t step = i * length + s;
+      const typename W::Row here = rows.at(h.row(step, 0), column);
+      term[i] = W::term(here, h.values[step], size, room.data() + i * ld);
+      row[i] = here.steps;
+      const typename W::Row later = rows.at(h.row(std::min(step + 1, h.steps() - 1), 0), column);
+      W::ask_for_scales(later, size);
+      next[i] = later.steps;
+    }
+    int64_t n = 0;
+    if (factors.set(room.data(), ld, whole / kScaleColumns))
+      for (; n < whole; n += integers::kSpan) {
+        for (int i = 0; i < kFarStreams; i++)
+          __builtin_prefetch(n + kAhead < size ? row[i] + (n + kAhead) / 2 : next[i] + (n + kAhead - size) / 2);
+        add_span(row, factors, n, by_integers.data());
+      }
+    for (; n + kChunk <= size; n += kChunk) add_columns<1>(term, n, sums, nothing);
+    if (n < size) add_columns<1>(term, n, sums, nothing, size - n);
+  }
+  for (int64_t n = 0; n < whole; n += integers::kSpan) {
+    to_natural_order(by_integers.data() + n);
+    for (int i = 0; i < integers::kSpan; i++) sums[n + i] += by_integers[n + i];
+  }
+  return length * kFarStreams;
+}
+
+}  // namespace
+
+#endif

@@ -1,0 +1,119 @@
+// 4-bit weights times 15-bit fixed point numbers, in whole numbers: an instruction multiplies a vector of 16-bit words
+// and adds the products of neighbours.
+//
+// A vector of bytes holds kSpan columns in blocks of 32, one block in each 16 bytes. The words of a block, shifted by 0,
+// 4, 8 or 12 bits, give four times eight of its columns.
+#pragma once
+
+#include <algorithm>
+
+#include "quantized.h"
+
+#if defined(__SSE2__)
+
+namespace {
+namespace integers {
+
+constexpr int kSpan = 2 * kVectorBytes;            // columns in a vector of 4-bit values
+constexpr int kSpanBlocks = kSpan / kScaleColumns;  // each in kLanes / kSpanBlocks = 4 lanes
+constexpr int kShifts = 4;
+constexpr int kLargest = 32767;
+
+// The sums of products of neighbouring 16-bit words, plus `sums`.
+inline Ints multiply_add(Ints sums, Bits a, Bits b) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512F__)
+  return sums + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return sums + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  return sums + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#endif
+}
+
+// The words of two vectors in turns: those of the lower half of every 16 bytes, or of the upper half.
+inline Bits low_words(Bits a, Bits b) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Bits)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b);
+#else
+  return (Bits)_mm_unpacklo_epi16((__m128i)a, (__m128i)b);
+#endif
+}
+inline Bits high_words(Bits a, Bits b) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Bits)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b);
+#else
+  return (Bits)_mm_unpackhi_epi16((__m128i)a, (__m128i)b);
+#endif
+}
+
+// kSpanBlocks values of 4 bytes at p, each in the lanes of its block.
+template <class V>
+inline V spread(const void* p) {
+#if defined(__AVX512F__)
+  const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return (V)_mm512_permutexvar_epi32(places, _mm512_castsi128_si512(load_bytes<__m128i>(p)));
+#elif defined(__AVX2__)
+  const __m256i two = _mm256_castsi128_si256(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+  return (V)_mm256_permutevar8x32_epi32(two, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+#else
+  return (V)_mm_set1_epi32(load_bytes<int32_t>(p));
+#endif
+}
+
+// The lowest 4-bit values of words, plus 8.
+inline Bits lowest_nibbles(Bits words) { return (words & 0x000f000fu) ^ 0x00080008u; }
+
+// The 4-bit values of words for a shift, plus 8 and times weight_of<kShift>: only the last shift needs an instruction.
+// Sums of ten of them, times 15 bits, fit 32 bits. They are too large by the weight times 8 times their factors.
+template <int kShift>
+inline Bits nibbles(Bits words) {
+  if constexpr (kShift == kShifts - 1) return lowest_nibbles(words >> 12);
+  else return (words & (0x000f000fu << 4 * kShift)) ^ (0x00080008u << 4 * kShift);
+}
+template <int kShift>
+constexpr int weight_of = kShift == kShifts - 1 ? 1 : 1 << 4 * kShift;
+
+// The column of a span in word `word` of a vector, for a shift.
+constexpr int column_of(int word, int shift) { return word / 8 * 32 + shift % 2 * 16 + word % 8 * 2 + shift / 2; }
+
+inline Ints round(Vec v) {
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  return (Ints)(v + kRounder) - 0x4b400000;
+}
+
+// A power of two for each lane: with it as their step, numbers up to `largest` become 16-bit whole numbers.
+struct Step {
+  Vec step, inverse;
+
+  explicit Step(Ints largest) {
+    constexpr uint32_t kExponent = 0x7f800000u, kLeast = (127 - 110) << 23;
+    const Bits bits = (Bits)largest & kExponent, exponent = bits < kLeast ? kLeast - Bits{} : bits;
+    step = (Vec)(exponent - (14u << 23));
+    inverse = (Vec)(((127u * 2 + 14) << 23) - exponent);
+  }
+  Ints operator()(Vec v) const {
+    const Ints rounded = round(v * inverse), most = kLargest - Ints{};
+    return rounded < most ? rounded : most;
+  }
+};
+
+// The bits of |v|. Their order is that of the numbers; Inf and NaN are above all numbers.
+inline Ints magnitude(Vec v) { return (Ints)((Bits)v & 0x7fffffffu); }
+inline Ints larger(Ints a, Ints b) { return a < b ? b : a; }
+inline bool all_finite(Ints magnitudes) {
+  int32_t lanes[kLanes], largest = 0;
+  std::memcpy(lanes, &magnitudes, sizeof lanes);
+  for (int32_t lane : lanes) largest = std::max(largest, lane);
+  return largest < 0x7f800000;
+}
+
+}  // namespace integers
+}  // namespace
+
+#endif
