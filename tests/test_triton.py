@@ -124,6 +124,8 @@ def test_launches(compiled, tokens, launches):
         with compiling(90) as noted:
             getattr(import_module(f"rana_kernels.backends.triton.{op}"), op)(*arguments)
         wanted = launches if isinstance(launches, int) else launches.get(op, 1)
+        if op == "masked_mlp" and arguments[1] is None:
+            wanted = 1  # without B, the first product is not there
         assert len(noted) == wanted, (op, [name for name, _ in noted])
 
 
