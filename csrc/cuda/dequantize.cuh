@@ -1,4 +1,4 @@
-// Quantised weights as float weights, in temporary memory. The kernels of the ops then read these.
+// This file turns quantised weights into float weights in temporary memory, which the kernels of the ops then read.
 #pragma once
 
 #include "launch.cuh"
@@ -50,7 +50,7 @@ void dequantize(const Device& device, const Tensor& weight, const Tensor& scale,
                 static_cast<T*>(made.mutable_data_ptr()));
 }
 
-// Gives the arguments of an op the float type in which it computes. What has that type already is not copied.
+// Converts the arguments of an op to the float type in which it computes. A tensor of that type is not copied.
 class InType {
  public:
   InType(const Device& device, ScalarType dtype) : device_(device), dtype_(dtype) {}
@@ -86,8 +86,8 @@ class InType {
   ScalarType dtype_;
 };
 
-// Returns the type in which an op with the input x computes: float32 if a mask depends on quantised weights, whose
-// products are exact in no smaller type.
+// Returns the type in which an op with the input x computes. If a mask depends on quantised weights, that is float32,
+// because q · scale is exact in no smaller type.
 inline ScalarType working_type(const Tensor& x, bool masks_depend) {
   return masks_depend ? ScalarType::Float : x.scalar_type();
 }

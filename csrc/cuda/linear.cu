@@ -24,7 +24,7 @@ void decode(const Device& device, Linear<T> op) {
   });
 }
 
-// The op with float weights. y has elements.
+// Computes the op with float weights. y is not empty.
 Tensor compute(const Device& device, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const int64_t tokens = tokens_of(x);
   if (tokens > kDecodeTokens) return rana::torch_linear(x, weight, bias);

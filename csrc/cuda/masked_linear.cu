@@ -33,7 +33,7 @@ void decode(const Device& device, Linear<T> op) {
   else for_tokens(op.expansion.z.tokens, run);
 }
 
-// The op with float weights. y has elements.
+// Computes the op with float weights. y is not empty.
 Tensor compute(const Device& device, const Tensor& h, const Tensor& rows, const Tensor& threshold,
                const OptionalTensor& norms, const OptionalTensor& bias) {
   const int64_t tokens = tokens_of(h);

@@ -38,7 +38,7 @@ void decode(const Device& device, const Tensor& input, Projection<Plain<T>> rank
   });
 }
 
-// The op with float weights. y has elements.
+// Computes the op with float weights. y is not empty.
 Tensor compute(const Device& device, const Tensor& x, const Tensor& B, const Tensor& rows, const Tensor& threshold,
                const OptionalTensor& bias) {
   const int64_t tokens = tokens_of(x);

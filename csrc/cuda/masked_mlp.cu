@@ -21,7 +21,7 @@ struct Neurons {
   }
 };
 
-// Without B, the inputs take the place of the ranks: Tokens that of a Projection.
+// Without B, the inputs take the place of the ranks, and Tokens take that of a Projection.
 template <int kTokens, class T, class Done>
 __device__ void project(const Tokens<T>& x, Done done_with) {
   for (int m = 0; m < x.count; m++)
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kPlainBlock.threads)
   for_each(tokens * size, [&](int64_t i) { z[i] = T(neurons(i % size, up[i], gate[i])); });
 }
 
-// The arguments of the op that are of its input's type, with float weights.
+// The arguments of the op that have the type of its input. All weights are floats.
 struct Given {
   Tensor x;
   OptionalTensor B;
@@ -185,7 +185,7 @@ Tensor decode(const Device& device, const Given& given, const Mask& mask, const 
   return y;
 }
 
-// The op with float weights. y has elements.
+// Computes the op with float weights. y is not empty.
 Tensor compute(const Device& device, const Given& given, const Tensor& threshold, const OptionalTensor& norms,
                const Tensor& down_norms, const Tensor& down_threshold, Activation activation) {
   const Packed<float> t(threshold), down_t(down_threshold), down_n(down_norms);
