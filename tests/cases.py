@@ -35,8 +35,8 @@ class Case:
 
     gate: None (ungated), "joint" (the ranks of up) or a number of ranks of its own; R counts up's.
     R is None in an MLP without B: up and gate then share one mask on x.
-    per_row: one threshold a row, or a 0-d one; in an MLP this is the down threshold, and that of x without B.
-    bits: the widths of the matrices in the order of the schema, taken in turns; 16 stands for the input's dtype.
+    per_row: one threshold a row, or a 0-d one; in an MLP of the down threshold, and of that of x without B.
+    bits: the widths of the matrices in the order of the schema, in turns; 16 stands for the input's dtype.
     group: the columns that share a scale; 0 stands for all of a row.
     A dense `linear` has no R, density and thresholds.
     """
@@ -443,19 +443,21 @@ def _nibble(column: int, columns: int) -> tuple[int, int]:
     return 16 * block + i // 2, 4 * (i % 2)
 
 
+def _places(columns: int) -> tuple[Tensor, Tensor]:
+    places = torch.tensor([_nibble(column, columns) for column in range(columns)]).view(-1, 2)
+    return places[:, 0].long(), places[:, 1].int()
+
+
 def naive_pack(q: Tensor) -> Tensor:
     """Whole numbers of -8..7, two a byte."""
+    byte, shift = _places(q.shape[1])
     packed = torch.zeros(q.shape[0], (q.shape[1] + 1) // 2, dtype=torch.int32)
-    for column in range(q.shape[1]):
-        byte, shift = _nibble(column, q.shape[1])
-        packed[:, byte] |= (q[:, column].int() & 15) << shift
-    return packed.to(torch.uint8)
+    return packed.index_add_(1, byte, (q.int() & 15) << shift).to(torch.uint8)
 
 
 def naive_unpack(packed: Tensor, columns: int) -> Tensor:
-    places = [_nibble(column, columns) for column in range(columns)]
-    values = [(packed[:, byte].int() >> shift & 15) for byte, shift in places]
-    q = torch.stack(values, 1) if values else packed[:, :0].int()
+    byte, shift = (t.to(packed.device) for t in _places(columns))
+    q = packed[:, byte].int() >> shift & 15
     return torch.where(q > 7, q - 16, q)
 
 

@@ -22,7 +22,9 @@ PINNED = "release 13.0"
 TARGETS = ("sm_80", "sm_90", "sm_100")
 DTYPES = {"f": "float32", "N3c108BFloat16E": "bfloat16", "N3c104HalfE": "float16"}
 TOKENS = (1, 8, 16)
-KERNEL = re.compile(r"\d(masked_\w+|linear)_kernelI(f|N3c108BFloat16E|N3c104HalfE)Li(\d+)E")
+KERNEL = re.compile(r"\d(masked_\w+|linear)_kernelI(f|N3c108BFloat16E|N3c104HalfE)Li(\d+)E(Lb0E)?")
+WITHOUT_B = "masked_mlp_without_B"
+DECODED = (*ops.SCHEMAS, WITHOUT_B)
 LIBRARY = backends.library("cuda")
 
 built = pytest.mark.skipif(
@@ -47,6 +49,11 @@ def cuobjdump(*options: str) -> str:
     return done.stdout
 
 
+def key_of(kernel: re.Match[str]) -> tuple[str, str, int]:
+    """(op, dtype, tokens)."""
+    return WITHOUT_B if kernel[4] else kernel[1], DTYPES[kernel[2]], int(kernel[3])
+
+
 def resources() -> dict[tuple, dict[str, int]]:
     """{(target, op, dtype, tokens): {"REG": 128, "STACK": 0, ...}} of the decode kernels."""
     found, target, kernel = {}, None, None
@@ -56,8 +63,9 @@ def resources() -> dict[tuple, dict[str, int]]:
         elif function := re.search(r"Function (\S+):", line):
             kernel = KERNEL.search(function[1])
         elif kernel and "REG:" in line:
-            key = (target, kernel[1], DTYPES[kernel[2]], int(kernel[3]))
-            found[key] = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line)}
+            found[(target, *key_of(kernel))] = {
+                name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line)
+            }
             kernel = None
     return found
 
@@ -65,7 +73,7 @@ def resources() -> dict[tuple, dict[str, int]]:
 def table() -> str:
     lines = ["# op dtype tokens, then registers a thread on " + " ".join(TARGETS) + f"; nvcc {PINNED}"]
     found = resources()
-    for op in ops.SCHEMAS:
+    for op in DECODED:
         for dtype in DTYPES.values():
             for tokens in tokens_of(op, dtype):
                 registers = [found[target, op, dtype, tokens]["REG"] for target in TARGETS]
@@ -85,7 +93,7 @@ def machine_code(target: str) -> dict[tuple, list[str]]:
         if function := re.search(r"Function : (\S+)", line):
             kernel = KERNEL.search(function[1])
         elif kernel and (instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line)):
-            found.setdefault((kernel[1], DTYPES[kernel[2]], int(kernel[3])), []).append(instruction[1])
+            found.setdefault(key_of(kernel), []).append(instruction[1])
     return found
 
 
@@ -101,8 +109,8 @@ def wide_loads(op: str, dtype: str, tokens: int) -> int:
         project, expand = 2 * 8, 2 * 4 * (16 // tokens)
     else:
         project, expand = 2 * (8 if dtype == "float16" else 32 // tokens), 4
-    projections = int(op != "masked_linear")
-    expansions = {"linear": 0, "masked_mlp": 3}.get(op, 1)
+    projections = int(op not in ("masked_linear", WITHOUT_B))
+    expansions = {"linear": 0, "masked_mlp": 3, WITHOUT_B: 3}.get(op, 1)
     return projections * project + expansions * expand
 
 
@@ -112,7 +120,7 @@ def test_every_kernel_is_there_and_has_a_multiprocessor_to_itself():
     assert set(found) == {
         (target, op, dtype, tokens)
         for target in TARGETS
-        for op in ops.SCHEMAS
+        for op in DECODED
         for dtype in DTYPES.values()
         for tokens in tokens_of(op, dtype)
     }
@@ -140,7 +148,9 @@ def test_weights_are_read_16_bytes_at_a_time_and_nothing_is_spilled_meanwhile(ta
         wide = places(code, r"LDG\.E\.(EF\.128|128\.EF)")
         assert len(wide) == wide_loads(*key), key
         products = places(code, "HMMA")
-        assert bool(products) == (key[2] > 1 and key[1] != "float32")
+        # sums over rows are products of bfloat16 alone
+        multiplied = {"bfloat16"} if key[0] == WITHOUT_B else {"bfloat16", "float16"}
+        assert bool(products) == (key[2] > 1 and key[1] in multiplied)
         for first, last in itertools.pairwise(sorted(wide + products)):
             between = code[first:last]
             spilled = places(between, r"\b(STL|LDL)\b") if not places(between, "BRA") else []

@@ -68,8 +68,13 @@ MEMORY = "strides or expanded or left_alone or row_does_not_depend or infinity o
 
 
 def test_memory_errors_and_other_tokens(sanitized):
-    """Unaligned and strided views, bad arguments, and tokens that do not see one another."""
-    select = f"registered and not bare and (({MEMORY}) and not float16 or offset and lowrank-bfloat16)"
+    """Unaligned and strided views, bad arguments, and tokens that do not see one another.
+
+    Of quantised weights, some forms that mix all widths.
+    """
+    aligned = "offset and (lowrank-bfloat16 or lowrank_mixed-bfloat16)"
+    select = f"registered and not bare and (({MEMORY}) and not float16 or {aligned})"
+    select += " and not _int8 and not _int4 and not (row_does_not_depend and _mixed)"
     assert passed(run_ops(select=select, marks="not slow", **sanitized)) > 80
 
 
@@ -95,8 +100,10 @@ CHECKED = {
     "masked_mlp": [
         (Case("masked_mlp", R=48, N=300, K=40, I=600, gate=20), "3"),
         (Case("masked_mlp", R=48, N=70, K=40, I=300, gate="joint", lead=(5,)), "2"),
+        (Case("masked_mlp", R=None, N=70, K=600, I=300, gate="joint", lead=(3,)), "2"),
     ],
     "linear": [
+        (Case("linear", N=70, K=71, bits=(4,), lead=(2,)), "2"),  # whole blocks of nibbles and a part of one
         (Case("linear", N=1500, K=33), "1"),
         (Case("linear", N=300, K=600, lead=(13,)), "2"),
     ],
@@ -152,7 +159,7 @@ def survives(folder: Path, shared: Path, op: str, mutation: build.Mutation | Non
 
 LINEAR, LOWRANK, MLP, DENSE = OPS
 PROJECT, PROJECT_MMA, EXPAND = "project.cuh", "project_by_mma.cuh", "expand.cuh"
-THREADS, MMA = "expand_by_threads.cuh", "expand_by_mma.cuh"
+THREADS, MMA, DEQUANTIZE = "expand_by_threads.cuh", "expand_by_mma.cuh", "dequantize.cuh"
 SYNC, GRID_SYNC = "__syncthreads();", "cooperative_groups::this_grid().sync();"
 DOWN, TABLE = "\n  for_tiles(op.down", "\n}\n\n// sums += this thread's share of the rows of a t"
 # what is done wrong: in which op it shows, and the file, the text and what takes its place
@@ -189,6 +196,12 @@ MUTANTS = {
     "down_too_early": (MLP, f"{MLP}.cu", f"{GRID_SYNC}{DOWN}", DOWN),
     "neurons_too_early": (MLP, f"{MLP}.cu", f"{SYNC}\n  for (int i", "for (int i"),
     "gate_for_up": (MLP, f"{MLP}.cu", "sums.gate[m][c])", "sums.up[m][c])"),
+    "inputs_of_one_token": (MLP, f"{MLP}.cu", "x.data[m * int64_t(x.size) + r]", "x.data[r]"),
+    "inputs_of_one_block": (MLP, f"{MLP}.cu", "r = blockIdx.x * kThreads + ", "r = "),
+    "nibbles_swapped": (DENSE, DEQUANTIZE, "high ? byte >> 4", "!high ? byte >> 4"),
+    "nibbles_not_negative": (DENSE, DEQUANTIZE, "^ 8) - 8", "^ 8) - 7"),
+    "last_nibbles_as_others": (DENSE, DEQUANTIZE, "i >= kHalf : i % 2", "i >= kHalf : i >= kHalf"),
+    "steps_of_the_first_group": (DENSE, DEQUANTIZE, " + column / q.group]", "]"),
     "other_bias": (DENSE, EXPAND, "float(bias[n])", "float(bias[m])"),
 }
 

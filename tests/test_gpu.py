@@ -16,7 +16,7 @@ import torch
 
 import rana_kernels
 from rana_kernels import backends
-from tests.cases import FORMS, Case, assert_close, input_of, make_inputs
+from tests.cases import FORMS, QUANTIZED_FORMS, Case, assert_close, input_of, make_inputs
 from tests.subprocesses import python
 
 pytestmark = [
@@ -30,9 +30,11 @@ LARGE = {
     "masked_linear": Case("masked_linear", R=4096, N=2048),
     "masked_lowrank_linear": Case("masked_lowrank_linear", R=816, N=5632, K=2048),
     "masked_mlp": Case("masked_mlp", R=816, N=2048, K=2048, I=5632, gate=800),
+    "masked_mlp_without_B": Case("masked_mlp", R=None, N=2048, K=2048, I=5632, gate="joint"),
     "linear": Case("linear", N=5632, K=2048),
 }
-every_form = pytest.mark.parametrize("case", FORMS.values(), ids=FORMS)
+ALL_FORMS = FORMS | QUANTIZED_FORMS
+every_form = pytest.mark.parametrize("case", ALL_FORMS.values(), ids=ALL_FORMS)
 every_large = pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
 every_m = pytest.mark.parametrize("M", TOKENS)
 
@@ -190,9 +192,10 @@ def test_a_second_device(case):
 SANITIZED = """
 import torch, rana_kernels
 from dataclasses import replace
-from tests.cases import SMALL, make_inputs
+from tests.cases import FORMS, QUANTIZED_FORMS, SMALL, make_inputs
+others = FORMS["mlp_without_B"], QUANTIZED_FORMS["lowrank_mixed"], QUANTIZED_FORMS["dense_int4"]
 with rana_kernels.use_backend("{backend}"):
-    for case in SMALL.values():
+    for case in (*SMALL.values(), *others):
         for M in (1, 5, 40, 100):
             args = make_inputs(replace(case, lead=(M,)), torch.bfloat16, device="cuda")
             getattr(torch.ops.rana, case.op).default(*args.values())

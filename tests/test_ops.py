@@ -103,23 +103,26 @@ def test_dense_cases_are_not_zero(integers):
 # 3. memory
 
 
+def dirt_like(t: torch.Tensor, *shape: int) -> torch.Tensor:
+    """NaN, or large numbers where whole ones are stored, in t's dtype."""
+    return torch.full(shape, NAN if t.is_floating_point() else 119, dtype=t.dtype, device=t.device)
+
+
 def embedded(t: torch.Tensor, before: int = 0, after: int = 64) -> torch.Tensor:
-    """The same values, `before` elements into a buffer of NaN."""
-    buffer = torch.full((before + t.numel() + after,), NAN, dtype=t.dtype, device=t.device)
+    """The same values, `before` elements into a buffer of dirt."""
+    buffer = dirt_like(t, before + t.numel() + after)
     view = buffer[before : before + t.numel()].view(t.shape)
     return view.copy_(t)
 
 
 def padded(t: torch.Tensor) -> torch.Tensor:
-    """The same values, in rows that lie apart with NaN between them."""
-    return torch.full((*t.shape[:-1], t.shape[-1] + 13), NAN, dtype=t.dtype, device=t.device)[
-        ..., : t.shape[-1]
-    ].copy_(t)
+    """The same values, in rows that lie apart with dirt between them."""
+    return dirt_like(t, *t.shape[:-1], t.shape[-1] + 13)[..., : t.shape[-1]].copy_(t)
 
 
 def spread(t: torch.Tensor) -> torch.Tensor:
-    """The same values, every third element of a buffer of NaN."""
-    return torch.full((*t.shape, 3), NAN, dtype=t.dtype, device=t.device)[..., 1].copy_(t)
+    """The same values, every third element of a buffer of dirt."""
+    return dirt_like(t, *t.shape, 3)[..., 1].copy_(t)
 
 
 def transposed(t: torch.Tensor) -> torch.Tensor:
@@ -150,7 +153,8 @@ def test_any_strides(implementation, case, dtype, lead):
     x = input_of(args)
     vectors = [n for n, t in args.items() if isinstance(t, torch.Tensor) and t.dim() == 1 and n != x]
     layouts = [(x, transposed), (x, padded), (x, spread)]
-    layouts += [(m, padded) for m in matrices_of(args)] + [(v, spread) for v in vectors]
+    scales = [n for n, t in args.items() if n.endswith("_scale") and t is not None]
+    layouts += [(m, padded) for m in (*matrices_of(args), *scales)] + [(v, spread) for v in vectors]
     for name, layout in layouts:
         y = implementation(case.op, {**args, name: layout(args[name])})
         assert_same_bits(y, wanted, f"{layout.__name__} {name}")
@@ -175,7 +179,8 @@ def test_fresh_memory_is_not_read(implementation, case, dtype):
         case = replace(case, lead=lead)
         args = make_inputs(case, dtype, integers=True, device=implementation.device)
         wanted = exact_result(case.op, args, dtype)
-        sizes = {case.tokens * n for n in (case.N, case.K, case.R, case.I, case.R + 12)} | {64, 256, 1024}
+        sizes = {case.tokens * n for n in (case.N, case.K, case.R or 0, case.I, (case.R or 0) + 12)}
+        sizes |= {64, 256, 1024}
         dirt = [
             torch.full((n,), NAN, dtype=d, device=implementation.device)
             for n in sizes
@@ -397,8 +402,14 @@ def test_masks_are_decided_in_float32(implementation, dtype, h, threshold, kept,
         "rows": one,
     }
     linear = {"h": tokens, "rows": one, "threshold": unit * threshold, "norms": unit * h}
-    mlp = {"x": tokens, "B": one, "up_rows": one, "gate_rows": None, "threshold": unit * 0, "up_bias": rest}
-    mlp |= {"gate_bias": None, "down_rows": one, "down_norms": unit, "down_threshold": unit * threshold}
+    mlp = {"x": tokens, "B": one, "up_rows": one, "gate_rows": None, "threshold": unit * 0, "norms": None}
+    mlp |= {
+        "up_bias": rest,
+        "gate_bias": None,
+        "down_rows": one,
+        "down_norms": unit,
+        "down_threshold": unit * threshold,
+    }
     calls = {
         "masked_linear": linear,
         "masked_lowrank_linear": {**lowrank, "threshold": unit * threshold},
@@ -423,6 +434,7 @@ WITH_NAN = {
     k: FORMS[k]
     for k in ("linear", "linear_bare", "lowrank", "lowrank_bare", "mlp_separate", "mlp_joint", "dense")
 }
+WITH_NAN |= {k: (FORMS | QUANTIZED_FORMS)[k] for k in ("mlp_without_B", "mlp_without_B_int4", "lowrank_int8")}
 WITH_NAN |= {a: replace(FORMS["mlp_ungated"], activation=a) for a in ACTIVATIONS}
 
 
@@ -459,7 +471,7 @@ def test_activations_over_the_whole_range(implementation, activation):
     v = torch.cat([-v, torch.zeros(1), v, torch.linspace(-20, 20, 999)]).to(implementation.device)
     one = torch.ones(1, 1, device=implementation.device)
     args = {"x": v[:, None], "B": one, "up_rows": one, "gate_rows": None, "threshold": one[0] * 0}
-    args |= {"up_bias": None, "gate_bias": None, "down_rows": one, "down_norms": one[0]}
+    args |= {"norms": None, "up_bias": None, "gate_bias": None, "down_rows": one, "down_norms": one[0]}
     args |= {"down_threshold": one[0] * 0, "down_bias": None, "activation": activation}
     wanted = ACTIVATIONS[activation](v.double())
     for block in (v.numel(), 1):

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from rana_kernels import ops
 from rana_kernels.backends import triton
 from tests.subprocesses import python
 
@@ -66,3 +68,20 @@ def test_the_fastest_configuration_is_written(tmp_path):
         wanted = {"warps": 8, "residents": 1, "in_flight": 64, "columns": 256} if one else {"block_m": 64}
         assert wanted.items() <= fields.items(), key
     assert json.loads(child.stdout.splitlines()[-1]) == dict.fromkeys(found, [1.0, 2.0])
+
+
+class TwoLinears(torch.nn.Module):
+    """A float weight and a quantised one."""
+
+    def forward(self, input_ids, use_cache):
+        x, scale = torch.ones(input_ids.shape[1], 4), torch.ones(3, 1, dtype=torch.float16)
+        weight = torch.ones(3, 4)
+        return ops.linear(x, weight), ops.linear(x, weight.to(torch.int8), None, scale)
+
+
+def test_calls_with_quantized_weights_are_not_tuned():
+    """They are dequantised first, and the configurations of float weights are looked up by other sizes."""
+    from rana_kernels.backends.triton.tune import record
+
+    calls = record(TwoLinears(), torch.zeros(1, 5, dtype=torch.long))
+    assert [len(group) for group in calls.values()] == [1]

@@ -100,7 +100,12 @@ def calls(shape: str, tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, li
     yield "masked_lowrank_linear", [t(tokens, K), t(R, K), t(R, N), threshold, t(N)]
     yield (
         "masked_mlp",
-        [t(tokens, K), t(2 * R, K), t(R, neurons), t(R, neurons), torch.empty(2 * R), None, None]
+        [t(tokens, K), t(2 * R, K), t(R, neurons), t(R, neurons), torch.empty(2 * R), None, None, None]
+        + [t(neurons, N), norms, torch.empty(()), None, "silu"],
+    )
+    yield (
+        "masked_mlp",
+        [t(tokens, K), None, t(K, neurons), t(K, neurons), torch.empty(()), torch.empty(K), None, None]
         + [t(neurons, N), norms, torch.empty(()), None, "silu"],
     )
     yield "linear", [t(tokens, K), t(neurons, K), t(neurons)]

@@ -227,7 +227,7 @@ class Mlp(Case):
         return self._values(rows_read(scores(x, B), threshold), neurons)
 
     def run(self, x: Tensor, *weights: Tensor, served: ModuleType = ops) -> Tensor:
-        return served.masked_mlp(x, *weights[:4], None, None, *weights[4:], None, "silu")
+        return served.masked_mlp(x, *weights[:4], None, None, None, *weights[4:], None, "silu")
 
     @staticmethod
     def in_torch(x: Tensor, *weights: Tensor) -> Tensor:

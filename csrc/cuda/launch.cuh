@@ -224,4 +224,19 @@ void for_tokens(int64_t tokens, F f) {
   }
 }
 
+// ---- kernels over the elements of a tensor ----
+
+// Calls f(i) for all i < count.
+template <class F>
+__device__ void for_each(int64_t count, F f) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x)
+    f(i);
+}
+
+constexpr Block kPlainBlock{512, 0};
+
+inline int blocks_for_each(const Device& device, int64_t count) {
+  return int(std::clamp<int64_t>(ceil_div(count, kPlainBlock.threads), 1, 4 * device.processors()));
+}
+
 }  // namespace

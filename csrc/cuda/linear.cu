@@ -1,3 +1,4 @@
+#include "dequantize.cuh"
 #include "launch.cuh"
 
 namespace {
@@ -23,13 +24,11 @@ void decode(const Device& device, Linear<T> op) {
   });
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  rana::check_linear(x, weight, bias);
+// Computes the op with float weights. y is not empty.
+Tensor compute(const Device& device, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const int64_t tokens = tokens_of(x);
   if (tokens > kDecodeTokens) return rana::torch_linear(x, weight, bias);
   Tensor y = empty_output(x, weight.size(0));
-  if (y.numel() == 0) return y;
-  const Device device("linear", x);
   for_dtype(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const Packed<T> input(x);
@@ -37,6 +36,13 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
     decode<T>(device, {projection(input, tokens, plain<T>(weight)), output(b, y)});
   });
   return y;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& weight_scale) {
+  rana::check_linear(x, weight, bias, weight_scale);
+  if (tokens_of(x) * weight.size(0) == 0) return empty_output(x, weight.size(0));
+  const Device device("linear", x);
+  return compute(device, x, InType(device, x.scalar_type())(weight, weight_scale, last_size(x)), bias);
 }
 
 }  // namespace

@@ -1,3 +1,4 @@
+#include "dequantize.cuh"
 #include "launch.cuh"
 #include "prefill.cuh"
 
@@ -32,13 +33,11 @@ void decode(const Device& device, Linear<T> op) {
   else for_tokens(op.expansion.z.tokens, run);
 }
 
-Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshold, const OptionalTensor& norms,
-                     const OptionalTensor& bias) {
-  rana::check_masked_linear(h, rows, threshold, norms, bias);
+// Computes the op with float weights. y is not empty.
+Tensor compute(const Device& device, const Tensor& h, const Tensor& rows, const Tensor& threshold,
+               const OptionalTensor& norms, const OptionalTensor& bias) {
   const int64_t tokens = tokens_of(h);
   Tensor y = empty_output(h, rows.size(1));
-  if (y.numel() == 0) return y;
-  const Device device("masked_linear", h);
   const Packed<float> t(threshold);
   const auto n = packed<float>(norms);
   const Mask mask{t.data, int(threshold.dim()), data_of(n)};
@@ -55,6 +54,15 @@ Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshol
     }
   });
   return y;
+}
+
+Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshold, const OptionalTensor& norms,
+                     const OptionalTensor& bias, const OptionalTensor& rows_scale) {
+  rana::check_masked_linear(h, rows, threshold, norms, bias, rows_scale);
+  const int64_t columns = rana::columns_of(rows);
+  if (tokens_of(h) * columns == 0) return empty_output(h, columns);
+  const Device device("masked_linear", h);
+  return compute(device, h, InType(device, h.scalar_type()).rows(rows, rows_scale), threshold, norms, bias);
 }
 
 }  // namespace

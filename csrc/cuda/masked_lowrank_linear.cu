@@ -1,3 +1,4 @@
+#include "dequantize.cuh"
 #include "launch.cuh"
 #include "prefill.cuh"
 
@@ -37,13 +38,11 @@ void decode(const Device& device, const Tensor& input, Projection<Plain<T>> rank
   });
 }
 
-Tensor masked_lowrank_linear(const Tensor& x, const Tensor& B, const Tensor& rows, const Tensor& threshold,
-                             const OptionalTensor& bias) {
-  rana::check_masked_lowrank_linear(x, B, rows, threshold, bias);
+// Computes the op with float weights. y is not empty.
+Tensor compute(const Device& device, const Tensor& x, const Tensor& B, const Tensor& rows, const Tensor& threshold,
+               const OptionalTensor& bias) {
   const int64_t tokens = tokens_of(x);
   Tensor y = empty_output(x, rows.size(1));
-  if (y.numel() == 0) return y;
-  const Device device("masked_lowrank_linear", x);
   const Packed<float> t(threshold);
   const Mask mask{t.data, int(threshold.dim()), nullptr};
   for_dtype(x.scalar_type(), [&](auto element) {
@@ -58,6 +57,18 @@ Tensor masked_lowrank_linear(const Tensor& x, const Tensor& B, const Tensor& row
     }
   });
   return y;
+}
+
+Tensor masked_lowrank_linear(const Tensor& x, const Tensor& B, const Tensor& rows, const Tensor& threshold,
+                             const OptionalTensor& bias, const OptionalTensor& B_scale,
+                             const OptionalTensor& rows_scale) {
+  rana::check_masked_lowrank_linear(x, B, rows, threshold, bias, B_scale, rows_scale);
+  const int64_t columns = rana::columns_of(rows);
+  if (tokens_of(x) * columns == 0) return empty_output(x, columns);
+  const Device device("masked_lowrank_linear", x);
+  const InType in(device, working_type(x, B_scale.has_value()));
+  const Tensor y = compute(device, in(x), in(B, B_scale, last_size(x)), in.rows(rows, rows_scale), threshold, in(bias));
+  return in_type_of(x, y);
 }
 
 }  // namespace

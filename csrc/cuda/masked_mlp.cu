@@ -1,4 +1,5 @@
 #include "activation.cuh"
+#include "dequantize.cuh"
 #include "launch.cuh"
 #include "prefill.cuh"
 
@@ -20,11 +21,25 @@ struct Neurons {
   }
 };
 
-template <class T, int kTokens>
+// Without B, the inputs take the place of the ranks, and Tokens take that of a Projection.
+template <int kTokens, class T, class Done>
+__device__ void project(const Tokens<T>& x, Done done_with) {
+  for (int m = 0; m < x.count; m++)
+    for (int r = blockIdx.x * kThreads + threadIdx.x; r < x.size; r += gridDim.x * kThreads)
+      done_with(m, r, float(x.data[m * int64_t(x.size) + r]));
+}
+template <int kTokens, class T>
+void cut(const Tokens<T>&) {}
+template <int kTokens, class T>
+int64_t items(const Tokens<T>& x) {
+  return ceil_div(x.size, kThreads);
+}
+
+template <class T, int kTokens, bool kWithB>
 struct Mlp {
   using W = Plain<T>;
   using Z = Computed<W, kTokens>;
-  Projection<W> ranks;
+  std::conditional_t<kWithB, Projection<W>, Tokens<T>> ranks;
   Mask mask;
   int64_t first_gate_rank;
   Expansion<Z, W> up, gate;  // with the same tiles
@@ -32,7 +47,7 @@ struct Mlp {
   Expansion<Z, W> down;
   Output<T> output;
 
-  // Each rank of B belongs to up, to gate, or to both.
+  // Each rank belongs to up, to gate, or to both.
   __device__ void store_rank(int m, int64_t r, float h) const {
     const float z = mask.apply(h, r);
     if (r < up.rows.rows) up.z.store(m, r, z);
@@ -48,8 +63,8 @@ struct NeuronSums {
 template <class W, int kTokens>
 constexpr Block kMlpBlock{kThreads, kBlock<W, kTokens>.shared_bytes + sizeof(NeuronSums<W, kTokens>)};
 
-template <class T, int kTokens>
-__device__ void compute_neurons(const Mlp<T, kTokens>& op, int tile) {
+template <class T, int kTokens, bool kWithB>
+__device__ void compute_neurons(const Mlp<T, kTokens, kWithB>& op, int tile) {
   using W = Plain<T>;
   auto& sums = shared_as<NeuronSums<W, kTokens>>(kBlock<W, kTokens>.shared_bytes);
   const int columns = op.up.width * kPacket<W>;
@@ -64,11 +79,13 @@ __device__ void compute_neurons(const Mlp<T, kTokens>& op, int tile) {
   __syncthreads();
 }
 
-template <class T, int kTokens>
-__global__ void __launch_bounds__(kThreads, 1) masked_mlp_kernel(const __grid_constant__ Mlp<T, kTokens> op) {
+template <class T, int kTokens, bool kWithB>
+__global__ void __launch_bounds__(kThreads, 1) masked_mlp_kernel(const __grid_constant__ Mlp<T, kTokens, kWithB> op) {
   project<kTokens>(op.ranks, [&](int m, int64_t r, float h) { op.store_rank(m, r, h); });
-  fetch_ahead(op.up, kAheadBytes / (op.neurons.gated ? 2 : 1));
-  if (op.neurons.gated) fetch_ahead(op.gate, kAheadBytes / 2);
+  if constexpr (kWithB) {  // without B, the first rows are kept no more than others
+    fetch_ahead(op.up, kAheadBytes / (op.neurons.gated ? 2 : 1));
+    if (op.neurons.gated) fetch_ahead(op.gate, kAheadBytes / 2);
+  }
   cooperative_groups::this_grid().sync();
   for_tiles(op.up, [&](int tile) { compute_neurons(op, tile); });
   cooperative_groups::this_grid().sync();
@@ -83,21 +100,22 @@ struct Weights {
   Plain<T> up, gate, down;
 };
 
-template <class T>
-void decode(const Device& device, const Tensor& input, const Projection<Plain<T>>& ranks, const Mask& mask,
-            int64_t first_gate_rank, const Weights<T>& weights, const Neurons<T>& neurons, const Output<T>& output) {
-  const int M = ranks.x.count;
+// `ranks` is a Projection, or Tokens without B.
+template <bool kWithB, class T, class Ranks>
+void decode(const Device& device, const Tensor& input, const Ranks& ranks, const Mask& mask, int64_t first_gate_rank,
+            const Weights<T>& weights, const Neurons<T>& neurons, const Output<T>& output) {
+  const int M = int(tokens_of(input));
   for_tokens(M, [&](auto tokens) {
-    const Kernel kernel(device, masked_mlp_kernel<T, tokens()>, kMlpBlock<Plain<T>, tokens()>);
+    const Kernel kernel(device, masked_mlp_kernel<T, tokens(), kWithB>, kMlpBlock<Plain<T>, tokens()>);
     const auto& [up, gate, down] = weights;
-    Mlp<T, tokens()> op{ranks,
-                        mask,
-                        first_gate_rank,
-                        {{nullptr, M, up.rows}, up},
-                        {{nullptr, M, gate.rows}, gate},
-                        neurons,
-                        {{nullptr, M, down.rows}, down},
-                        output};
+    Mlp<T, tokens(), kWithB> op{ranks,
+                                mask,
+                                first_gate_rank,
+                                {{nullptr, M, up.rows}, up},
+                                {{nullptr, M, gate.rows}, gate},
+                                neurons,
+                                {{nullptr, M, down.rows}, down},
+                                output};
     cut<tokens()>(op.ranks);
     for (auto* expansion : {&op.up, &op.gate, &op.down}) cut<tokens()>(*expansion, kernel.blocks());
     Workspace workspace;
@@ -115,17 +133,34 @@ __global__ void __launch_bounds__(kPlainBlock.threads)
   for_each(tokens * size, [&](int64_t i) { z[i] = T(neurons(i % size, up[i], gate[i])); });
 }
 
+// The arguments of the op that have the type of its input. All weights are floats.
+struct Given {
+  Tensor x;
+  OptionalTensor B;
+  Tensor up_rows;
+  OptionalTensor gate_rows, up_bias, gate_bias;
+  Tensor down_rows;
+  OptionalTensor down_bias;
+
+  int64_t first_gate_rank() const { return ::first_gate_rank(B ? B->size(0) : last_size(x), gate_rows); }
+};
+
+// Returns the kept ranks of many tokens, or their kept inputs without B.
 template <class T>
-Tensor prefill(const Device& device, const Tensor& x, const Tensor& B, const Mask& mask, const Tensor& up_rows,
-               const OptionalTensor& gate_rows, const Neurons<T>& neurons, const Tensor& down_rows,
-               const OptionalTensor& down_bias) {
+Tensor kept_ranks(const Device& device, const Tensor& x, const OptionalTensor& B, const Mask& mask) {
+  if (!B) return masked<T, T>(device, x, mask, x.scalar_type());
+  return masked<float, T>(device, wide_product(x, torch::stable::transpose(*B, 0, 1)), mask, x.scalar_type());
+}
+
+template <class T>
+Tensor prefill(const Device& device, const Given& given, const Mask& mask, const Neurons<T>& neurons) {
+  const auto& [x, B, up_rows, gate_rows, up_bias, gate_bias, down_rows, down_bias] = given;
   const int64_t tokens = tokens_of(x), size = down_rows.size(0);
-  const Tensor h = wide_product(tokens_in_rows(x), torch::stable::transpose(B, 0, 1));
-  Tensor kept = masked<float, T>(device, h, mask, x.scalar_type());
-  const Tensor up = wide_product(torch::stable::narrow(kept, 1, 0, up_rows.size(0)), up_rows);
-  Tensor gate = up;
-  if (gate_rows)
-    gate = wide_product(torch::stable::narrow(kept, 1, first_gate_rank(B, gate_rows), gate_rows->size(0)), *gate_rows);
+  Tensor kept = kept_ranks<T>(device, tokens_in_rows(x), B, mask);
+  const auto product = [&](int64_t first, const Tensor& rows) {
+    return wide_product(torch::stable::narrow(kept, 1, first, rows.size(0)), rows);
+  };
+  const Tensor up = product(0, up_rows), gate = gate_rows ? product(given.first_gate_rank(), *gate_rows) : up;
   Tensor z = torch::stable::new_empty(x, {tokens, size});
   if (size > 0)
     device.launch(neurons_kernel<T>, blocks_for_each(device, tokens * size), kPlainBlock, false, neurons,
@@ -134,37 +169,66 @@ Tensor prefill(const Device& device, const Tensor& x, const Tensor& B, const Mas
   return last_product(z, down_rows, down_bias, x);
 }
 
-Tensor masked_mlp(const Tensor& x, const Tensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows,
-                  const Tensor& threshold, const OptionalTensor& up_bias, const OptionalTensor& gate_bias,
-                  const Tensor& down_rows, const Tensor& down_norms, const Tensor& down_threshold,
-                  const OptionalTensor& down_bias, std::string activation) {
-  const Activation function = find_activation(activation);
-  rana::check_masked_mlp(x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_norms, down_threshold,
-                         down_bias, activation, function != Activation::unknown);
-  const int64_t tokens = tokens_of(x);
-  Tensor y = empty_output(x, down_rows.size(1));
-  if (y.numel() == 0) return y;
-  const Device device("masked_mlp", x);
+template <class T>
+Tensor decode(const Device& device, const Given& given, const Mask& mask, const Neurons<T>& neurons) {
+  Tensor y = empty_output(given.x, given.down_rows.size(1));
+  const Packed<T> input(given.x);
+  const auto down_b = packed<T>(given.down_bias);
+  const Plain<T> up = plain<T>(given.up_rows), gate = given.gate_rows ? plain<T>(*given.gate_rows) : up;
+  const Weights<T> weights{up, gate, plain<T>(given.down_rows)};
+  const auto with = [&](auto with_B, const auto& ranks) {
+    decode<with_B()>(device, given.x, ranks, mask, given.first_gate_rank(), weights, neurons, output(down_b, y));
+  };
+  const int tokens = int(tokens_of(given.x)), size = int(last_size(given.x));
+  if (given.B) with(std::true_type{}, projection(input, tokens, plain<T>(*given.B)));
+  else with(std::false_type{}, Tokens<T>{input.data, size, tokens});
+  return y;
+}
+
+// Computes the op with float weights. y is not empty.
+Tensor compute(const Device& device, const Given& given, const Tensor& threshold, const OptionalTensor& norms,
+               const Tensor& down_norms, const Tensor& down_threshold, Activation activation) {
   const Packed<float> t(threshold), down_t(down_threshold), down_n(down_norms);
-  for_dtype(x.scalar_type(), [&](auto element) {
+  const auto n = packed<float>(norms);
+  const Mask mask{t.data, int(threshold.dim()), data_of(n)};
+  Tensor y = given.x;
+  for_dtype(given.x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const Packed<T> input(x);
-    const auto up_b = packed<T>(up_bias), gate_b = packed<T>(gate_bias), down_b = packed<T>(down_bias);
-    const Mask rank_mask{t.data, 1, nullptr};
+    const auto up_b = packed<T>(given.up_bias), gate_b = packed<T>(given.gate_bias);
     const Neurons<T> neurons{data_of(up_b),
                              data_of(gate_b),
-                             gate_rows.has_value(),
-                             function,
+                             given.gate_rows.has_value(),
+                             activation,
                              {down_t.data, int(down_threshold.dim()), down_n.data}};
-    if (tokens > kDecodeTokens) {
-      y = prefill<T>(device, x, B, rank_mask, up_rows, gate_rows, neurons, down_rows, down_bias);
-    } else {
-      const Plain<T> up = plain<T>(up_rows), gate = gate_rows ? plain<T>(*gate_rows) : up;
-      decode<T>(device, x, projection(input, tokens, plain<T>(B)), rank_mask, first_gate_rank(B, gate_rows),
-                {up, gate, plain<T>(down_rows)}, neurons, output(down_b, y));
-    }
+    if (tokens_of(given.x) > kDecodeTokens) y = prefill<T>(device, given, mask, neurons);
+    else y = decode<T>(device, given, mask, neurons);
   });
   return y;
+}
+
+Tensor masked_mlp(const Tensor& x, const OptionalTensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows,
+                  const Tensor& threshold, const OptionalTensor& norms, const OptionalTensor& up_bias,
+                  const OptionalTensor& gate_bias, const Tensor& down_rows, const Tensor& down_norms,
+                  const Tensor& down_threshold, const OptionalTensor& down_bias, std::string activation,
+                  const OptionalTensor& B_scale, const OptionalTensor& up_scale, const OptionalTensor& gate_scale,
+                  const OptionalTensor& down_scale) {
+  const Activation function = find_activation(activation);
+  rana::check_masked_mlp(x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias, down_rows, down_norms,
+                         down_threshold, down_bias, activation, B_scale, up_scale, gate_scale, down_scale,
+                         function != Activation::unknown);
+  const int64_t columns = rana::columns_of(down_rows);
+  if (tokens_of(x) * columns == 0) return empty_output(x, columns);
+  const Device device("masked_mlp", x);
+  const InType in(device, working_type(x, B_scale || up_scale || gate_scale));
+  const Given given{in(x),
+                    in(B, B_scale, last_size(x)),
+                    in.rows(up_rows, up_scale),
+                    in.rows(gate_rows, gate_scale),
+                    in(up_bias),
+                    in(gate_bias),
+                    in.rows(down_rows, down_scale),
+                    in(down_bias)};
+  return in_type_of(x, compute(device, given, threshold, norms, down_norms, down_threshold, function));
 }
 
 }  // namespace

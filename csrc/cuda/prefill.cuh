@@ -30,19 +30,6 @@ inline Tensor last_product(const Tensor& z, const Tensor& rows, const OptionalTe
 // Returns x [..., K] as [tokens, K].
 inline Tensor tokens_in_rows(const Tensor& x) { return torch::stable::reshape(x, {tokens_of(x), last_size(x)}); }
 
-// Calls f(i) for all i < count.
-template <class F>
-__device__ void for_each(int64_t count, F f) {
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x)
-    f(i);
-}
-
-constexpr Block kPlainBlock{512, 0};
-
-inline int blocks_for_each(const Device& device, int64_t count) {
-  return int(std::clamp<int64_t>(ceil_div(count, kPlainBlock.threads), 1, 4 * device.processors()));
-}
-
 // z = m ⊙ h, [tokens, rows]
 template <class H, class T>
 __global__ void __launch_bounds__(kPlainBlock.threads) mask_kernel(const MaskedInput<H> h, T* z) {

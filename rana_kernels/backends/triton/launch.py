@@ -100,9 +100,18 @@ def tokens_of(op: str, name: str, x: Tensor) -> Tensor:
     return x.reshape(prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
-def packed(vector: Tensor | None) -> Tensor | None:
-    """Return an optional vector as a contiguous one."""
-    return None if vector is None else vector.contiguous()
+def packed(vector: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Return an optional vector as a contiguous one, in another dtype if that is given."""
+    return None if vector is None else vector.to(dtype or vector.dtype).contiguous()
+
+
+def working_dtype(x: Tensor, *deciding: Tensor | None) -> torch.dtype:
+    """Return the dtype in which an op with the input x computes.
+
+    `deciding` are the scales of the weights on which a mask depends. If one is given, the dtype is float32,
+    because q · scale is exact in no smaller dtype.
+    """
+    return x.dtype if all(scale is None for scale in deciding) else torch.float32
 
 
 def list_size(M: int, programs: int) -> int:

@@ -8,6 +8,7 @@ from rana_kernels.backends.triton import configurations, products
 from rana_kernels.backends.triton.launch import packed, run, seated, tokens_of
 from rana_kernels.backends.triton.phases import project
 from rana_kernels.ops import checks
+from rana_kernels.ops.quantized import dequantize
 
 
 @triton.jit
@@ -20,9 +21,12 @@ def kernel(
     project(x, weight, bias, y, M, K, N, stride_weight, M_PAD, BLOCK_N, BLOCK_K)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    checks.linear(x, weight, bias)
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_scale: Tensor | None = None
+) -> Tensor:
+    checks.linear(x, weight, bias, weight_scale)
     tokens, bias = tokens_of("linear", "x", x), packed(bias)
+    weight = dequantize(weight, weight_scale, x.shape[-1], x.dtype)
     if len(tokens) == 0 or len(weight) == 0:
         y = x.new_empty(len(tokens), len(weight))
     elif configurations.decodes(len(tokens), tokens.dtype):

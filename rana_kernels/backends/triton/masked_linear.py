@@ -9,6 +9,7 @@ from rana_kernels.backends.triton import configurations, products
 from rana_kernels.backends.triton.launch import list_size, packed, run, scratch, seated, tokens_of
 from rana_kernels.backends.triton.phases import expand, finish, grid_barrier
 from rana_kernels.ops import checks
+from rana_kernels.ops.quantized import dequantize
 
 
 @triton.jit
@@ -31,10 +32,16 @@ def kernel(
 
 
 def masked_linear(
-    h: Tensor, rows: Tensor, threshold: Tensor, norms: Tensor | None = None, bias: Tensor | None = None
+    h: Tensor,
+    rows: Tensor,
+    threshold: Tensor,
+    norms: Tensor | None = None,
+    bias: Tensor | None = None,
+    rows_scale: Tensor | None = None,
 ) -> Tensor:
-    checks.masked_linear(h, rows, threshold, norms, bias)
+    checks.masked_linear(h, rows, threshold, norms, bias, rows_scale)
     tokens = tokens_of("masked_linear", "h", h)
+    rows = dequantize(rows, rows_scale, dtype=h.dtype)
     threshold, norms, bias = threshold.contiguous(), packed(norms), packed(bias)
     if len(tokens) == 0 or rows.shape[1] == 0:
         y = h.new_empty(len(tokens), rows.shape[1])

@@ -6,9 +6,18 @@ import triton.language as tl
 from torch import Tensor
 
 from rana_kernels.backends.triton import configurations, products
-from rana_kernels.backends.triton.launch import list_size, packed, run, scratch, seated, tokens_of
+from rana_kernels.backends.triton.launch import (
+    list_size,
+    packed,
+    run,
+    scratch,
+    seated,
+    tokens_of,
+    working_dtype,
+)
 from rana_kernels.backends.triton.phases import expand, finish, grid_barrier, project
 from rana_kernels.ops import checks
+from rana_kernels.ops.quantized import dequantize
 
 
 @triton.jit
@@ -35,18 +44,26 @@ def kernel(
 
 
 def masked_lowrank_linear(
-    x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    B: Tensor,
+    rows: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    B_scale: Tensor | None = None,
+    rows_scale: Tensor | None = None,
 ) -> Tensor:
-    checks.masked_lowrank_linear(x, B, rows, threshold, bias)
-    tokens = tokens_of("masked_lowrank_linear", "x", x)
-    threshold, bias = threshold.contiguous(), packed(bias)
+    checks.masked_lowrank_linear(x, B, rows, threshold, bias, B_scale, rows_scale)
+    dtype = working_dtype(x, B_scale)
+    tokens = tokens_of("masked_lowrank_linear", "x", x).to(dtype)
+    B, rows = dequantize(B, B_scale, x.shape[-1], dtype), dequantize(rows, rows_scale, dtype=dtype)
+    threshold, bias = threshold.contiguous(), packed(bias, dtype)
     if len(tokens) == 0 or rows.shape[1] == 0:
-        y = x.new_empty(len(tokens), rows.shape[1])
+        y = tokens.new_empty(len(tokens), rows.shape[1])
     elif configurations.decodes(len(tokens), tokens.dtype):
         y = _decode(tokens, B, rows, threshold, bias)
     else:
         y = _prefill(tokens, B, rows, threshold, bias)
-    return y.view(*x.shape[:-1], rows.shape[1])
+    return y.view(*x.shape[:-1], rows.shape[1]).to(x.dtype)
 
 
 def _decode(x: Tensor, B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,38 +6,49 @@ import triton.language as tl
 from torch import Tensor
 
 from rana_kernels.backends.triton import configurations, products
-from rana_kernels.backends.triton.launch import list_size, packed, run, scratch, seated, tokens_of
+from rana_kernels.backends.triton.launch import (
+    list_size,
+    packed,
+    run,
+    scratch,
+    seated,
+    tokens_of,
+    working_dtype,
+)
 from rana_kernels.backends.triton.phases import expand, finish, finish_neurons, grid_barrier, project
 from rana_kernels.ops import checks
+from rana_kernels.ops.quantized import columns_of, dequantize
 
 
 @triton.jit
 def kernel(
-    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_norms, down_threshold, down_bias,
+    x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias,
+    down_rows, down_norms, down_threshold, down_bias,
     y, h, up_sums, gate_sums, g, down_sums, kept_r, kept_h,
     M, K, S, R_UP, R_GATE, I, N, stride_B, stride_up, stride_gate, stride_down, state,  # noqa: E741
-    DOWN_PER_ROW: tl.constexpr, ACTIVATION: tl.constexpr, M_PAD: tl.constexpr,
+    PER_ROW: tl.constexpr, DOWN_PER_ROW: tl.constexpr, ACTIVATION: tl.constexpr, M_PAD: tl.constexpr,
     PROJECT_R: tl.constexpr, PROJECT_K: tl.constexpr,
     SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
     DOWN_SHARES: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, THREADS: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
-    """Run all phases (PHASE 0), or only phase number PHASE."""
-    if PHASE == 0 or PHASE == 1:
-        project(x, B, None, h, M, K, S, stride_B, M_PAD, PROJECT_R, PROJECT_K)
-    if PHASE == 0:
-        grid_barrier(state)
+    """Run all phases (PHASE 0), or only phase number PHASE. Without B, h is x, and there is no phase 1."""
+    if B is not None:
+        if PHASE == 0 or PHASE == 1:
+            project(x, B, None, h, M, K, S, stride_B, M_PAD, PROJECT_R, PROJECT_K)
+        if PHASE == 0:
+            grid_barrier(state)
     if PHASE == 0 or PHASE == 2:
         expand(
-            h, up_rows, threshold, None, up_sums, kept_r, kept_h, M, R_UP, I, S, stride_up,
-            True, SHARES, M_PAD, BLOCK_R, BLOCK_I, CHUNK, THREADS,
+            h, up_rows, threshold, norms, up_sums, kept_r, kept_h, M, R_UP, I, S, stride_up,
+            PER_ROW, SHARES, M_PAD, BLOCK_R, BLOCK_I, CHUNK, THREADS,
         )  # fmt: skip
         if gate_rows is not None:
-            # with joint ranks gate reads the same h as up, otherwise the last R_GATE values of h
+            # separate ranks: gate reads the last R_GATE values of h; otherwise S is R_GATE, and it reads all
             expand(
-                h + S - R_GATE, gate_rows, threshold + S - R_GATE, None, gate_sums, kept_r, kept_h,
+                h + S - R_GATE, gate_rows, threshold + S - R_GATE, norms, gate_sums, kept_r, kept_h,
                 M, R_GATE, I, S, stride_gate,
-                True, SHARES, M_PAD, BLOCK_R, BLOCK_I, CHUNK, THREADS,
+                PER_ROW, SHARES, M_PAD, BLOCK_R, BLOCK_I, CHUNK, THREADS,
             )  # fmt: skip
     if PHASE == 0:
         grid_barrier(state)
@@ -58,10 +69,11 @@ def kernel(
 
 def masked_mlp(
     x: Tensor,
-    B: Tensor,
+    B: Tensor | None,
     up_rows: Tensor,
     gate_rows: Tensor | None,
     threshold: Tensor,
+    norms: Tensor | None,
     up_bias: Tensor | None,
     gate_bias: Tensor | None,
     down_rows: Tensor,
@@ -69,46 +81,59 @@ def masked_mlp(
     down_threshold: Tensor,
     down_bias: Tensor | None,
     activation: str,
+    B_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    gate_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     checks.masked_mlp(
-        x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
-        down_rows, down_norms, down_threshold, down_bias, activation,
+        x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias, down_rows, down_norms, down_threshold,
+        down_bias, activation, B_scale, up_scale, gate_scale, down_scale,
     )  # fmt: skip
-    tokens, N = tokens_of("masked_mlp", "x", x), down_rows.shape[1]
+    dtype = working_dtype(x, B_scale, up_scale, gate_scale)
+    tokens, N = tokens_of("masked_mlp", "x", x).to(dtype), columns_of(down_rows)
     if len(tokens) == 0 or N == 0:
         return x.new_empty(*x.shape[:-1], N)
     form = _decode if configurations.decodes(len(tokens), tokens.dtype) else _prefill
     y = form(
-        tokens, B, up_rows, gate_rows, threshold.contiguous(), packed(up_bias), packed(gate_bias),
-        down_rows, down_norms.contiguous(), down_threshold.contiguous(), packed(down_bias), activation,
+        tokens,
+        None if B is None else dequantize(B, B_scale, x.shape[-1], dtype),
+        dequantize(up_rows, up_scale, dtype=dtype),
+        None if gate_rows is None else dequantize(gate_rows, gate_scale, dtype=dtype),
+        threshold.contiguous(), packed(norms), packed(up_bias, dtype), packed(gate_bias, dtype),
+        dequantize(down_rows, down_scale, dtype=dtype),
+        down_norms.contiguous(), down_threshold.contiguous(), packed(down_bias, dtype), activation,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], N)
+    return y.view(*x.shape[:-1], N).to(x.dtype)
 
 
 def _decode(
-    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
+    x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias,
     down_rows, down_norms, down_threshold, down_bias, activation,
 ):  # fmt: skip
-    (M, K), S, (R_up, I), N = x.shape, len(B), up_rows.shape, down_rows.shape[1]  # noqa: E741
+    (M, K), (R_up, I), N = x.shape, up_rows.shape, down_rows.shape[1]  # noqa: E741
+    S, B_stride = (K, 0) if B is None else (len(B), B.stride(0))
     R_gate, gate_stride = (0, 0) if gate_rows is None else (len(gate_rows), gate_rows.stride(0))
     config = configurations.decode("masked_mlp", x, B, up_rows, gate_rows, down_rows)
     project_r, project_k = config.blocks(K, x.itemsize)
     cut = config.cut(max(R_up, R_gate), I, x.itemsize, x.device)
     down = config.cut(I, N, x.itemsize, x.device)
-    programs = seated(config, max(triton.cdiv(S, project_r), cut.items, down.items), x.device)
+    projected = 0 if B is None else S
+    programs = seated(config, max(triton.cdiv(projected, project_r), cut.items, down.items), x.device)
     h, up_sums, gate_sums, g, down_sums, kept_r, kept_h = scratch(
-        x.device, M * S, cut.shares * M * I, cut.shares * M * I, M * I, down.shares * M * N,
+        x.device, M * projected, cut.shares * M * I, cut.shares * M * I, M * I, down.shares * M * N,
         *[list_size(M, programs)] * 2,
     )  # fmt: skip
     y = x.new_empty(M, N)
     run(
         kernel, 5, programs, config, x.device,
-        x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
+        x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias,
         down_rows, down_norms, down_threshold, down_bias,
-        y, h, up_sums, None if gate_rows is None else gate_sums, g, down_sums,
+        y, x if B is None else h, up_sums, None if gate_rows is None else gate_sums, g, down_sums,
         kept_r.view(torch.int32), kept_h,
-        M, K, S, R_up, R_gate, I, N, B.stride(0), up_rows.stride(0), gate_stride, down_rows.stride(0),
-        DOWN_PER_ROW=down_threshold.dim() == 1, ACTIVATION=activation, M_PAD=configurations.padded(M),
+        M, K, S, R_up, R_gate, I, N, B_stride, up_rows.stride(0), gate_stride, down_rows.stride(0),
+        PER_ROW=threshold.dim() == 1, DOWN_PER_ROW=down_threshold.dim() == 1,
+        ACTIVATION=activation, M_PAD=configurations.padded(M),
         PROJECT_R=project_r, PROJECT_K=project_k,
         SHARES=cut.shares, BLOCK_R=cut.rows, BLOCK_I=cut.columns,
         DOWN_SHARES=down.shares, BLOCK_DOWN=down.rows, BLOCK_N=down.columns,
@@ -117,14 +142,17 @@ def _decode(
 
 
 def _prefill(
-    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias,
+    x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias,
     down_rows, down_norms, down_threshold, down_bias, activation,
 ):  # fmt: skip
     config = configurations.prefill("masked_mlp", x, B, up_rows, gate_rows, down_rows)
-    z = products.project(x, B, threshold, config)
-    first_gate = 0 if gate_rows is None else len(B) - len(gate_rows)
+    # with B, the ranks leave the first product masked; without, x is masked where up and gate read it
+    z, mask = (
+        (x, (threshold, norms)) if B is None else (products.project(x, B, threshold, config), (None, None))
+    )
+    first_gate = 0 if gate_rows is None else z.shape[1] - len(gate_rows)
     g = products.neurons(
-        z[:, : len(up_rows)], z[:, first_gate:], up_rows, gate_rows, up_bias, gate_bias,
+        z[:, : len(up_rows)], z[:, first_gate:], *mask, up_rows, gate_rows, up_bias, gate_bias,
         down_threshold, down_norms, activation, config,
     )  # fmt: skip
     return products.expand(g, down_rows, down_bias, config)

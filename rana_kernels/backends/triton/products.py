@@ -1,7 +1,7 @@
 """Tiled products for many tokens. The masks are applied where a tile is loaded or stored.
 
 product   y = m_out ⊙ ((m_in ⊙ a) b + bias); both masks and the bias are optional
-neurons   g = m ⊙ (act(z gate_rows + bias) · (z up_rows + bias))
+neurons   g = m_out ⊙ (act((m_in ⊙ z) gate_rows + bias) · ((m_in ⊙ z) up_rows + bias)); m_in is optional
 """
 
 import torch
@@ -33,22 +33,23 @@ def product_kernel(
 
 @triton.jit
 def neurons_kernel(
-    z_up, z_gate, up_rows, gate_rows, up_bias, gate_bias, threshold, norms, g,
+    z_up, z_gate, in_threshold, in_norms, up_rows, gate_rows, up_bias, gate_bias, threshold, norms, g,
     M, R_UP, R_GATE, N, stride_z, stride_up, stride_gate,
-    PER_ROW: tl.constexpr, ACTIVATION: tl.constexpr,
+    IN_PER_ROW: tl.constexpr, PER_ROW: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     m, n = _place(M, N, BLOCK_M, BLOCK_N)
     up = _tile(
-        z_up, up_rows, None, None, m, n, M, R_UP, N, stride_z, stride_up, 1, False, BLOCK_M, BLOCK_N, BLOCK_K
-    )
+        z_up, up_rows, in_threshold, in_norms, m, n, M, R_UP, N, stride_z, stride_up, 1,
+        IN_PER_ROW, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     up = _add_bias(up, up_bias, n, N)
     if gate_rows is None:
         value = activate(up, ACTIVATION)
     else:
         gate = _tile(
-            z_gate, gate_rows, None, None, m, n, M, R_GATE, N, stride_z, stride_gate, 1,
-            False, BLOCK_M, BLOCK_N, BLOCK_K,
+            z_gate, gate_rows, in_threshold, in_norms, m, n, M, R_GATE, N, stride_z, stride_gate, 1,
+            IN_PER_ROW, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         value = activate(_add_bias(gate, gate_bias, n, N), ACTIVATION) * up
     _store(g, tl.where(keeps(value, n, threshold, norms, N, PER_ROW), value, 0), m, n, M, N)
@@ -134,20 +135,25 @@ def masked_product(
 
 
 def neurons(
-    z_up: Tensor, z_gate: Tensor, up_rows: Tensor, gate_rows: Tensor | None, up_bias: Tensor | None,
-    gate_bias: Tensor | None, threshold: Tensor, norms: Tensor, activation: str, config: Prefill,
+    z_up: Tensor, z_gate: Tensor, in_threshold: Tensor | None, in_norms: Tensor | None,
+    up_rows: Tensor, gate_rows: Tensor | None, up_bias: Tensor | None, gate_bias: Tensor | None,
+    threshold: Tensor, norms: Tensor, activation: str, config: Prefill,
 ) -> Tensor:  # fmt: skip
-    """Compute z_up [M, R_up], z_gate [M, R_gate] · rows [R, I] -> the masked neurons [M, I], in z's dtype."""
+    """Compute z_up [M, R_up], z_gate [M, R_gate] · rows [R, I] -> the masked neurons [M, I], in z's dtype.
+
+    With an `in_threshold`, one mask is applied to z_up and z_gate, which then are the same.
+    """
     M, N = len(z_up), up_rows.shape[1]
     g = z_up.new_empty(M, N)
     # a tile holds two sums, so it has half the columns
     BLOCK_N = max(16, config.block_n // 2)
     with on(g.device):
         neurons_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, BLOCK_N),)](
-            z_up, z_gate, up_rows, gate_rows, up_bias, gate_bias, threshold, norms, g,
+            z_up, z_gate, in_threshold, in_norms, up_rows, gate_rows, up_bias, gate_bias, threshold, norms, g,
             M, up_rows.shape[0], 0 if gate_rows is None else gate_rows.shape[0], N,
             z_up.stride(0), up_rows.stride(0), 0 if gate_rows is None else gate_rows.stride(0),
-            threshold.dim() == 1, activation, config.block_m, BLOCK_N, config.block_k,
+            in_threshold is not None and in_threshold.dim() == 1, threshold.dim() == 1, activation,
+            config.block_m, BLOCK_N, config.block_k,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return g

@@ -21,6 +21,7 @@ from triton.errors import TritonError
 from triton.testing import do_bench_cudagraph
 
 from rana_kernels.backends.triton import configurations
+from rana_kernels.ops.quantized import is_quantized
 from rana_kernels.system.files import write_whole
 
 Call = tuple[str, tuple]  # an op's name and its arguments
@@ -39,14 +40,17 @@ class Choice(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Records the calls of the package's ops."""
+    """Records the calls of the package's ops with float weights.
+
+    Quantised weights are dequantised first, which takes longer than any configuration could save.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "rana":
+        if func.namespace == "rana" and not any(isinstance(a, Tensor) and is_quantized(a) for a in args):
             self.calls.append((func._schema.name.split("::")[1], args))
         return func(*args, **(kwargs or {}))
 
