@@ -79,7 +79,9 @@ def test_cases_mask_what_they_say(case, integers):
     """The inputs themselves: not zero, neither are the outputs, and the masks near the wanted density."""
     sizes = {"masked_linear": ["N"], "masked_lowrank_linear": ["K"], "masked_mlp": ["K", "I"]}[case.op]
     cases = [
-        c for c in CASES if c.op == case.op and min(c.tokens * c.R, c.N, *(getattr(c, s) for s in sizes)) > 4
+        c
+        for c in CASES
+        if c.op == case.op and min(c.tokens * (c.R or c.K // 4), c.N, *(getattr(c, s) for s in sizes)) > 4
     ]
     kept = {density: [] for density in DENSITIES}
     for c in cases:
@@ -208,9 +210,17 @@ def call_registered(case: Case, args: dict) -> torch.Tensor:
 
 
 def requiring_grad(args: dict, dtype: torch.dtype | None = None) -> dict:
-    """Leaves that require gradients, thresholds and norms excepted; all of it in `dtype` if given."""
-    tensors = {n: t.to(dtype, copy=True) for n, t in args.items() if isinstance(t, torch.Tensor)}
+    """Leaves that require gradients; thresholds, norms and what is quantised do not. In `dtype` if given."""
+    tensors = {
+        n: t.to(dtype, copy=True) for n, t in args.items() if is_cast(n, t) or n in MASKED and t is not None
+    }
     return {**args, **{n: t.requires_grad_(n not in MASKED) for n, t in tensors.items()}}
+
+
+def is_cast(name: str, argument) -> bool:
+    """Whether an argument has the dtype of the input: no thresholds, norms, scales or quantised weights."""
+    floats = isinstance(argument, torch.Tensor) and argument.is_floating_point()
+    return floats and name not in MASKED and not name.endswith("_scale")
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
@@ -272,7 +282,7 @@ OTHER_ACTIVATIONS = {a: replace(FORMS["mlp_ungated"], activation=a) for a in ("s
 @pytest.mark.parametrize("case", named(FORMS | OTHER_ACTIVATIONS))
 def test_gradients_in_float64(case):
     """Against finite differences, which the reference alone is precise enough for."""
-    tiny = {"R": 4, "N": 3, "K": 5, "I": 6, "gate": 3 if case.gate == 12 else case.gate}
+    tiny = {"R": case.R and 4, "N": 3, "K": 5, "I": 6, "gate": 3 if case.gate == 12 else case.gate}
     args = requiring_grad(make_inputs(replace(case, lead=(2,), **tiny), torch.float64), torch.float64)
     with rana_kernels.use_backend("reference"):
         assert torch.autograd.gradcheck(getattr(torch.ops.rana, case.op).default, tuple(args.values()))
@@ -295,7 +305,7 @@ def test_gradients_are_those_of_dense_math(case, lead):
 @every_form
 def test_autocast_casts_all_but_the_thresholds(case):
     args = make_inputs(case, torch.float32)
-    half = {n: t if n in MASKED or not isinstance(t, torch.Tensor) else t.bfloat16() for n, t in args.items()}
+    half = {n: t.bfloat16() if is_cast(n, t) else t for n, t in args.items()}
     with torch.autocast("cpu", torch.bfloat16):
         y = call_registered(case, args)
         again = call_registered(case, half)
