@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rana_kernels.model.architectures import Block, find_blocks
 from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
-from rana_kernels.nn.adapters import RanaNeuronLinear, fill_module, joint_linears
+from rana_kernels.nn.adapters import RanaNeuronLinear, joint_linears
+from rana_kernels.nn.base import fill_module
 from rana_kernels.nn.dense import serve_dense
 from rana_kernels.nn.mlp import RanaMLP
 
