@@ -22,7 +22,7 @@ class Format:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in WIDTHS:
+        if type(self.bits) is not int or self.bits not in WIDTHS:
             raise ValueError(f"bits is {self.bits!r}, wanted 16, 8 or 4")
         fits = self.group is None or (self.bits < 16 and type(self.group) is int and self.group in GROUPS)
         if not fits:

@@ -29,9 +29,10 @@ def quantize(
     it may be negative (`steps.py`). Raises ValueError for arguments that do not fit, for values that are not
     finite, and for weights whose steps float16 cannot hold.
     """
+    weight = weight.detach()
     _check(weight, bits, group, moment, along)
     size = max(1, weight.shape[1] if group is None else group)
-    values = weight.detach().float()
+    values = weight.float()
     if moment is None:
         steps = find_steps(grouped(values, size), bits)
     elif along == "rows":
