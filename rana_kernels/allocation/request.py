@@ -50,8 +50,8 @@ class Request:
             )
         if self.times is not None and self.format.quantized:
             raise ValueError(
-                f"bits is {self.format.bits} and times are given, wanted flops_reduction: the times are those "
-                "of weights in 16 bits"
+                f"bits is {self.format.bits} and times are given, wanted flops_reduction: the times are of "
+                "weights in 16 bits"
             )
         if self.max_memory is not None and self.max_memory <= 0:
             raise ValueError(f"max_memory is {self.max_memory}, wanted a positive number of bytes")

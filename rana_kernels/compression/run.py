@@ -92,7 +92,7 @@ def compress(
     lm_head_bits      of the weight of lm_head. None: like `bits`. An lm_head that is tied to the embedding
                       gets a quantised copy, and the embedding stays as it is
     search            for `method="rankadaptor"`: token ids to measure on that the calibration does not have
-    plan              the adapters to make, with their bits. Missing thresholds are chosen from the token sample
+    plan              the adapters to make, with their bits. Missing thresholds are chosen from the sample
     patterns          for a model of an unknown architecture: the fields of
                       `rana_kernels.model.architectures.Architecture` that name its linears. Token ids must be
                       the first argument of its forward

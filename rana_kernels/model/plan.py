@@ -80,7 +80,8 @@ class AdapterSpec:
     def stored_bytes(self, itemsize: int) -> int:
         """Return the bytes of all its tensors, with `itemsize` bytes for each float of weights and biases.
 
-        The float32 thresholds, one for each row, and the norms of a neuron adapter are included.
+        The float32 thresholds, one for each row, and the norms of a neuron adapter are included. A quantised
+        joint adapter may store a few bytes less, if one group has columns of two linears.
         """
         return round(self._bytes(itemsize, self.rank))
 
@@ -95,7 +96,7 @@ class AdapterSpec:
             return biases + self.width * self.format.row_bytes(self.in_features, itemsize)
         of_B = self.format.row_bytes(self.in_features, itemsize) if self.kind == "rank" else 0
         vectors = 4 * self.rank * (2 if self.kind == "neuron" else 1)
-        row = self.format.for_rows(self.width).row_bytes(self.width, itemsize)
+        row = sum(self.format.for_rows(width).row_bytes(width, itemsize) for width in self.out_features)
         return biases + vectors + self.rank * of_B + rows * row
 
     @property
