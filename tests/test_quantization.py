@@ -153,7 +153,8 @@ def test_small_steps_do_not_vanish():
 def test_a_large_weight_is_rounded_in_parts_to_the_same_values(monkeypatch):
     weight = torch.randn(37, 130)
     wanted = quantize(weight, 4, 32)
-    monkeypatch.setattr("rana_kernels.quantization.steps._CHUNK", 700)
+    for module in ("steps", "rounding"):
+        monkeypatch.setattr(f"rana_kernels.quantization.{module}.CHUNK", 700)
     for found, whole in zip(quantize(weight, 4, 32), wanted, strict=True):
         assert torch.equal(found, whole)
 

@@ -54,9 +54,8 @@ def build_head(model: nn.Module, format: Format) -> dict[str, nn.Module]:
         raise ValueError(f"lm_head is a {type(head).__name__}, wanted torch.nn.Linear: give lm_head_bits=16")
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         raise ValueError(f"{names[0]} is tied to the embedding, wanted one of its own to quantise")
-    sizes, place = (head.in_features, head.out_features), {"device": head.weight.device}
-    made = QuantizedLinear(*sizes, head.bias is not None, format, **place, dtype=head.weight.dtype)
-    return {names[0]: made}
+    sizes, like = (head.in_features, head.out_features, head.bias is not None), head.weight
+    return {names[0]: QuantizedLinear(*sizes, format, device=like.device, dtype=like.dtype)}
 
 
 def untie_head(model: nn.Module) -> None:

@@ -60,7 +60,7 @@ def split_mlp(mlp: RanaMLP) -> RanaSplitMLP:
         owner, receiver = joint_linears(
             B.shape[1], widths, R, up_bias is not None, device="meta", dtype=B.dtype
         )
-        both = None if up_bias is None else torch.cat([gate_bias, up_bias])
+        both = None if up_bias is None or gate_bias is None else torch.cat([gate_bias, up_bias])
         fill_module(owner, B=B, rows=torch.cat([gate_rows, up_rows], 1), threshold=threshold, bias=both)
         split.add_module(gate, owner)
         split.add_module(up, fill_module(receiver))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rana_kernels.ops.quantized import GROUPS, groups_of, pack_int4
 from rana_kernels.quantization.gptq import DAMPING, feedback, spread_errors
-from rana_kernels.quantization.steps import BOUNDS, find_steps, grouped, round_to
+from rana_kernels.quantization.steps import BOUNDS, CHUNK, find_steps, grouped, round_to
 
 LARGEST_FLOAT16 = 65504.0
 SMALLEST = 2.0**-20  # the least step that the largest value may have: float16 keeps four bits of it
@@ -32,15 +32,25 @@ def quantize(
     weight = weight.detach()
     _check(weight, bits, group, moment, along)
     size = max(1, weight.shape[1] if group is None else group)
-    values = weight.float()
     if moment is None:
-        steps = find_steps(grouped(values, size), bits)
-    elif along == "rows":
-        values, steps = _along_rows(values, bits, size, moment.to(weight.device))
+        q, steps = _to_nearest(weight, bits, size)
     else:
-        values, steps = _along_columns(values, bits, size, moment.to(weight.device))
-    q = round_to(values, _spread(steps, size, weight.shape[1]), bits).to(torch.int8)
+        spread_out = _along_rows if along == "rows" else _along_columns
+        values, steps = spread_out(weight.float(), bits, size, moment.to(weight.device))
+        q = _whole_numbers(values, steps, bits, size)
     return (pack_int4(q) if bits == 4 else q), steps.half()
+
+
+def _to_nearest(weight: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return the whole numbers int8 [R, N] and their steps. Few rows at a time need little extra memory."""
+    parts = weight.split(max(1, CHUNK // max(1, weight.shape[1])))
+    steps = [find_steps(grouped(part.float(), size), bits) for part in parts]
+    whole = [_whole_numbers(part.float(), own, bits, size) for part, own in zip(parts, steps, strict=True)]
+    return torch.cat(whole), torch.cat(steps)
+
+
+def _whole_numbers(values: Tensor, steps: Tensor, bits: int, size: int) -> Tensor:
+    return round_to(values, _spread(steps, size, values.shape[1]), bits).to(torch.int8)
 
 
 def _along_rows(values: Tensor, bits: int, size: int, moment: Tensor) -> tuple[Tensor, Tensor]:

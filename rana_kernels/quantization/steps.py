@@ -14,7 +14,7 @@ BOUNDS = {8: (-127, 127), 4: (-8, 7)}
 _TARGETS = {8: (127.0,), 4: (-8.0, -7.0, -7.3, -7.6, -8.4, -8.8, -9.2, -9.6, -10.0, -10.5, -11.0)}
 _TINY = 2.0**-24  # the smallest positive float16
 _NORMAL = 2.0**-14  # below it, float16 has multiples of _TINY only
-_CHUNK = 1 << 22  # values that are tried at once, so that large weights need little extra memory
+CHUNK = 1 << 22  # values that are tried at once, so that large weights need little extra memory
 
 
 def grouped(values: Tensor, group: int) -> Tensor:
@@ -30,8 +30,8 @@ def find_steps(values: Tensor, bits: int, importance: Tensor | None = None) -> T
 
     The steps are numbers that float16 has. The step of a group of zeros is 0.
     """
-    if len(_TARGETS[bits]) > 1 and values.dim() > 2 and values.numel() > _CHUNK:
-        count = max(1, len(values) * _CHUNK // values.numel())
+    if len(_TARGETS[bits]) > 1 and values.dim() > 2 and values.numel() > CHUNK:
+        count = max(1, len(values) * CHUNK // values.numel())
         return torch.cat([find_steps(part, bits, importance) for part in values.split(count)])
     if values.shape[-1] == 0:
         return values.new_zeros(values.shape[:-1])
