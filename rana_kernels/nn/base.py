@@ -53,11 +53,14 @@ class AdapterModule(nn.Module):
     def change_formats(self, given: dict[str, Tensor]) -> None:
         """Change the format of each empty matrix to the format of its tensor in `given`."""
         for name, columns in self.matrices.items():
-            if name not in given or getattr(self, name).dtype == given[name].dtype:
+            old, new = getattr(self, name), given.get(name)
+            if new is None or old.dtype == new.dtype:
                 continue
-            wanted = format_of(given[name], given.get(f"{name}_scale"), columns)
+            if old.is_floating_point() and new.is_floating_point():
+                continue  # a parameter takes floats of any dtype
+            wanted = format_of(new, given.get(f"{name}_scale"), columns)
             wanted = wanted.for_rows(columns) if name == "rows" else wanted
-            self.register_matrix(name, len(getattr(self, name)), columns, wanted, "meta", given[name].dtype)
+            self.register_matrix(name, len(old), columns, wanted, "meta", new.dtype)
 
     def register_float32(self, name: str, size: int, device: torch.device | str | None) -> None:
         self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device=device))
