@@ -218,7 +218,7 @@ def test_paths_stay_within_the_directory(name, checkpoint):
 
 
 LIES: dict[str, tuple[Callable[[dict], object], str]] = {
-    "newer": (lambda d: d.update(format=3), r"format is '3', this version .* reads 2: install"),
+    "newer": (lambda d: d.update(format=4), r"format is '4', this version .* reads 3: install"),
     "true": (lambda d: d.update(format=True), "format is 'True'"),
     "unversioned": (lambda d: d.pop("format"), "format is 'None'"),
     "no files": (lambda d: d.update(files=[]), "wanted an object that lists config.json"),
@@ -239,7 +239,7 @@ def test_manifests_that_lie_are_refused(change, message, checkpoint):
         rana.load(checkpoint)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", "[" * 10**5, '{"format": 2, "format": 2}', "\xff", "null"])
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 10**5, '{"format": 3, "format": 3}', "\xff", "null"])
 def test_what_is_no_manifest_is_refused(text, checkpoint):
     (checkpoint / MANIFEST).write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match="rana.json"):

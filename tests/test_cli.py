@@ -115,6 +115,27 @@ def test_compress_in_json_and_from_tokens(folder, tmp_path, run):
     assert rana.load(tmp_path / "out").dtype == torch.bfloat16
 
 
+def test_bits_from_compress_to_eval_and_info(folder, tmp_path, run):
+    output, text = tmp_path / "out", folder / "text.txt"
+    options = ("--method", "paper", "--bits", 4, "--group", 64, "--lm-head-bits", 8)
+    code, out, err = run(*compression(folder, output), *options)
+    assert code == 0, err
+    words = "4, a scale for 64 columns; lm_head 8, a scale for 64 columns"
+    assert words in " ".join(out.split()) and "A token reads" in out
+    code, out, err = run("eval", output, "--text", text, "--sequence-length", 64, "--tokens", 128, "--json")
+    found = json.loads(out)
+    assert code == 0 and (found["bits"], found["lm_head_bits"]) == ([4], 8), err
+    assert 0 < found["read_bytes"] < found["stored_bytes"]
+    code, out, _ = run("info", output, "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["bits"] == words
+    assert 0 < facts["block_read_bytes"] < facts["block_stored_bytes"] < facts["stored_bytes"]
+    code, out, _ = run("info", output)
+    assert code == 0 and "method: paper" in out
+    code, _, err = run("compress", folder, "--calibration", text, "-o", tmp_path / "other", "--bits", 5)
+    assert code == 2 and "'5' is not one of" in err
+
+
 def test_the_card_says_what_was_measured(folder, tmp_path, run):
     code, _, err = run(*compression(folder, tmp_path / "out"), "--evaluation", folder / "text.txt")
     assert code == 0, err

@@ -268,6 +268,11 @@ BROKEN = {
     "widths": ({"out_features": [8, "x"]}, "out_features has"),
     "surplus": ({"code": "x"}, r"the fields has \['code'\]"),
     "bias": ({"bias": 1}, "bias has 1, wanted true or false"),
+    "bits": ({"bits": 5}, "bits is 5, wanted 16, 8 or 4"),
+    "truth": ({"bits": True}, "bits is True, wanted 16, 8 or 4"),
+    "group": ({"bits": 4, "group": 48}, "group is 48, wanted 32, 64, 128, or None for a whole row"),
+    "float group": ({"bits": 4, "group": 32.0}, "group is 32.0, wanted 32"),
+    "group of floats": ({"group": 32}, "group is 32, wanted None with 16 bits"),
 }
 
 
@@ -280,7 +285,7 @@ def test_broken_plans_are_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", "{}", '{"format": 2}', '{"format": 1, "adapters": [3]}', "[" * 10**5]
+    "text", ["", "[]", "null", "{}", '{"format": 3}', '{"format": 2, "adapters": [3]}', "[" * 10**5]
 )
 def test_what_is_no_plan_is_refused(text):
     with pytest.raises(ValueError, match="Plan"):

@@ -30,11 +30,12 @@ ARROWS = {
     "backends": {"ops", "system"},
     "nn": {"ops"},
     "model": {"nn"},
-    "checkpoint": {"model", "system"},
+    "checkpoint": {"nn", "model", "system"},
     "evaluation": {"model"},
     "statistics": {"ops", "model"},
+    "quantization": {"ops", "model", "statistics"},
     "allocation": {"nn", "model", "checkpoint", "evaluation", "statistics", "system"},
-    "compression": {"ops", "nn", "model", "checkpoint", "statistics", "allocation", "system"},
+    "compression": {"ops", "nn", "model", "checkpoint", "statistics", "quantization", "allocation", "system"},
     "recovery": {
         "ops", "nn", "model", "checkpoint", "evaluation", "statistics", "allocation", "system",
     },
@@ -47,7 +48,9 @@ ARROWS = {
 # Only these rooms call the ops. The others see kernels through modules.
 CALLERS = {"ops", "nn", "integrations"}
 # Rooms that a process that loads a checkpoint never imports.
-UNUSED_BY_LOADING = ("statistics", "allocation", "compression", "recovery", "evaluation", "cli")
+UNUSED_BY_LOADING = (
+    "statistics", "quantization", "allocation", "compression", "recovery", "evaluation", "cli",
+)  # fmt: skip
 
 
 def file_name(path: Path) -> str:

@@ -9,16 +9,30 @@ import torch
 from torch import nn
 
 from rana_kernels.evaluation.live import count_live
-from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, check_thresholds, joint_linears
+from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, joint_linears
+from rana_kernels.nn.base import check_values, fill_module
+from rana_kernels.nn.dense import QuantizedLinear, serve_dense
+from rana_kernels.nn.factored import to_linears
+from rana_kernels.nn.format import FLOAT, Format
 from rana_kernels.nn.mlp import RanaMLP
+from rana_kernels.nn.split_mlp import split_mlp
 from rana_kernels.ops import reference
+from rana_kernels.ops.quantized import dequantize
+from rana_kernels.quantization import quantize
 
 K, N, I = 24, 40, 56  # noqa: E741
+INT8, INT4 = Format(8, 32), Format(4, 32)
 
 
 def filled(module: nn.Module, threshold: float = 0.0) -> nn.Module:
     for parameter in module.parameters():
         nn.init.normal_(parameter)
+    for name, buffer in module.named_buffers():
+        if buffer.dtype in (torch.int8, torch.uint8):
+            buffer.random_(0, 256) if buffer.dtype == torch.uint8 else buffer.random_(-127, 128)
+        elif name.endswith("_scale"):
+            rows = module.get_buffer(name.removesuffix("_scale"))
+            buffer.uniform_(0.5, 2).div_(80 if rows.dtype == torch.int8 else 4)
     for part in module.modules():
         if hasattr(part, "norms"):
             part.norms.uniform_(0.5, 2)
@@ -38,13 +52,25 @@ class Attention(nn.Module):
         return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
 
 
-def make_attention(bias: bool = True) -> Attention:
-    return filled(Attention(*joint_linears(K, (24, 8, 8), 16, bias)), threshold=2.0)
+def make_attention(bias: bool = True, format: Format = FLOAT) -> Attention:
+    return filled(Attention(*joint_linears(K, (24, 8, 8), 16, bias, format=format)), threshold=2.0)
 
 
-def mlp(gated: bool = True, joint: bool = False, activation: str = "silu", threshold: float = 1.0) -> RanaMLP:
-    gate_rank = (16 if joint else 8) if gated else None
-    return filled(RanaMLP(K, I, N, 16, gate_rank, activation, joint=joint, bias=(True,) * 3), threshold)
+def mlp(
+    gated: bool = True, joint: bool = False, activation: str = "silu", threshold: float = 1.0, **formats
+) -> RanaMLP:
+    gate_rank, bias = (16 if joint else 8) if gated else None, (True,) * 3
+    made = RanaMLP(K, I, N, 16, gate_rank, activation, joint=joint, bias=bias, **formats)
+    return filled(made, threshold)
+
+
+def packed_mlp(format: Format) -> RanaMLP:
+    """One linear computed gate and up."""
+    names = ("gate_up_proj", "gate_up_proj", "down_proj")
+    made = RanaMLP(
+        K, 64, N, 16, 16, "silu", joint=True, names=names, bias=(True,) * 3, format=format, down_format=INT8
+    )
+    return filled(made, 1.0)
 
 
 MODULES = {
@@ -54,8 +80,32 @@ MODULES = {
     "mlp": mlp,
     "mlp_joint": lambda: mlp(joint=True),
     "mlp_ungated": lambda: mlp(gated=False, activation="gelu_tanh"),
+    "mlp_packed": lambda: packed_mlp(FLOAT),
+    "dense": lambda: served(nn.Linear(K, N)),
 }
+QUANTIZED = {
+    "linear_int8": lambda: filled(RanaLinear(K, N, 16, bias=True, format=INT8), 1.0),
+    "linear_int4": lambda: filled(RanaLinear(K, N, 16, bias=True, format=INT4), 1.0),
+    "neuron_int8": lambda: filled(RanaNeuronLinear(K, N, bias=True, format=Format(8)), 0.5),
+    "neuron_odd": lambda: filled(RanaNeuronLinear(K, 33, bias=True, format=INT4), 0.5),
+    "joint_int4": lambda: make_attention(format=INT4),
+    "mlp_int8": lambda: mlp(format=INT8, down_format=INT8),
+    "mlp_mixed": lambda: mlp(joint=True, format=INT4, down_format=Format(8, 64)),
+    "mlp_ungated_int4": lambda: mlp(gated=False, down_format=INT4),
+    "mlp_packed_int4": lambda: packed_mlp(Format(4, 64)),
+    "mlp_packed_rows": lambda: packed_mlp(Format(8)),
+    "dense_int4": lambda: filled(QuantizedLinear(K, N, True, INT4)),
+    "dense_int8": lambda: filled(QuantizedLinear(K, N, True, INT8)),
+}
+MODULES |= QUANTIZED
 every_module = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES.keys())
+every_quantized = pytest.mark.parametrize("make", QUANTIZED.values(), ids=QUANTIZED.keys())
+
+
+def served(linear: nn.Linear) -> nn.Module:
+    model = nn.Sequential(linear)
+    serve_dense(model, ["0"])
+    return model[0]
 
 
 @pytest.fixture
@@ -115,7 +165,8 @@ def test_compiles_whole(make, x):
 @every_module
 def test_gradients_reach_every_parameter(make, x):
     module = make()
-    module(x).sum().backward()
+    module(x.requires_grad_()).sum().backward()
+    assert x.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
 
 
@@ -124,21 +175,106 @@ def test_copies_stand_alone(make, x):
     module = make()
     y = module(x)
     copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
-    for parameter in module.parameters():
-        parameter.data.zero_()
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data.zero_()
     for copied in copies:
         torch.testing.assert_close(copied(x), y, rtol=0, atol=0)
 
 
 @every_module
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_casts_leave_thresholds_and_norms_float32(make, dtype, x):
+def test_casts_leave_thresholds_norms_and_quantised_weights_alone(make, dtype, x):
     module = make()
-    exact = {n: b.clone() for n, b in module.named_buffers() if n.endswith(("threshold", "norms"))}
+    exact = {n: b.clone() for n, b in module.named_buffers() if n.rpartition(".")[2] != "weight"}
+    dtypes = {torch.float32, torch.int8, torch.uint8, torch.float16}
     module.to(dtype)
     assert module(x.to(dtype)).dtype == dtype
     for name, before in exact.items():
-        assert torch.equal(module.get_buffer(name), before) and module.get_buffer(name).dtype == torch.float32
+        now = module.get_buffer(name)
+        assert torch.equal(now, before) and now.dtype == before.dtype and now.dtype in dtypes
+
+
+@every_quantized
+def test_quantised_modules_compute_with_the_weights_they_mean(make, x):
+    """The twin of floats gives the same, the masks too, and scales keep their bits in float64."""
+    module = make()
+    twin, wanted = copy.deepcopy(module), {}
+    for part in twin.modules():
+        for name, columns in getattr(part, "matrices", {}).items():
+            if (scale := getattr(part, f"{name}_scale")) is not None:
+                weight = dequantize(getattr(part, name), scale, columns)
+                part.register_matrix(name, *weight.shape, FLOAT, None, None)
+                getattr(part, name).data.copy_(weight)
+    if isinstance(module, QuantizedLinear):
+        wanted = nn.functional.linear(x, twin.qweight, twin.bias)
+    else:
+        wanted = twin(x)
+    assert torch.equal(module(x), wanted)
+    for part, other in zip(module.modules(), twin.modules(), strict=True):
+        if hasattr(part, "masks"):
+            masks, others = part.masks(x), other.masks(x)
+            assert masks.keys() == others.keys() and all(torch.equal(masks[k], others[k]) for k in masks)
+    assert module.double()(x.double()).dtype == torch.float64
+    assert all(b.dtype == torch.float16 for n, b in module.named_buffers() if n.endswith("_scale"))
+
+
+@every_quantized
+def test_quantised_modules_work_under_autocast(make, x):
+    module = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+
+
+def test_tensors_alone_say_the_width_of_each_matrix(x):
+    made = filled(RanaLinear(K, N, 16, format=INT8))
+    tensors = {name: tensor for name, tensor in made.state_dict().items() if name != "weight"}
+    rows = torch.randn(16, N)
+    tensors["rows"], tensors["rows_scale"] = quantize(rows, 4, None)
+    module = fill_module(RanaLinear(K, N, 16, device="meta"), **tensors)
+    assert module.B.dtype == torch.int8 and module.rows.dtype == torch.uint8
+    assert "B_bits=8, rows_bits=4" in repr(module)
+    wanted = x @ dequantize(module.B, module.B_scale).T @ dequantize(module.rows, module.rows_scale)
+    torch.testing.assert_close(module(x), wanted, rtol=1e-4, atol=1e-4)
+    floats = fill_module(module, B=made.B.float(), rows=rows, threshold=made.threshold)
+    assert isinstance(floats.B, nn.Parameter) and floats.rows_scale is None
+    with pytest.raises(RuntimeError, match="size mismatch for rows_scale"):
+        fill_module(RanaLinear(K, N, 16, device="meta"), **tensors | {"rows_scale": torch.ones(16, 3).half()})
+    with pytest.raises(RuntimeError, match='Missing key.* "rows_scale"'):
+        fill_module(RanaLinear(K, N, 16, device="meta"), **{**tensors, "rows_scale": None})
+
+
+def test_scales_are_finite():
+    module = MODULES["mlp_int8"]()
+    module.up_proj.rows_scale[2, 0] = float("inf")
+    with pytest.raises(RuntimeError, match=r"up_proj\.rows_scale has inf, wanted finite numbers"):
+        MODULES["mlp_int8"]().load_state_dict(module.state_dict())
+    with pytest.raises(ValueError, match=r"up_proj\.rows_scale has inf, wanted finite numbers"):
+        check_values(module)
+
+
+@pytest.mark.parametrize("rewrite", [to_linears, lambda model: split_mlp(model[0])])
+def test_quantised_modules_are_not_rewritten(rewrite):
+    with pytest.raises(ValueError, match="B is quantised, wanted floats"):
+        rewrite(nn.Sequential(MODULES["mlp_int8"]()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((5,), "bits is 5"),
+        ((16, 32), "None with 16 bits"),
+        ((4, 48), "group is 48"),
+        ((True,), "bits is True"),
+    ],
+)
+def test_formats_that_are_none_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Format(*arguments)
+
+
+def test_a_packed_mlp_is_split_on_a_border_of_groups_only():
+    with pytest.raises(ValueError, match="split at column 64, wanted a multiple of the group"):
+        packed_mlp(Format(8, 128))
 
 
 @every_module
@@ -166,7 +302,7 @@ def test_thresholds_are_finite_and_not_negative(bad):
         module.load_state_dict(state)
     module.threshold.fill_(bad)
     with pytest.raises(ValueError, match="wanted finite numbers >= 0"):
-        check_thresholds(module)
+        check_values(module)
 
 
 def test_a_receiver_wants_the_tensor_its_owner_had(x):
@@ -228,7 +364,7 @@ def test_count_live_counts_what_the_masks_keep(make, x):
     with count_live(module) as counts:
         module(x)
         module(x[:1])
-    assert counts
+    assert bool(counts) != isinstance(module[0], nn.Linear | QuantizedLinear)
     for count in counts.values():
         assert count.tokens == 15 and 0 < count.mean <= count.rows
     assert not any(part._forward_hooks for part in module.modules())

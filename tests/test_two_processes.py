@@ -22,9 +22,12 @@ from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.integrations.tensor_parallel import modules, shares
 from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.nn.adapters import Handoff, RanaLinear, RanaNeuronLinear
+from rana_kernels.nn.format import Format
 from rana_kernels.nn.mlp import RanaMLP
+from rana_kernels.quantization import quantize
 from rana_kernels.statistics import fisher
 from tests import two_processes
+from tests.cases import scale_of
 from tests.test_compress import hand_plan, make_model, tokens
 
 pytest.importorskip("accelerate", reason="transformers shares models among devices with accelerate")
@@ -265,6 +268,12 @@ def test_what_the_processes_cannot_share_is_refused(dimension):
         shared(module, "packed_colwise")
 
 
+def test_quantised_models_are_refused():
+    model = nn.Sequential(RanaLinear(24, 32, 16, format=Format(8, 32)))
+    with pytest.raises(ValueError, match="0: B is quantised, and tensor parallelism wants floats"):
+        shares.SetAside(model)
+
+
 def test_heads_that_the_processes_cannot_share_are_refused():
     with (
         mock.patch.object(shares, "processes", lambda model: 3),
@@ -285,30 +294,38 @@ def test_a_plan_of_ones_own_is_refused():
 CASES = {
     "masked_linear": [(2, 4, 16), (16, 12), 16, 16, 12],
     "masked_lowrank_linear": [(2, 4, 8), (16, 8), (16, 12), 16, 12],
-    "masked_mlp": [(2, 4, 8), (16, 8), (8, 12), (8, 12), 16, 12, 12, (12, 8), 12, 12, 8],
+    "masked_mlp": [(2, 4, 8), (16, 8), (8, 12), (8, 12), 16, None, 12, 12, (12, 8), 12, 12, 8],
     "linear": [(2, 4, 8), (6, 8), 6],
 }
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("op", CASES)
-def test_an_op_on_dtensors_is_right_whatever_is_cut(op, bias):
+def test_an_op_on_dtensors_is_right_whatever_is_cut(op, bits, bias):
     mesh, call = init_device_mesh("cpu", (dist.get_world_size(),)), getattr(torch.ops.rana, op)
     names = [argument.name for argument in call.default._schema.arguments]
-    arguments = [
-        torch.rand(shape) - (0.5 if "threshold" not in name else 0) if bias or "bias" not in name else None
+    given = {
+        name: None if shape is None or ("bias" in name and not bias) else drawn(name, shape)
         for name, shape in zip(names, CASES[op], strict=False)
-    ]
-    rest = ["silu"] if op == "masked_mlp" else []
-    wanted = call(*arguments, *rest)
+    }
+    if bits < 16:
+        for name in [name for name in given if name in ("B", "weight") or name.endswith("rows")]:
+            given[name], given[scale_of(name)] = quantize(given[name], bits, 32)
+    arguments = [given.get(name, "silu" if name == "activation" else None) for name in names]
+    wanted = call(*arguments)
     for i, cut in enumerate(arguments):
-        for dimension in range(cut.ndim if cut is not None else 0):
+        for dimension in range(cut.ndim if isinstance(cut, torch.Tensor) else 0):
             places = [[Shard(dimension) if j == i else Replicate()] for j in range(len(arguments))]
             placed = [
-                a if a is None else distribute_tensor(a, mesh, p)
+                distribute_tensor(a, mesh, p) if isinstance(a, torch.Tensor) else a
                 for a, p in zip(arguments, places, strict=True)
             ]
-            torch.testing.assert_close(call(*placed, *rest).full_tensor(), wanted)
+            torch.testing.assert_close(call(*placed).full_tensor(), wanted)
+
+
+def drawn(name: str, shape: int | tuple[int, ...]) -> torch.Tensor:
+    return torch.rand(shape) - (0.5 if "threshold" not in name else 0)
 
 
 def test_ranks_are_cut_without_being_brought_together():

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from rana_kernels.allocation.latency import LatencyTable, ShapeLatency, sizes_of
 from rana_kernels.model.architectures import find_blocks
 from rana_kernels.model.linears import linear_of
-from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, fill_module
+from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear
+from rana_kernels.nn.base import fill_module
 from rana_kernels.nn.dense import DenseLinear
 from rana_kernels.system.cpu import clock, cold_bytes, processor_name
 from rana_kernels.system.huge_pages import collapse

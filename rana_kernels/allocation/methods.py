@@ -5,10 +5,10 @@ from typing import Any
 from rich.progress import track
 
 from rana_kernels.allocation.latency import LatencyTable
-from rana_kernels.allocation.method import Method
+from rana_kernels.allocation.method import Chooser, Method
 from rana_kernels.allocation.paper import Paper, Static
 from rana_kernels.allocation.rankadaptor import RankAdaptor
-from rana_kernels.allocation.request import Request
+from rana_kernels.allocation.request import Request, formats
 from rana_kernels.allocation.search import Search
 from rana_kernels.allocation.whole_model import WholeModel
 from rana_kernels.checkpoint.resume import ResumeDir
@@ -29,6 +29,9 @@ def plan(
     time_reduction: float | None = None,
     times: LatencyTable | None = None,
     max_memory: int | None = None,
+    bits: int = 16,
+    group: int | None = 32,
+    lm_head_bits: int | None = None,
     method: str = DEFAULT,
     search: Search | None = None,
     store: ResumeDir | None = None,
@@ -41,6 +44,9 @@ def plan(
     times            the measured times that `time_reduction` refers to
     max_memory       the bytes that these linears may store (weights, biases, thresholds and norms). A budget
                      of FLOPs alone does not limit them
+    bits             of the weights: 16 (floats of the model's dtype), 8 or 4
+    group            columns that share a scale in 8 and 4 bits: 32, 64, 128, or None for a whole row
+    lm_head_bits     of the weight of lm_head. None: like `bits`
     method           a name in `METHODS`
     search           the settings of the search, for `rankadaptor` only. The measured losses are stored in it
     store            keeps the measurements of the search, so that the same call goes on after an interruption
@@ -49,18 +55,25 @@ def plan(
     for an unknown method, if statistics are missing, or for a reduction out of reach (the message says
     what is in reach).
     """
+    own, head = formats(stats.model, bits, group, lm_head_bits)
     request = make_request(
         method, flops_reduction=flops_reduction, time_reduction=time_reduction, times=times,
-        max_memory=max_memory, search=search,
+        max_memory=max_memory, search=search, format=own, lm_head_format=head,
     )  # fmt: skip
     chosen = METHODS[method]
     chosen.check(stats.model, stats.blocks, request)
     stats.require(chosen.needs["inputs"])
-    choose = chosen.prepare(stats, request, store, progress)
+    choose = prepare(stats, request, store, progress)
     adapters: list[AdapterSpec] = []
     for block in track(stats.blocks, "planning", disable=not progress, transient=True):
         adapters += choose(CalibratedBlock(stats.model, block, stats))
     return request.record(tuple(adapters))
+
+
+def prepare(stats: Stats, request: Request, store: ResumeDir | None, progress: bool) -> Chooser:
+    """Do what `Method.prepare` does. The chooser gives every adapter the format of the request."""
+    choose = METHODS[request.method].prepare(stats, request, store, progress)
+    return lambda calibrated: [adapter.with_format(request.format) for adapter in choose(calibrated)]
 
 
 def make_request(method: str, *, search: Search | None = None, **asked: Any) -> Request:

@@ -10,10 +10,11 @@ because the errors of dropped neurons add up: a sum of their scores leaves out t
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from rana_kernels.allocation.cost import MULTIPLY_ADDS, CostModel, cost
 from rana_kernels.allocation.method import Chooser, Method, chooser_of
@@ -22,7 +23,9 @@ from rana_kernels.allocation.specs import dense_spec, make_spec
 from rana_kernels.allocation.spending import Choice, Curve, Ways, least_cost, least_memory, spend
 from rana_kernels.allocation.split import RANK_STEP, Splits, smallest_budget
 from rana_kernels.checkpoint.resume import ResumeDir
+from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.nn.format import Format
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats
 from rana_kernels.statistics.thresholds import evenly
@@ -59,12 +62,24 @@ def plan_curves(stats: Stats, curves: list[Ways], request: Request) -> Plan:
     # the first way adapts each linear alone, and the first choice of a curve is the dense linear
     dense = sum(curve[0].cost for ways in curves for curve in ways[0])
     budget = (1 - request.reduction) * dense
+    if request.max_memory is not None and request.format.quantized:
+        curves = [_stored_as(request.format, ways, stats.model) for ways in curves]
     chosen = spend(curves, budget, request.max_memory)
     if chosen is None:
         raise ValueError(_out_of_reach(curves, request, budget, dense))
     by_name = {name: choice.adapter for choice in chosen for name in choice.adapter.names}
     ordered = dict.fromkeys(by_name[name] for block in stats.blocks for name in block.linears)
     return request.record(tuple(ordered))
+
+
+def _stored_as(format: Format, ways: Ways, model: nn.Module) -> Ways:
+    """Return the same choices with the bytes that they store in another format."""
+
+    def stored(choice: Choice) -> Choice:
+        itemsize = linear_of(model, choice.adapter.names[0]).weight.element_size()
+        return replace(choice, bytes=choice.adapter.with_format(format).stored_bytes(itemsize))
+
+    return [[[stored(choice) for choice in curve] for curve in way] for way in ways]
 
 
 def _out_of_reach(curves: list[Ways], request: Request, budget: float, dense: float) -> str:

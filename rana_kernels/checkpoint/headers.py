@@ -18,6 +18,8 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+# of tensors whose dtype is fixed, whatever the dtype that the model is loaded in
+EXACT = (".threshold", ".norms", ".B_scale", ".rows_scale", ".qweight_scale")
 STORED_FLOATS = ("F32", "F16", "BF16")
 MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors library
 
@@ -115,9 +117,9 @@ def _check_tiling(file: str, entries: dict[str, Entry], data: int) -> None:
 def check_tensors(files: list[Path], expected: dict[str, Tensor], optional: set[str]) -> None:
     """Raise CheckpointError unless `files` hold exactly the tensors `expected`, by name, shape and dtype.
 
-    expected   the model's tensors, on any device: only their shapes and dtypes matter. Thresholds and norms
-               must be float32 in the file too. Other floats may have any dtype in `STORED_FLOATS`, because
-               a model can be loaded in another dtype than it was saved in
+    expected   the model's tensors, on any device: only their shapes and dtypes matter. Thresholds, norms,
+               scales and quantised weights must have the same dtype in the file. Other floats may have any
+               dtype in `STORED_FLOATS`, because a model can be loaded in another dtype than it was saved in
     optional   names that may be absent, because these weights are tied to others
     """
     home: dict[str, str] = {}
@@ -141,7 +143,7 @@ def _check_entry(where: str, entry: Entry, expected: Tensor) -> None:
         raise CheckpointError(
             f"{where} has shape {list(entry.shape)}, wanted {list(expected.shape)} by the plan"
         )
-    exact = where.endswith((".threshold", ".norms")) or not expected.is_floating_point()
+    exact = where.endswith(EXACT) or not expected.is_floating_point()
     fits = DTYPES[entry.dtype] == expected.dtype if exact else entry.dtype in STORED_FLOATS
     if not fits:
         wanted = str(expected.dtype) if exact else " or ".join(STORED_FLOATS)

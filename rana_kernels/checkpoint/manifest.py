@@ -1,7 +1,7 @@
 """The format of a checkpoint on disk: a directory that transformers can read, and a manifest for its checks.
 
     config.json          the model's config as transformers writes it; its `quantization_config` is
-                         {"quant_method": "rana", "format": 2, "plan": …, "made": …}. The modules can be
+                         {"quant_method": "rana", "format": 3, "plan": …, "made": …}. The modules can be
                          built from the plan alone; `made` has facts for the model card (`model_card.py`)
     README.md            the model card
     model.safetensors    every tensor under its name in the state dict (large models: shards and an index)
@@ -95,6 +95,8 @@ def write_manifest(directory: Path, model: nn.Module, plan: Plan, paths: Iterabl
             "method": plan.method,
             "flops_reduction": plan.flops_reduction,
             "block_flops_reduction": plan.reduction,
+            "bits": list(plan.bits),
+            "lm_head_bits": plan.lm_head_bits,
         },
         "stored_bytes": sum(file.bytes for file in files.values()),
         "files": {name: vars(file) for name, file in files.items()},

@@ -12,6 +12,7 @@ from torch import nn
 
 from rana_kernels.checkpoint.attachment import attach_plan, attached_facts, attached_plan
 from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.nn.format import Format
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -41,6 +42,7 @@ def write_card(model: nn.Module) -> str:
     lines = [*_front_matter(base), f"# {name}, compressed with RaNA", "", _HOW, ""]
     lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in _facts(base, made))]
     lines.append(f"| method | {plan.method} |")
+    lines.append(f"| bits of the weights | {describe_bits(plan)} |")
     lines += [f"| {name} | {saved} |" for name, saved in _savings(plan, made)]
     lines += ["", "Rows kept of rows stored, mean over the calibration's tokens:", ""]
     lines += ["| linears | kind | kept / stored | of the dense cost |", "| --- | --- | --- | --- |"]
@@ -58,6 +60,18 @@ model = AutoModelForCausalLM.from_pretrained("this directory or repository")
 ```
 
 Without that import transformers refuses to load it."""
+
+
+def describe_bits(plan: Plan) -> str:
+    """Return the bits of a plan's weights in a few words."""
+    linears = dict.fromkeys(adapter.format for adapter in plan.adapters)
+    return f"{' and '.join(map(_words, linears))}; lm_head {_words(plan.lm_head_format)}"
+
+
+def _words(format: Format) -> str:
+    if not format.quantized:
+        return "16 or 32, as stored"
+    return f"{format.bits}, a scale for {f'{format.group} columns' if format.group else 'every row'}"
 
 
 def _front_matter(base: str) -> list[str]:
@@ -80,6 +94,7 @@ def _facts(base: str, made: dict[str, Any]) -> list[tuple[str, str]]:
         "recovered": _recovery(part("recovery")),
         "weights": _sizes(part("bytes")),
         "of the blocks' linears": _sizes(part("block_bytes")),
+        "read for a token, in these and lm_head": _sizes(part("read_bytes")),
         "made with": [f"{name} {version}" for name, version in sorted(part("versions").items())],
     }
     return [(key, _plain(", ".join(values))) for key, values in lines.items() if values]

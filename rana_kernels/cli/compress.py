@@ -19,7 +19,9 @@ from rana_kernels.checkpoint.model_card import note
 from rana_kernels.checkpoint.replacement import check_target
 from rana_kernels.cli.options import (
     AsJson,
+    Bits,
     Dtype,
+    Group,
     SearchHistory,
     SequenceLength,
     app,
@@ -33,6 +35,7 @@ from rana_kernels.cli.tables import show_compression
 from rana_kernels.cli.tokens import read_token_ids
 from rana_kernels.compression.report import CompressReport
 from rana_kernels.compression.run import compress as compress_model
+from rana_kernels.compression.run import method_needs
 from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import save
 from rana_kernels.statistics.calibration import calibrate
@@ -47,6 +50,7 @@ Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ign
 Examples:
   rana compress meta-llama/Llama-3.2-1B --calibration text.txt -o llama-rana
   rana compress ./model --calibration tokens.safetensors --flops-reduction 0.3 -o out --json
+  rana compress ./model --calibration text.txt --flops-reduction 0.2 --bits 4 -o out
   rana compress ./model --calibration text.txt --method rankadaptor --evaluations 50 -o out
   rana compress ./model --calibration text.txt --time-reduction 0.3 --times here.json -o out
 After an interruption, the same command continues after the last finished block or evaluation."""
@@ -93,6 +97,20 @@ def compress(
     max_memory: Annotated[
         float | None,
         typer.Option(min=0.0, help="Let these linears store at most this many MB (millions of bytes)."),
+    ] = None,
+    bits: Annotated[
+        Bits,
+        typer.Option(help="Store the weights in this many bits. 16: in the dtype of the model, unrounded."),
+    ] = Bits.sixteen,
+    group: Annotated[
+        Group,
+        typer.Option(help="In 8 and 4 bits, this many columns of a weight share a scale. row: a whole row."),
+    ] = Group.thirty_two,
+    lm_head_bits: Annotated[
+        Bits | None,
+        typer.Option(
+            "--lm-head-bits", help="Store the weight of lm_head in this many bits. Default: as --bits."
+        ),
     ] = None,
     method: Annotated[
         Method,
@@ -146,9 +164,8 @@ def compress(
     if METHODS[method.value].searches:
         token_ids, held_out = hold_out(token_ids)
         search = Search(held_out, evaluations, seed, history or own_history())
-    stats = calibrate(
-        original, token_ids.split(4), seed=seed, progress=progress, **METHODS[method.value].needs
-    )
+    needs = method_needs(method.value, int(bits.value))
+    stats = calibrate(original, token_ids.split(4), seed=seed, progress=progress, **needs)
     with unfinished_work(output) as resume_dir:
         report = compress_model(
             original,
@@ -157,6 +174,9 @@ def compress(
             time_reduction=time_reduction,
             times=latency,
             max_memory=None if max_memory is None else round(max_memory * 1e6),
+            bits=int(bits.value),
+            group=group.columns,
+            lm_head_bits=None if lm_head_bits is None else int(lm_head_bits.value),
             method=method.value,
             search=search,
             resume_dir=resume_dir,

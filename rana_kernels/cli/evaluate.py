@@ -1,7 +1,7 @@
 """`rana eval`."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ from rana_kernels.cli.options import (
 )
 from rana_kernels.cli.tables import show_evaluation
 from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.compression.report import head_bytes, model_bytes
 from rana_kernels.evaluation import metrics
 from rana_kernels.evaluation.density import MARGIN, costs_of, planned_live
 from rana_kernels.evaluation.examples import Predictions, costs_of_predictions
@@ -90,6 +91,10 @@ def evaluate_model(
         "dense": dense,
         "density": density,
         "adapters": _adapters(plan, counts),
+        "bits": plan.bits,
+        "lm_head_bits": plan.lm_head_bits,
+        "stored_bytes": model_bytes(model),
+        "read_bytes": _read_bytes(model, plan, counts),
         **_examples(plan, counts, some, losses, dense_losses, tokenizer),
     }
     print_json(facts) if as_json else show_evaluation(facts, plan)
@@ -116,6 +121,16 @@ def _density(plan: Plan, counts: dict[str, LiveCount]) -> dict[str, Any]:
         "margin": MARGIN,
         "tokens": {name: float(torch.quantile(cost_ratio, share)) for name, share in QUANTILES.items()},
     }
+
+
+def _read_bytes(model: Any, plan: Plan, counts: dict[str, LiveCount]) -> float:
+    """Return the mean bytes that a token of this text reads in the linears of the blocks and lm_head."""
+    itemsize, total = model.dtype.itemsize, float(head_bytes(model))
+    for adapter in plan.adapters:
+        count = counts.get(adapter.names[0])
+        measured = adapter if count is None else replace(adapter, live=count.mean)
+        total += measured.read_bytes(itemsize)
+    return total
 
 
 def _adapters(plan: Plan, counts: dict[str, LiveCount]) -> list[dict[str, Any]]:

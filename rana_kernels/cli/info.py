@@ -1,14 +1,50 @@
 """`rana info`."""
 
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
 from rana_kernels.backends import info
+from rana_kernels.checkpoint.attachment import read_plan
+from rana_kernels.checkpoint.manifest import read_manifest
+from rana_kernels.checkpoint.model_card import describe_bits
 from rana_kernels.cli.options import AsJson, app, print_json
 
 
 @app.command("info")
-def show_info(as_json: AsJson = False) -> None:
-    """Report which backend serves each op, the instruction set, the threads and the versions."""
-    found = info.report()
+def show_info(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIR]", help="A directory that `rana compress` wrote, to report on it instead."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Report which backend serves each op, the instruction set, the threads and the versions.
+
+    With a directory, report how its model is compressed: method, bits, and bytes.
+    """
+    found = info.report() if directory is None else None
+    facts = _facts(directory) if directory is not None else {}
     if as_json:
-        print_json(found.to_dict())
-    else:
+        print_json(found.to_dict() if found else facts)
+    elif found:
         print(found)
+    else:
+        print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+def _facts(directory: Path) -> dict[str, Any]:
+    manifest, plan = read_manifest(directory), read_plan(directory)
+    itemsize = getattr(torch, manifest.facts["base"]["dtype"]).itemsize
+    return {
+        "method": plan.method,
+        "block_flops_reduction": plan.reduction,
+        "bits": describe_bits(plan),
+        "stored_bytes": manifest.facts["stored_bytes"],
+        "block_stored_bytes": plan.stored_bytes(itemsize),
+        "block_read_bytes": round(plan.read_bytes(itemsize)),
+    }

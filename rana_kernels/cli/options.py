@@ -39,6 +39,30 @@ class Dtype(str, Enum):
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+class Bits(str, Enum):
+    """The bits of a weight. With 16, it has the dtype of the model."""
+
+    sixteen = "16"
+    eight = "8"
+    four = "4"
+
+
+class Group(str, Enum):
+    """The columns of a weight that share a scale."""
+
+    thirty_two = "32"
+    sixty_four = "64"
+    hundred_and_twenty_eight = "128"
+    row = "row"
+
+    @property
+    def columns(self) -> int | None:
+        """As in `rana_kernels.compress`: None for a whole row."""
+        return None if self is Group.row else int(self.value)
+
+
 SequenceLength = Annotated[
     int,
     typer.Option(

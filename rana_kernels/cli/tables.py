@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rana_kernels.checkpoint.model_card import describe_bits
 from rana_kernels.compression.report import CompressReport
 from rana_kernels.model.plan import AdapterSpec, Plan
 
@@ -31,6 +32,16 @@ def show_compression(report: CompressReport, output: Path, stored: int) -> None:
         f"{inside[1]:.1f} MB); {stored / 1e6:.1f} MB written to {output}",
         highlight=False,
     )
+    show_bits(report.plan, report.read_bytes_after)
+
+
+def show_bits(plan: Plan, read_bytes: float) -> None:
+    """Print the bits of the weights and the bytes that a token reads in the linears and lm_head."""
+    _out().print(
+        f"Bits of the weights: {describe_bits(plan)}. A token reads {read_bytes / 1e6:.1f} MB in the blocks' "
+        "linears and lm_head",
+        highlight=False,
+    )
 
 
 def show_evaluation(facts: dict[str, Any], plan: Plan) -> None:
@@ -49,6 +60,7 @@ def show_evaluation(facts: dict[str, Any], plan: Plan) -> None:
         f"{density['planned']:.3f} planned; over tokens {spread}",
         highlight=False,
     )
+    show_bits(plan, facts["read_bytes"])
     _out().print(_example_table("Tokens that keep most", facts["cost_most"]))
     if "lose_most" in facts:
         _out().print(_example_table("Predictions that lose most", facts["lose_most"]))

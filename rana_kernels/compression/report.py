@@ -25,7 +25,7 @@ class AdapterReport:
     """The sizes of one adapter, as in AdapterSpec, and its quality on the token sample.
 
     captured_energy   Σ score² over live rows, as a fraction of Σ score² over all rows
-    output_error      ‖y - ŷ‖ / ‖y‖ on some tokens, without bias
+    output_error      ‖y - ŷ‖ / ‖y‖ on some tokens, without bias, before the weights are rounded
     spectrum          the energy of the ranks (or neurons) as fractions of their sum, falling: at most 64
                       points, evenly spaced in rank
     """
@@ -50,6 +50,7 @@ class CompressReport:
     model_flops_reduction    of one token in these linears, experts and lm_head
     bytes_before, _after     of the whole model
     block_bytes_before, ...  of the linears of the blocks, or of their replacements
+    read_bytes_before, ...   that one token reads in the linears of the blocks and lm_head
     block_time_reduction     expected from the measured times, if the compression had any
     """
 
@@ -61,6 +62,8 @@ class CompressReport:
     bytes_after: int
     block_bytes_before: int
     block_bytes_after: int
+    read_bytes_before: int
+    read_bytes_after: int
     seconds: float
     block_time_reduction: float | None = None
 
@@ -76,6 +79,7 @@ def facts_of(model: nn.Module, stats: Stats, report: CompressReport) -> dict[str
         "model_flops_reduction": report.model_flops_reduction,
         "bytes": {"before": report.bytes_before, "after": report.bytes_after},
         "block_bytes": {"before": report.block_bytes_before, "after": report.block_bytes_after},
+        "read_bytes": {"before": report.read_bytes_before, "after": report.read_bytes_after},
         "block_time_reduction": report.block_time_reduction,
         "versions": versions(),
     }
@@ -125,6 +129,12 @@ def model_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
+def head_bytes(model: nn.Module) -> int:
+    """Return the bytes of lm_head, 0 if the model has none."""
+    head = output_head(model)
+    return 0 if head is None else model_bytes(head)
+
+
 def block_bytes(model: nn.Module, blocks: list[Block]) -> int:
     """Return the bytes that `max_memory` limits: the linears of the blocks, or their replacements."""
     total = 0
@@ -139,7 +149,7 @@ def block_bytes(model: nn.Module, blocks: list[Block]) -> int:
 def model_flops_reduction(model: nn.Module, blocks: list[Block], plan: Plan) -> float:
     """Return the FLOPs reduction over the blocks' linears, lm_head and the experts that a token uses."""
     head = output_head(model)
-    flops = 2 * head.weight.numel() if head is not None else 0
+    flops = 2 * head.in_features * head.out_features if head is not None else 0
     flops += sum(_expert_flops(model, block.experts) for block in blocks if block.experts)
     return 1 - (plan.flops + flops) / (plan.dense_flops + flops)
 

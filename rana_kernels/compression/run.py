@@ -3,8 +3,9 @@
 A method that plans block by block decomposes each linear once. A method with one budget for the whole model
 decomposes every linear before it decides, and the chosen ones again for their modules: to keep all factors
 would take the memory of two more models. A block's factors are dropped when its modules are in place, so
-there are never two copies of the model. Only linears are replaced: embeddings and norms stay, and so do the
-weights of lm_head and of linears that are left dense.
+there are never two copies of the model. Only linears are replaced: embeddings and norms stay, and in 16 bits
+so do the weights of lm_head and of linears that are left dense. In 8 and 4 bits, every weight of a block is
+rounded when the block's adapters are computed, and the weight of lm_head at the end.
 """
 
 import time
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from rana_kernels.allocation.cost import reduction
 from rana_kernels.allocation.latency import LatencyTable
 from rana_kernels.allocation.method import Chooser, chooser_of
-from rana_kernels.allocation.methods import DEFAULT, METHODS, make_request
+from rana_kernels.allocation.methods import DEFAULT, METHODS, make_request, prepare
+from rana_kernels.allocation.request import formats
 from rana_kernels.allocation.search import Search
 from rana_kernels.checkpoint.attachment import attach_plan
 from rana_kernels.checkpoint.resume import ResumeDir, fingerprint
@@ -28,14 +30,28 @@ from rana_kernels.compression.report import (
     CompressReport,
     block_bytes,
     facts_of,
+    head_bytes,
     measure,
     model_bytes,
     model_flops_reduction,
 )
 from rana_kernels.model.architectures import Block, describe, find_blocks
-from rana_kernels.model.install import check_plan, dense_names, install_block
+from rana_kernels.model.install import (
+    build_head,
+    check_plan,
+    dense_names,
+    install_block,
+    output_head,
+    replace_modules,
+    untie_head,
+)
+from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.nn.base import fill_module
 from rana_kernels.nn.dense import serve_dense
+from rana_kernels.nn.format import Format
+from rana_kernels.quantization.block import INPUTS, quantize_block
+from rana_kernels.quantization.rounding import quantize
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats, calibrate_blocks
 from rana_kernels.statistics.tensors import block_tensors, with_threshold
@@ -50,6 +66,9 @@ def compress(
     time_reduction: float | None = None,
     times: LatencyTable | None = None,
     max_memory: int | None = None,
+    bits: int = 16,
+    group: int | None = 32,
+    lm_head_bits: int | None = None,
     method: str = DEFAULT,
     search: Search | None = None,
     plan: Plan | None = None,
@@ -66,8 +85,14 @@ def compress(
     time_reduction    the fraction to save of the time that these linears take for one token
     times             the measured times that `time_reduction` refers to
     max_memory        the bytes that these linears may store (weights, biases, thresholds, norms)
+    bits              of the weights: 16 (floats of the model's dtype), 8 or 4. They are rounded by GPTQ
+                      (arXiv 2210.17323) where the statistics have the moment of the weight's input
+    group             columns of a weight that share a scale in 8 and 4 bits: 32, 64, 128, or None for a whole
+                      row
+    lm_head_bits      of the weight of lm_head. None: like `bits`. An lm_head that is tied to the embedding
+                      gets a quantised copy, and the embedding stays as it is
     search            for `method="rankadaptor"`: token ids to measure on that the calibration does not have
-    plan              the adapters to make. Missing thresholds are chosen from the token sample
+    plan              the adapters to make, with their bits. Missing thresholds are chosen from the sample
     patterns          for a model of an unknown architecture: the fields of
                       `rana_kernels.model.architectures.Architecture` that name its linears. Token ids must be
                       the first argument of its forward
@@ -84,11 +109,13 @@ def compress(
     if stats is not None and stats.model is not model:
         raise ValueError("compress: the statistics are of another model object than the one given")
     blocks = stats.blocks if stats is not None else find_blocks(model)
+    for name in (name for block in blocks for name in block.linears):
+        linear_of(model, name)  # refuses adapters and quantised weights before any work
     asked = {
         "flops_reduction": flops_reduction, "time_reduction": time_reduction, "times": times,
         "max_memory": max_memory, "search": search,
     }  # fmt: skip
-    target = _target(model, blocks, plan, method, asked)
+    target = _target(model, blocks, plan, method, asked, formats(model, bits, group, lm_head_bits))
     if stats is None:
         assert calibration is not None
         stats = calibrate_blocks(model, blocks, calibration, **target.needs, progress=progress)
@@ -97,9 +124,11 @@ def compress(
     made = {"model, calibration or request": fingerprint(model, blocks, *facts)}
     store = ResumeDir(resume_dir, made) if resume_dir else None
     bytes_before, block_bytes_before = model_bytes(model), block_bytes(model, blocks)
+    read_bytes_before = block_bytes_before + head_bytes(model)
+    itemsize = linear_of(model, blocks[0].linears[0]).weight.element_size()
     adapters, measured = _compress_blocks(stats, target.prepare(stats, store, progress), store, progress)
     done = target.start.with_adapters(tuple(adapters))
-    serve_dense(model, dense_names(model, done))
+    _serve_the_rest(model, done)
     use_huge_pages(model)
     report = CompressReport(
         plan=done,
@@ -110,6 +139,8 @@ def compress(
         bytes_after=model_bytes(model),
         block_bytes_before=block_bytes_before,
         block_bytes_after=block_bytes(model, blocks),
+        read_bytes_before=read_bytes_before,
+        read_bytes_after=round(done.read_bytes(itemsize)) + head_bytes(model),
         block_time_reduction=reduction(times, done) if times else None,
         seconds=time.monotonic() - started,
     )
@@ -135,22 +166,37 @@ class _Target:
 
 
 def _target(
-    model: nn.Module, blocks: list[Block], plan: Plan | None, method: str, asked: dict[str, Any]
+    model: nn.Module,
+    blocks: list[Block],
+    plan: Plan | None,
+    method: str,
+    asked: dict[str, Any],
+    formats: tuple[Format, Format],
 ) -> _Target:
     """Check what is asked for against the model. Raise ValueError if the two do not fit."""
+    own, head = formats
     if plan is None:
-        request, chosen = make_request(method, **asked), METHODS[method]
-        chosen.check(model, blocks, request)
+        request = make_request(method, **asked, format=own, lm_head_format=head)
+        METHODS[method].check(model, blocks, request)
+        needs = method_needs(method, own.bits)
 
-        def prepare(stats: Stats, store: ResumeDir | None, progress: bool) -> Chooser:
-            return chosen.prepare(stats, request, store, progress)
+        def prepare_own(stats: Stats, store: ResumeDir | None, progress: bool) -> Chooser:
+            return prepare(stats, request, store, progress)
 
-        return _Target(chosen.needs, repr(request), request.record(), prepare)
+        return _Target(needs, repr(request), request.record(), prepare_own)
     given = [name for name, value in asked.items() if value is not None]
+    given += ["bits"] if own.quantized or head.quantized else []
     if given:
         raise ValueError(f"compress: a plan is given, and {', '.join(given)}: wanted exactly one of them")
     needs = _needs_of(check_plan(model, blocks, plan), plan)
     return _Target(needs, plan.to_json(), plan, lambda *_: chooser_of(plan))
+
+
+def method_needs(method: str, bits: int = 16) -> dict[str, Any]:
+    """Return the arguments of `calibrate` that collect the statistics for a method and its bits."""
+    needs = METHODS[method].needs
+    more = INPUTS if bits < 16 else ()
+    return {**needs, "inputs": tuple(sorted({*needs["inputs"], *more}))}
 
 
 def _needs_of(planned: list[tuple[Block, list[AdapterSpec]]], plan: Plan) -> dict[str, Any]:
@@ -158,13 +204,26 @@ def _needs_of(planned: list[tuple[Block, list[AdapterSpec]]], plan: Plan) -> dic
 
     A neuron adapter of down needs only the input of the MLP, from which that of down is computed.
     """
-    needed = {"mlp"}
+    needed = {"mlp", *(INPUTS if any(a.format.quantized for a in plan.adapters) else ())}
     for block, adapters in planned:
         for adapter in adapters:
             name = next(key for key, readers in block.inputs.items() if adapter.names[0] in readers)
             if adapter.kind == "rank" or (adapter.kind == "neuron" and name != "down"):
                 needed.add(name)
     return {"inputs": tuple(sorted(needed)), "gradients": any(a.metric == "loss" for a in plan.adapters)}
+
+
+def _serve_the_rest(model: nn.Module, plan: Plan) -> None:
+    """Replace the linears that stay dense in floats, and lm_head, which may be quantised."""
+    format, head = plan.lm_head_format, output_head(model)
+    if format.quantized:
+        weight, scale = quantize(head.weight, format.bits, format.group)
+        untie_head(model)
+        modules = build_head(model, format)
+        for module in modules.values():
+            fill_module(module, qweight=weight, qweight_scale=scale, bias=head.bias)
+        replace_modules(model, modules)
+    serve_dense(model, dense_names(model, plan))
 
 
 def _compress_blocks(
@@ -193,7 +252,7 @@ def _compress_block(
         reports = [AdapterReport(**{**entry, "names": tuple(entry["names"])}) for entry in record["reports"]]
         return tensors, adapters, reports
     adapters = [with_threshold(calibrated, adapter) for adapter in choose(calibrated)]
-    tensors = block_tensors(calibrated, adapters)
+    tensors = quantize_block(calibrated, adapters, block_tensors(calibrated, adapters))
     reports = [measure(calibrated, adapter) for adapter in adapters if adapter.kind != "dense"]
     if store:
         record = {"plan": Plan(tuple(adapters)).to_json(), "reports": [asdict(report) for report in reports]}

@@ -8,6 +8,9 @@ columns           if the columns of `rows` are divided, so are the columns of y
 ranks, neurons    can be divided if h is complete. y is then a partial sum, and so is the bias, which only
                   one process adds. The ranks of `masked_mlp` cannot be divided, because an activation comes
                   between them and y
+
+The columns of a quantised weight are not divided, because a part may end inside a group or inside a block of
+packed bytes. Its rows are divided together with the rows of its scale.
 """
 
 from typing import Any
@@ -41,36 +44,46 @@ def _divided_by_rows(threshold: Any) -> Any:
 
 
 @register_sharding(torch.ops.rana.masked_linear.default)
-def _masked_linear(h, rows, threshold, norms=None, bias=None):
-    last, arguments = Shard(h.ndim - 1), [h, rows, threshold, norms, bias]
-    columns = ([last], [WHOLE, COLUMN, WHOLE, WHOLE, ROW])
-    ranks = ([PARTIAL], [last, ROW, _divided_by_rows(threshold), ROW, PARTIAL])
-    return _tensors_only([*_tokens(h, arguments[1:]), columns, ranks], arguments)
+def _masked_linear(h, rows, threshold, norms=None, bias=None, rows_scale=None):
+    last, arguments = Shard(h.ndim - 1), [h, rows, threshold, norms, bias, rows_scale]
+    layouts = _tokens(h, arguments[1:])
+    layouts.append(([PARTIAL], [last, ROW, _divided_by_rows(threshold), ROW, PARTIAL, ROW]))
+    if rows_scale is None:
+        layouts.append(([last], [WHOLE, COLUMN, WHOLE, WHOLE, ROW, None]))
+    return _tensors_only(layouts, arguments)
 
 
 @register_sharding(torch.ops.rana.masked_lowrank_linear.default)
-def _masked_lowrank_linear(x, B, rows, threshold, bias=None):
-    last, arguments = Shard(x.ndim - 1), [x, B, rows, threshold, bias]
-    columns = ([last], [WHOLE, WHOLE, COLUMN, WHOLE, ROW])
-    ranks = ([PARTIAL], [WHOLE, ROW, ROW, _divided_by_rows(threshold), PARTIAL])
-    return _tensors_only([*_tokens(x, arguments[1:]), columns, ranks], arguments)
+def _masked_lowrank_linear(x, B, rows, threshold, bias=None, B_scale=None, rows_scale=None):
+    last, arguments = Shard(x.ndim - 1), [x, B, rows, threshold, bias, B_scale, rows_scale]
+    layouts = _tokens(x, arguments[1:])
+    layouts.append(([PARTIAL], [WHOLE, ROW, ROW, _divided_by_rows(threshold), PARTIAL, ROW, ROW]))
+    if rows_scale is None:
+        layouts.append(([last], [WHOLE, WHOLE, COLUMN, WHOLE, ROW, WHOLE, None]))
+    return _tensors_only(layouts, arguments)
 
 
 @register_sharding(torch.ops.rana.masked_mlp.default)
 def _masked_mlp(
-    x, B, up_rows, gate_rows, threshold, up_bias, gate_bias, down_rows, down_norms, down_threshold, down_bias,
-    activation,
+    x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias, down_rows, down_norms, down_threshold,
+    down_bias, activation, B_scale=None, up_scale=None, gate_scale=None, down_scale=None,
 ):  # fmt: skip
-    up_and_gate = [B, up_rows, gate_rows, threshold, up_bias, gate_bias]
+    up_and_gate = [B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias]
     down = [down_rows, down_norms, down_threshold, down_bias]
-    arguments = [x, *up_and_gate, *down, activation]
-    of_down = [ROW, ROW, _divided_by_rows(down_threshold), PARTIAL]
-    neurons = ([PARTIAL], [WHOLE, WHOLE, COLUMN, COLUMN, WHOLE, ROW, ROW, *of_down, None])
-    return _tensors_only([*_tokens(x, arguments[1:]), neurons], arguments)
+    arguments = [x, *up_and_gate, *down, activation, B_scale, up_scale, gate_scale, down_scale]
+    layouts = _tokens(x, arguments[1:])
+    if up_scale is None and gate_scale is None:
+        of_up_and_gate = [WHOLE, COLUMN, COLUMN, WHOLE, WHOLE, ROW, ROW]
+        of_down = [ROW, ROW, _divided_by_rows(down_threshold), PARTIAL]
+        layouts.append(([PARTIAL], [WHOLE, *of_up_and_gate, *of_down, None, WHOLE, None, None, ROW]))
+    return _tensors_only(layouts, arguments)
 
 
 @register_sharding(torch.ops.rana.linear.default)
-def _linear(x, weight, bias=None):
-    last, arguments = Shard(x.ndim - 1), [x, weight, bias]
-    columns, inputs = ([last], [WHOLE, ROW, ROW]), ([PARTIAL], [last, COLUMN, PARTIAL])
-    return _tensors_only([*_tokens(x, arguments[1:]), columns, inputs], arguments)
+def _linear(x, weight, bias=None, weight_scale=None):
+    last, arguments = Shard(x.ndim - 1), [x, weight, bias, weight_scale]
+    layouts = _tokens(x, arguments[1:])
+    layouts.append(([last], [WHOLE, ROW, ROW, ROW]))
+    if weight_scale is None:
+        layouts.append(([PARTIAL], [last, COLUMN, PARTIAL, None]))
+    return _tensors_only(layouts, arguments)

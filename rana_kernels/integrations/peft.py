@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rana_kernels.checkpoint.attachment import attach_plan, attached_facts, attached_plan
 from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, RanaReceiver
+from rana_kernels.nn.base import AdapterModule, require_floats
 from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.nn.split_mlp import RanaSplitMLP, join_mlp, split_mlp
 
@@ -26,7 +27,8 @@ from rana_kernels.nn.split_mlp import RanaSplitMLP, join_mlp, split_mlp
 def add(model: nn.Module, config: LoraConfig) -> PeftModel:
     """Call `get_peft_model` for a compressed model. `target_modules` are named as in the dense model.
 
-    Every RanaMLP of `model` is split, in place. `merge` joins it again.
+    Every RanaMLP of `model` is split, in place. `merge` joins it again. Raises ValueError for a model with
+    quantised weights.
     """
     _prepare(model, config)
     return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
@@ -55,6 +57,9 @@ def merge(tuned: PeftModel) -> nn.Module:
 def _prepare(model: nn.Module, config: Any) -> None:
     if not isinstance(config, LoraConfig):
         raise ValueError(f"config is a {type(config).__name__}, wanted peft.LoraConfig")
+    for module in model.modules():
+        if isinstance(module, AdapterModule):
+            require_floats(module)
     for name, module in list(model.named_modules()):
         if isinstance(module, RanaMLP):
             model.set_submodule(name, split_mlp(module))

@@ -28,7 +28,7 @@ from rana_kernels.checkpoint.replacement import replacing
 from rana_kernels.integrations import hub  # noqa: F401  (what transformers uploads)
 from rana_kernels.integrations.tensor_parallel.shares import SetAside, processes
 from rana_kernels.model.install import install
-from rana_kernels.nn.adapters import check_thresholds
+from rana_kernels.nn.base import check_values
 from rana_kernels.system.huge_pages import use_huge_pages
 
 
@@ -132,7 +132,7 @@ class RanaQuantizer(HfQuantizer):
             )
         _convert(model, self.dtypes)
         # transformers places tensors itself, which bypasses the check of load_state_dict
-        check_thresholds(model)
+        check_values(model)
         use_huge_pages(model)
         return model
 

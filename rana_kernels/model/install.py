@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from rana_kernels.model.architectures import Block, find_blocks
 from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
-from rana_kernels.nn.adapters import RanaNeuronLinear, fill_module, joint_linears
-from rana_kernels.nn.dense import serve_dense
+from rana_kernels.nn.adapters import RanaNeuronLinear, joint_linears
+from rana_kernels.nn.base import fill_module
+from rana_kernels.nn.dense import QuantizedLinear, serve_dense
+from rana_kernels.nn.format import Format
 from rana_kernels.nn.mlp import RanaMLP
 
 
@@ -25,14 +27,45 @@ def install(model: nn.Module, plan: Plan) -> None:
     for block, adapters in check_plan(model, find_blocks(model), plan):
         like = linear_of(model, block.linears[0]).weight
         replace_modules(model, build_block(block, adapters, like.device, like.dtype))
+    if plan.lm_head_format.quantized:
+        replace_modules(model, build_head(model, plan.lm_head_format))
     serve_dense(model, dense_names(model, plan))
 
 
 def dense_names(model: nn.Module, plan: Plan) -> list[str]:
-    """Return the linears that stay dense: those in the plan, and lm_head if the model has one."""
+    """Return the dense linears of floats: those in the plan, and lm_head if the model has one."""
+    own = [a.names[0] for a in plan.adapters if a.kind == "dense" and not a.format.quantized]
+    return own + ([] if plan.lm_head_format.quantized else head_names(model))
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Return the full name of lm_head, in a list that is empty if the model has none."""
     head = output_head(model)
-    heads = [name for name, module in model.named_modules() if module is head]
-    return [adapter.names[0] for adapter in plan.adapters if adapter.kind == "dense"] + heads
+    return [name for name, module in model.named_modules() if module is head]
+
+
+def build_head(model: nn.Module, format: Format) -> dict[str, nn.Module]:
+    """Return the empty module that replaces lm_head, by full name.
+
+    Raises ValueError unless the model has an lm_head that is a linear with a weight of its own.
+    """
+    names, head = head_names(model), output_head(model)
+    if not names or not isinstance(head, nn.Linear):
+        raise ValueError(f"lm_head is a {type(head).__name__}, wanted torch.nn.Linear: give lm_head_bits=16")
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        raise ValueError(f"{names[0]} is tied to the embedding, wanted one of its own to quantise")
+    sizes, like = (head.in_features, head.out_features, head.bias is not None), head.weight
+    return {names[0]: QuantizedLinear(*sizes, format, device=like.device, dtype=like.dtype)}
+
+
+def untie_head(model: nn.Module) -> None:
+    """Give lm_head a weight of its own in the eyes of transformers. The tensors stay as they are."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+        tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+        for name in head_names(model):
+            tied.pop(f"{name}.weight", None)
 
 
 def output_head(model: nn.Module) -> Any:
@@ -103,13 +136,18 @@ def _check_adapter(model: nn.Module, block: Block, adapter: AdapterSpec) -> None
 def is_fused(block: Block, adapters: list[AdapterSpec]) -> bool:
     """Say whether one RanaMLP can replace the whole MLP of the block.
 
-    It can if up and gate have rank adapters (separate or joint), down has a neuron adapter, and the op has
-    the activation.
+    It can if up and gate have rank adapters (separate or joint) of one format, down has a neuron adapter, and
+    the op has the activation. Where one linear computes both up and gate, a group must not contain columns of
+    both.
     """
     if not block.mlp or block.activation is None:
         return False
-    kind = {name: adapter.kind for adapter in adapters for name in adapter.names}
-    return {kind[name] for name in block.expanding} == {"rank"} and kind[block.down] == "neuron"
+    by_name = {name: adapter for adapter in adapters for name in adapter.names}
+    first, down = [by_name[name] for name in block.expanding], by_name[block.down]
+    if {adapter.kind for adapter in first} != {"rank"} or down.kind != "neuron":
+        return False
+    splits = block.gate != block.up or first[0].format.splits_at(first[0].width // 2)
+    return len({adapter.format for adapter in first}) == 1 and splits
 
 
 def build_block(
@@ -122,17 +160,20 @@ def build_block(
     if fused:
         modules[block.mlp] = _build_mlp(block, adapters, place)
     for adapter in adapters:
-        if adapter.kind == "dense" or adapter.names[0] in fused:
-            continue
-        if adapter.kind == "neuron":
-            (name,), (width,) = adapter.names, adapter.out_features
-            modules[name] = RanaNeuronLinear(adapter.in_features, width, adapter.bias, **place)
-        else:
-            made = joint_linears(
-                adapter.in_features, adapter.out_features, adapter.rank, adapter.bias, **place
-            )
-            modules.update(zip(adapter.names, made, strict=True))
+        if adapter.names[0] not in fused:
+            modules |= _build_adapter(adapter, place)
     return modules
+
+
+def _build_adapter(adapter: AdapterSpec, place: dict) -> dict[str, nn.Module]:
+    K, format, made = adapter.in_features, adapter.format, []
+    if adapter.kind == "rank":
+        made = joint_linears(K, adapter.out_features, adapter.rank, adapter.bias, format=format, **place)
+    elif adapter.kind == "neuron":
+        made = [RanaNeuronLinear(K, adapter.width, adapter.bias, format=format, **place)]
+    elif format.quantized:
+        made = [QuantizedLinear(K, adapter.width, adapter.bias, format, **place)]
+    return dict(zip(adapter.names, made, strict=False))  # a dense linear of floats stays
 
 
 def _build_mlp(block: Block, adapters: list[AdapterSpec], place: dict) -> RanaMLP:
@@ -150,5 +191,7 @@ def _build_mlp(block: Block, adapters: list[AdapterSpec], place: dict) -> RanaML
         joint=up is gate,
         bias=(up.bias, gate is not None and gate.bias, down.bias),
         names=(up_name, gate_name, down_name),
+        format=up.format,
+        down_format=down.format,
         **place,
     )

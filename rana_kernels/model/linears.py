@@ -37,4 +37,9 @@ def linear_of(model: nn.Module, name: str) -> Linear:
             f"{name} is a {type(module).__name__}, wanted torch.nn.Linear: an adapted model cannot be "
             "compressed again, start from the original"
         )
+    if not module.weight.is_floating_point() or module.weight.dtype.itemsize < 2:
+        raise ValueError(
+            f"{name} has a weight of {module.weight.dtype}, wanted float32, bfloat16 or float16: a quantised "
+            "model cannot be compressed, start from the original"
+        )
     return Linear(module.weight, module.bias)

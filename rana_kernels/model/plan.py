@@ -9,9 +9,11 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from rana_kernels.nn.format import Format
+
 KINDS = ("rank", "neuron", "dense")
 METRICS = ("output", "loss")
-PLAN_FORMAT = 2  # of its JSON: raise it when fields or their meaning change
+PLAN_FORMAT = 3  # of its JSON: raise it when fields or their meaning change
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class AdapterSpec:
     bias          whether any of `names` has a bias
     metric        the unit of its errors, scores and thresholds: "output", or "loss", where every output is
                   weighted by how strongly the loss depends on it
+    bits          of its weights: 16 (floats of the model's dtype), 8 or 4
+    group         columns of a weight that share a scale: 32, 64, 128, or None for a whole row
     """
 
     kind: str
@@ -42,6 +46,8 @@ class AdapterSpec:
     threshold: float | None = None
     bias: bool = False
     metric: str = "output"
+    bits: int = 16
+    group: int | None = None
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -63,15 +69,35 @@ class AdapterSpec:
         through_B = self.rank * self.in_features if self.kind == "rank" else 0
         return 2 * (through_B + self.live * self.width)
 
-    def stored_bytes(self, itemsize: int) -> int:
-        """Return the bytes of all its tensors, with `itemsize` bytes for each element of weights and biases.
+    @property
+    def format(self) -> Format:
+        """The format of its weights. `rows` with an odd number of columns have 8 bits instead of 4."""
+        return Format(self.bits, self.group)
 
-        The float32 thresholds, one for each row, and the norms of a neuron adapter are included.
+    def with_format(self, format: Format) -> "AdapterSpec":
+        return replace(self, bits=format.bits, group=format.group)
+
+    def stored_bytes(self, itemsize: int) -> int:
+        """Return the bytes of all its tensors, with `itemsize` bytes for each float of weights and biases.
+
+        The float32 thresholds, one for each row, and the norms of a neuron adapter are included. A quantised
+        joint adapter may store a few bytes less, if one group has columns of two linears.
         """
-        stored = self.rank * (self.in_features + self.width)
-        weights = stored if self.kind == "rank" else self.in_features * self.width
-        vectors = {"rank": self.rank, "neuron": 2 * self.rank, "dense": 0}[self.kind]
-        return itemsize * (weights + self.bias * self.width) + 4 * vectors
+        return round(self._bytes(itemsize, self.rank))
+
+    def read_bytes(self, itemsize: int) -> float:
+        """Return the bytes of its tensors that one token reads: all of them, but of `rows` the live ones."""
+        return self._bytes(itemsize, self.live)
+
+    def _bytes(self, itemsize: int, rows: float) -> float:
+        """Return the bytes of all its tensors, but only so many of its rows."""
+        biases = itemsize * self.bias * self.width
+        if self.kind == "dense":
+            return biases + self.width * self.format.row_bytes(self.in_features, itemsize)
+        of_B = self.format.row_bytes(self.in_features, itemsize) if self.kind == "rank" else 0
+        vectors = 4 * self.rank * (2 if self.kind == "neuron" else 1)
+        row = sum(self.format.for_rows(width).row_bytes(width, itemsize) for width in self.out_features)
+        return biases + vectors + self.rank * of_B + rows * row
 
     @property
     def cost_ratio(self) -> float:
@@ -88,6 +114,8 @@ class Plan:
     flops_reduction   the requested reduction of FLOPs, or None
     time_reduction    the requested reduction of time, or None
     max_memory        the requested limit of the bytes of these linears, or None
+    lm_head_bits      of the weight of lm_head: 16 (floats of the model's dtype), 8 or 4
+    lm_head_group     columns of that weight that share a scale: 32, 64, 128, or None for a whole row
 
     `reduction` is the reduction of FLOPs that the adapters really have.
     """
@@ -97,8 +125,11 @@ class Plan:
     flops_reduction: float | None = None
     time_reduction: float | None = None
     max_memory: int | None = None
+    lm_head_bits: int = 16
+    lm_head_group: int | None = None
 
     def __post_init__(self) -> None:
+        _require_format("Plan", "lm_head_", self.lm_head_bits, self.lm_head_group)
         _require(isinstance(self.method, str), "Plan", "method", self.method, "a string")
         for unit in ("flops_reduction", "time_reduction"):
             asked = getattr(self, unit)
@@ -124,6 +155,23 @@ class Plan:
     def reduction(self) -> float:
         """The saving over the linears of the blocks, as a fraction of their dense FLOPs."""
         return 1 - self.flops / self.dense_flops if self.adapters else 0.0
+
+    @property
+    def lm_head_format(self) -> Format:
+        return Format(self.lm_head_bits, self.lm_head_group)
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The widths of its adapters' weights, widest first."""
+        return tuple(sorted({adapter.bits for adapter in self.adapters}, reverse=True))
+
+    def stored_bytes(self, itemsize: int) -> int:
+        """Return the bytes that the linears of the blocks store, as in `AdapterSpec.stored_bytes`."""
+        return sum(adapter.stored_bytes(itemsize) for adapter in self.adapters)
+
+    def read_bytes(self, itemsize: int) -> float:
+        """Return the bytes that one token reads in the linears of the blocks."""
+        return sum(adapter.read_bytes(itemsize) for adapter in self.adapters)
 
     def adapter_of(self, name: str) -> AdapterSpec | None:
         """Return the adapter that covers the linear `name`, or None."""
@@ -167,6 +215,13 @@ def _require(condition: bool, what: str, field: str, has: object, wanted: str) -
         raise ValueError(f"{what}: {field} has {has!r}, wanted {wanted}")
 
 
+def _require_format(where: str, prefix: str, bits: object, group: object) -> None:
+    try:
+        Format(bits, group)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{where}: {prefix}{error}") from None
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -188,6 +243,7 @@ def _check_types(a: AdapterSpec) -> None:
     _require(isinstance(a.bias, bool), where, "bias", a.bias, "true or false")
     _require(a.metric in METRICS, where, "metric", a.metric, f"one of {', '.join(METRICS)}")
     _require(_is_number(a.live) and a.live >= 0, where, "live", a.live, "a finite number >= 0")
+    _require_format(where, "", a.bits, a.group)
     fine = a.threshold is None or (_is_number(a.threshold) and a.threshold >= 0)
     _require(fine, where, "threshold", a.threshold, "None or a finite number >= 0")
 

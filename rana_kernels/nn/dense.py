@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from rana_kernels import ops  # noqa: F401  (defines torch.ops.rana)
+from rana_kernels.nn.base import AdaptedLinear
+from rana_kernels.nn.format import Format
 
 
 class DenseLinear(nn.Linear):
@@ -13,6 +15,25 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.rana.linear(x, self.weight, self.bias)
+
+
+class QuantizedLinear(AdaptedLinear):
+    """A dense linear with its weight in 8 or 4 bits, which calls `rana::linear`.
+
+    qweight [N, K] int8 or [N, ⌈K/2⌉] uint8 · qweight_scale [N, groups] float16 · bias [N].
+    """
+
+    qweight: Tensor
+    qweight_scale: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, format: Format, *, device=None, dtype=None
+    ) -> None:
+        super().__init__(in_features, out_features, out_features if bias else 0, device, dtype)
+        self.register_matrix("qweight", out_features, in_features, format, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.rana.linear(x, self.qweight, self.bias, self.qweight_scale)
 
 
 def serve_dense(model: nn.Module, names: Iterable[str]) -> None:

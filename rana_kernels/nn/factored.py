@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, fill_module
+from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear
+from rana_kernels.nn.base import AdapterModule, fill_module, require_floats
 from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.nn.split_mlp import RanaSplitMLP, join_mlp, split_mlp
 from rana_kernels.ops import reference
@@ -22,6 +23,7 @@ class FactoredLinear(nn.Module):
 
     def __init__(self, adapter: RanaLinear) -> None:
         super().__init__()
+        require_floats(adapter)
         self.B = _linear(adapter.B, None)
         self.rows = _linear(adapter.rows.T, adapter.bias)
         self.register_buffer("threshold", adapter.threshold)
@@ -54,6 +56,7 @@ class FactoredNeurons(nn.Module):
 
     def __init__(self, adapter: RanaNeuronLinear) -> None:
         super().__init__()
+        require_floats(adapter)
         self.rows = _linear(adapter.rows.T, adapter.bias)
         self.register_buffer("threshold", adapter.threshold)
         self.register_buffer("norms", adapter.norms)
@@ -80,7 +83,13 @@ Factored = FactoredLinear | FactoredNeurons
 
 
 def to_linears(model: nn.Module) -> None:
-    """Replace the adapters of `model` by factored modules, which share memory with the adapters."""
+    """Replace the adapters of `model` by factored modules, which share memory with the adapters.
+
+    Raises ValueError for quantised adapters, before anything is replaced.
+    """
+    for module in model.modules():
+        if isinstance(module, AdapterModule):
+            require_floats(module)
     for name, module in list(model.named_modules()):
         if isinstance(module, RanaMLP):
             model.set_submodule(name, split_mlp(module))

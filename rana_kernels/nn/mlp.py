@@ -1,14 +1,18 @@
 """The module of a whole MLP: two rank adapters and a neuron adapter around an activation, in one op."""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rana_kernels.nn.adapters import AdaptedLinear, AdapterModule, empty_parameter, wide_product
+from rana_kernels import ops  # noqa: F401  (defines torch.ops.rana)
+from rana_kernels.nn.base import AdaptedLinear, AdapterModule, wide_product, wide_weight
+from rana_kernels.nn.format import FLOAT, Format
 from rana_kernels.ops import reference
-from rana_kernels.ops.checks import ACTIVATIONS, wide_dtype
+from rana_kernels.ops.checks import ACTIVATIONS
 from rana_kernels.ops.mlp import combine, gate_ranks
+from rana_kernels.ops.quantized import columns_of
 
 
 class _Rows(AdaptedLinear):
@@ -18,12 +22,21 @@ class _Rows(AdaptedLinear):
     a module is called (offloading, sharding) therefore work as they do for any other layer.
     """
 
-    def __init__(self, in_features, out_features, rank, bias, device, dtype) -> None:
+    def __init__(self, in_features, out_features, rank, bias, packed, format, device, dtype) -> None:
         super().__init__(in_features, out_features, out_features if bias else 0, device, dtype)
-        self.rows = empty_parameter(rank, out_features, device=device, dtype=dtype)
+        self.packed = packed
+        self.register_matrix("rows", rank, out_features, format.for_rows(out_features), device, dtype)
 
-    def forward(self) -> tuple[Tensor, Tensor | None]:
-        return self.rows, self.bias
+    def register_matrix(self, name, rows, columns, format, device, dtype) -> None:
+        if self.packed and not format.splits_at(columns // 2):
+            raise ValueError(
+                f"RanaMLP: {name} of gate and up are split at column {columns // 2}, wanted a multiple of "
+                f"the group ({format.group}), and in 4 bits of 32"
+            )
+        super().register_matrix(name, rows, columns, format, device, dtype)
+
+    def forward(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.rows, self.rows_scale, self.bias
 
 
 class _NeuronRows(AdaptedLinear):
@@ -31,14 +44,35 @@ class _NeuronRows(AdaptedLinear):
 
     norms: Tensor
 
-    def __init__(self, in_features, out_features, bias, device, dtype) -> None:
+    def __init__(self, in_features, out_features, bias, format, device, dtype) -> None:
         super().__init__(in_features, out_features, out_features if bias else 0, device, dtype)
-        self.rows = empty_parameter(in_features, out_features, device=device, dtype=dtype)
+        self.register_matrix("rows", in_features, out_features, format.for_rows(out_features), device, dtype)
         self.register_float32("norms", in_features, device)
         self.register_float32("threshold", in_features, device)
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        return self.rows, self.norms, self.threshold, self.bias
+    def forward(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        return self.rows, self.rows_scale, self.norms, self.threshold, self.bias
+
+
+class MLPArguments(NamedTuple):
+    """The arguments of `masked_mlp` after x, in the order of its schema."""
+
+    B: Tensor
+    up_rows: Tensor
+    gate_rows: Tensor | None
+    threshold: Tensor
+    norms: None
+    up_bias: Tensor | None
+    gate_bias: Tensor | None
+    down_rows: Tensor
+    down_norms: Tensor
+    down_threshold: Tensor
+    down_bias: Tensor | None
+    activation: str
+    B_scale: Tensor | None
+    up_scale: Tensor | None
+    gate_scale: Tensor | None
+    down_scale: Tensor | None
 
 
 class RanaMLP(AdapterModule):
@@ -48,8 +82,13 @@ class RanaMLP(AdapterModule):
     the same S ranks. The children keep the names of the linears (`names`: up, gate, down) and hold `rows`,
     `bias` and, for down, `norms` and `threshold`. An ungated MLP has `gate_rank=None`. If one linear
     computed both up and gate (gate's outputs first), both have its name, and `joint` is True.
-    Raises ValueError for an unknown activation, or joint ranks that differ.
+    `format` is that of B and of the rows of up and gate, `down_format` that of down.
+    Raises ValueError for an unknown activation, joint ranks that differ, or a format that cannot be split
+    between gate and up where one linear computed both.
     """
+
+    B: Tensor
+    B_scale: Tensor | None
 
     def __init__(
         self,
@@ -63,6 +102,8 @@ class RanaMLP(AdapterModule):
         joint: bool = False,
         bias: tuple[bool, bool, bool] = (False, False, False),
         names: tuple[str, str, str] = ("up_proj", "gate_proj", "down_proj"),
+        format: Format = FLOAT,
+        down_format: Format = FLOAT,
         device=None,
         dtype=None,
     ) -> None:
@@ -75,51 +116,61 @@ class RanaMLP(AdapterModule):
         self.gate_rank, packed = gate_rank, gate_rank is not None and names[0] == names[1]
         place = {"device": device, "dtype": dtype}
         stacked = up_rank if joint else up_rank + (gate_rank or 0)
-        self.B = empty_parameter(stacked, in_features, **place)
+        self.register_matrix("B", stacked, in_features, format, device, dtype)
         self.register_float32("threshold", stacked, device)
         up, gate, down = names
-        self.add_module(up, _Rows(in_features, neurons * (1 + packed), up_rank, bias[0], **place))
+        self.add_module(
+            up, _Rows(in_features, neurons * (1 + packed), up_rank, bias[0], packed, format, **place)
+        )
         if gate_rank is not None and not packed:
-            self.add_module(gate, _Rows(in_features, neurons, gate_rank, bias[1], **place))
-        self.add_module(down, _NeuronRows(neurons, out_features, bias[2], **place))
+            self.add_module(gate, _Rows(in_features, neurons, gate_rank, bias[1], False, format, **place))
+        self.add_module(down, _NeuronRows(neurons, out_features, bias[2], down_format, **place))
 
-    def op_arguments(self) -> tuple:
-        """Return B and the tensors that follow B in the signature of `masked_mlp`."""
+    def op_arguments(self) -> MLPArguments:
+        """Return the arguments of `masked_mlp` after x."""
         up, gate, down = self.names
-        up_rows, up_bias = getattr(self, up)()
+        up_rows, up_scale, up_bias = getattr(self, up)()
         if self.gate_rank is None:
-            gate_rows = gate_bias = None
+            gate_rows = gate_scale = gate_bias = None
         elif gate == up:
             gate_rows, up_rows = up_rows.chunk(2, dim=1)
+            gate_scale, up_scale = _halves_of_scale(up_scale)
             gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
         else:
-            gate_rows, gate_bias = getattr(self, gate)()
-        down_rows, norms, down_threshold, down_bias = getattr(self, down)()
-        up_and_gate = (self.B, up_rows, gate_rows, self.threshold, up_bias, gate_bias)
-        return *up_and_gate, down_rows, norms, down_threshold, down_bias
+            gate_rows, gate_scale, gate_bias = getattr(self, gate)()
+        rows, down_scale, norms, threshold, down_bias = getattr(self, down)()
+        return MLPArguments(
+            self.B, up_rows, gate_rows, self.threshold, None, up_bias, gate_bias, rows, norms, threshold,
+            down_bias, self.activation, self.B_scale, up_scale, gate_scale, down_scale,
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.rana.masked_mlp(x, *self.op_arguments(), self.activation)
+        return torch.ops.rana.masked_mlp(x, *self.op_arguments())
 
     def masks(self, x: Tensor) -> dict[str, Tensor]:
         """Return the masks that `forward` applies, by child: [..., R] for up and gate, [..., I] for down."""
-        B, up_rows, gate_rows, threshold, up_bias, gate_bias, _, norms, down_threshold, _ = (
-            self.op_arguments()
-        )
-        wide = wide_dtype(x.dtype)
-        h = wide_product(x, B)
-        mask = reference.keep(h, threshold)
+        a = self.op_arguments()
+        h = wide_product(x, a.B, a.B_scale)
+        mask = reference.keep(h, a.threshold)
         z = torch.where(mask, h, 0)
 
-        def expand(part: slice, rows: Tensor, bias: Tensor | None) -> Tensor:
-            y = z[..., part] @ rows.to(wide)
-            return y if bias is None else y + bias.to(wide)
+        def expand(part: slice, rows: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+            y = z[..., part] @ wide_weight(rows, scale, columns_of(rows), x.dtype)
+            return y if bias is None else y + bias.to(y.dtype)
 
-        first = slice(0, up_rows.shape[0])
-        masks, up, gate = {self.names[0]: mask[..., first]}, expand(first, up_rows, up_bias), None
-        if gate_rows is not None:
-            last = gate_ranks(B.shape[0], gate_rows.shape[0])
+        first, up_name = slice(0, a.up_rows.shape[0]), self.names[0]
+        masks, up, gate = {up_name: mask[..., first]}, expand(first, a.up_rows, a.up_scale, a.up_bias), None
+        if a.gate_rows is not None:
+            last = gate_ranks(a.B.shape[0], a.gate_rows.shape[0])
             masks[self.names[1]] = mask[..., last]
-            gate = expand(last, gate_rows, gate_bias)
+            gate = expand(last, a.gate_rows, a.gate_scale, a.gate_bias)
         g = combine(up, gate, partial(reference.activate, activation=self.activation))
-        return {**masks, self.names[2]: reference.keep(g, down_threshold, norms)}
+        return {**masks, self.names[2]: reference.keep(g, a.down_threshold, a.down_norms)}
+
+
+def _halves_of_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the scales of the first and the last half of the columns. Steps of whole rows serve both."""
+    if scale is None or scale.shape[1] == 1:
+        return scale, scale
+    first, last = scale.chunk(2, dim=1)
+    return first, last

@@ -5,7 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, fill_module, joint_linears
+from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, joint_linears
+from rana_kernels.nn.base import fill_module, require_floats
 from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.ops import reference
 from rana_kernels.ops.mlp import combine
@@ -36,10 +37,14 @@ class RanaSplitMLP(nn.Module):
 
 @torch.no_grad()
 def split_mlp(mlp: RanaMLP) -> RanaSplitMLP:
-    """Split a RanaMLP into one module for each linear. The parts share memory with the MLP where possible."""
+    """Split a RanaMLP into one module for each linear. The parts share memory with the MLP where possible.
+
+    Raises ValueError if its weights are quantised.
+    """
+    require_floats(mlp)
     up, gate, down = mlp.names
-    B, up_rows, gate_rows, threshold, up_bias, gate_bias, rows, norms, down_threshold, bias = (
-        mlp.op_arguments()
+    B, up_rows, gate_rows, threshold, _, up_bias, gate_bias, rows, norms, down_threshold, bias = (
+        mlp.op_arguments()[:11]
     )
     split = RanaSplitMLP(mlp.names, mlp.activation, gate_rows is not None)
     R = up_rows.shape[0]
@@ -55,7 +60,7 @@ def split_mlp(mlp: RanaMLP) -> RanaSplitMLP:
         owner, receiver = joint_linears(
             B.shape[1], widths, R, up_bias is not None, device="meta", dtype=B.dtype
         )
-        both = None if up_bias is None else torch.cat([gate_bias, up_bias])
+        both = None if up_bias is None or gate_bias is None else torch.cat([gate_bias, up_bias])
         fill_module(owner, B=B, rows=torch.cat([gate_rows, up_rows], 1), threshold=threshold, bias=both)
         split.add_module(gate, owner)
         split.add_module(up, fill_module(receiver))

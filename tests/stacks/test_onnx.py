@@ -9,12 +9,16 @@ from torch import Tensor, nn
 
 import rana_kernels as rana
 from rana_kernels import ops
-from tests.cases import DTYPES, FORMS, assert_close, exact_result, input_of, make_inputs
+from tests.cases import DTYPES, FORMS, QUANTIZED_FORMS, assert_close, exact_result, input_of, make_inputs
 from tests.test_compress import make_model, tokens
 
 onnxruntime = pytest.importorskip("onnxruntime")
 translation_table = pytest.importorskip("rana_kernels.integrations.onnx").translation_table
-CASES = {name: replace(case, lead=(5,)) for name, case in FORMS.items()}
+CASES = {name: replace(case, lead=(5,)) for name, case in (FORMS | QUANTIZED_FORMS).items()}
+ODD = {"lowrank": {"K": 47}, "dense": {"K": 33}}  # a 4-bit weight with an odd width along the sum
+CASES |= {
+    f"{name}_odd": replace(QUANTIZED_FORMS[f"{name}_int4"], lead=(5,), **sizes) for name, sizes in ODD.items()
+}
 
 
 class Calls(nn.Module):

@@ -152,3 +152,11 @@ def test_an_mlp_taken_apart_and_put_together_is_the_same(name, joint):
     x = torch.randn(3, 64)
     torch.testing.assert_close(split_mlp(mlp)(x), mlp(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(again(x), mlp(x))
+
+
+def test_quantised_models_are_refused():
+    model = make_model(num_hidden_layers=1)
+    rana.compress(model, [tokens()], flops_reduction=0.3, method="paper", bits=4, progress=False)
+    with pytest.raises(ValueError, match="is quantised, wanted floats to train or rewrite them"):
+        lora.add(model, peft.LoraConfig(target_modules=["up_proj"]))
+    assert isinstance(model.model.layers[0].mlp, RanaMLP)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from rana_kernels.nn.adapters import AdapterModule, Handoff, wide_product
+from rana_kernels.nn.adapters import Handoff
+from rana_kernels.nn.base import AdapterModule, wide_product
 from rana_kernels.ops import reference
 from rana_kernels.ops.checks import wide_dtype
 from rana_kernels.ops.mlp import combine, gate_ranks

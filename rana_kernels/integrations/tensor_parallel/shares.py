@@ -21,6 +21,7 @@ from torch import distributed as dist
 from rana_kernels.integrations.tensor_parallel import modules
 from rana_kernels.model.install import replace_modules
 from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, RanaReceiver
+from rana_kernels.nn.base import AdapterModule
 from rana_kernels.nn.mlp import RanaMLP
 
 # {style of the plan: whether the outputs are gathered} and {style: whether the inputs arrive complete}
@@ -142,10 +143,12 @@ def _expanding(own: Shares) -> modules.Rows:
 class SetAside:
     """The modules of a model that are divided here, hidden from transformers while it loads the rest.
 
-    The modules are still empty. Raises ValueError if the number of processes does not divide the heads.
+    The modules are still empty. Raises ValueError if the number of processes does not divide the heads, or
+    if a weight is quantised.
     """
 
     def __init__(self, model: Any) -> None:
+        _require_floats(model)
         self.plan: dict[str, str] = model._tp_plan
         found = list(_outermost(model))
         own_lines = {
@@ -175,6 +178,16 @@ class SetAside:
             replace_modules(model, {name: share.to(device)})
         model._tp_plan = self.plan  # transformers needs the plan to count the heads of its caches
         model.requires_grad_(False)
+
+
+def _require_floats(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for matrix in module.matrices if isinstance(module, AdapterModule) else ():
+            if getattr(module, f"{matrix}_scale") is not None:
+                raise ValueError(
+                    f"{name}: {matrix} is quantised, and tensor parallelism wants floats: compress the model "
+                    "with bits=16, or load it without tp_plan"
+                )
 
 
 def processes(model: Any) -> int:

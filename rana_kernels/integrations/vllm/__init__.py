@@ -35,6 +35,12 @@ class RanaConfig(QuantizationConfig):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
+        widths = {*plan.bits, plan.lm_head_bits}
+        if widths != {16}:
+            raise ValueError(
+                f"the model has weights in {min(widths)} bits, and vLLM takes them in 16: compress the "
+                "original model with bits=16"
+            )
         self.adapters = {name: adapter for adapter in plan.adapters for name in adapter.names}
         # the checkpoint has B and threshold under the MLP's own name, vLLM under the MLP's first layer
         self._renamed: dict[str, str] = {}

@@ -1,0 +1,125 @@
+"""Rounding of a float weight to 8 or 4 bits: to nearest, or by GPTQ under a second moment."""
+
+import torch
+from torch import Tensor
+
+from rana_kernels.ops.quantized import GROUPS, groups_of, pack_int4
+from rana_kernels.quantization.gptq import DAMPING, feedback, spread_errors
+from rana_kernels.quantization.steps import BOUNDS, CHUNK, find_steps, grouped, round_to
+
+LARGEST_FLOAT16 = 65504.0
+SMALLEST = 2.0**-20  # the least step that the largest value may have: float16 keeps four bits of it
+
+
+def quantize(
+    weight: Tensor, bits: int, group: int | None = 32, moment: Tensor | None = None, *, along: str = "columns"
+) -> tuple[Tensor, Tensor]:
+    """Return (quantised weight, scale) of a float weight [R, N], as the ops take them.
+
+    bits     8: int8 [R, N] · 4: uint8 [R, ⌈N/2⌉], two values a byte (`rana_kernels.ops.quantized`). An op can
+             read an odd N in 4 bits from B and dense weights only, because it reads their N from x. Round
+             `rows` with an odd N to 8 bits
+    group    columns that share a step: 32, 64, 128, or None for a whole row
+    moment   second moment of the input that multiplies the weight, times any positive number. Errors are then
+             spread by GPTQ (arXiv 2210.17323). None: every value is rounded to nearest
+    along    what the input multiplies. "columns": y = weight @ x, moment [N, N], as for B and dense weights.
+             "rows": y = h @ weight, moment [R, R], as for `rows`
+
+    The scale is float16 [R, groups]. In 4 bits, the step of a group is searched for least squared error, and
+    it may be negative (`steps.py`). Raises ValueError for arguments that do not fit, for values that are not
+    finite, and for weights whose steps float16 cannot hold.
+    """
+    weight = weight.detach()
+    _check(weight, bits, group, moment, along)
+    size = max(1, weight.shape[1] if group is None else group)
+    if moment is None:
+        q, steps = _to_nearest(weight, bits, size)
+    else:
+        spread_out = _along_rows if along == "rows" else _along_columns
+        values, steps = spread_out(weight.float(), bits, size, moment.to(weight.device))
+        q = _whole_numbers(values, steps, bits, size)
+    return (pack_int4(q) if bits == 4 else q), steps.half()
+
+
+def _to_nearest(weight: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return the whole numbers int8 [R, N] and their steps. Few rows at a time need little extra memory."""
+    parts = weight.split(max(1, CHUNK // max(1, weight.shape[1])))
+    steps = [find_steps(grouped(part.float(), size), bits) for part in parts]
+    whole = [_whole_numbers(part.float(), own, bits, size) for part, own in zip(parts, steps, strict=True)]
+    return torch.cat(whole), torch.cat(steps)
+
+
+def _whole_numbers(values: Tensor, steps: Tensor, bits: int, size: int) -> Tensor:
+    return round_to(values, _spread(steps, size, values.shape[1]), bits).to(torch.int8)
+
+
+def _along_rows(values: Tensor, bits: int, size: int, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rounded values and their steps. The steps of a row are chosen when it is reached."""
+    order, U = _falling(moment)
+    lines, steps = values[order], values.new_zeros(len(values), groups_of(values.shape[1], size))
+
+    def round_line(i: int, lines: Tensor) -> Tensor:
+        steps[i] = find_steps(grouped(lines[i], size), bits)
+        own = _spread(steps[i], size, lines.shape[1])
+        return round_to(lines[i], own, bits) * own
+
+    spread_errors(lines, U, round_line)
+    back = order.argsort()
+    return lines[back], steps[back]
+
+
+def _along_columns(values: Tensor, bits: int, size: int, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rounded values and their steps. The steps come first, because a group has many lines."""
+    order, U = _falling(moment)
+    importance = moment.diagonal() + DAMPING * moment.diagonal().mean()
+    steps = find_steps(grouped(values, size), bits, grouped(importance.float(), size))
+    lines, group_of = values.T[order].contiguous(), (order // size).tolist()
+
+    def round_line(i: int, lines: Tensor) -> Tensor:
+        own = steps[:, group_of[i]]
+        return round_to(lines[i], own, bits) * own
+
+    spread_errors(lines, U, round_line)
+    return lines.T[:, order.argsort()], steps
+
+
+def _falling(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an order of the lines and the feedback in this order.
+
+    Lines with large inputs come first, because their errors can be spread over most other lines.
+    """
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    return order, feedback(moment[order][:, order])
+
+
+def _spread(steps: Tensor, size: int, columns: int) -> Tensor:
+    """Return the step of every column."""
+    return steps.repeat_interleave(size, -1)[..., :columns]
+
+
+def _check(weight: Tensor, bits: int, group: int | None, moment: Tensor | None, along: str) -> None:
+    if not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError(f"quantize: weight is {weight.dtype} {list(weight.shape)}, wanted floats [R, N]")
+    if bits not in BOUNDS:
+        raise ValueError(f"quantize: bits is {bits!r}, wanted 8 or 4")
+    if group is not None and group not in GROUPS:
+        wanted = ", ".join(map(str, GROUPS))
+        raise ValueError(f"quantize: group is {group!r}, wanted {wanted}, or None for a whole row")
+    if along not in ("rows", "columns"):
+        raise ValueError(f"quantize: along is {along!r}, wanted 'rows' or 'columns'")
+    size = weight.shape[0 if along == "rows" else 1]
+    for name, tensor in (("weight", weight), ("moment", moment)):
+        if tensor is not None and not tensor.isfinite().all():
+            raise ValueError(f"quantize: {name} holds values that are not finite")
+    if moment is not None and list(moment.shape) != [size, size]:
+        raise ValueError(
+            f"quantize: moment has shape {list(moment.shape)}, wanted [{size}, {size}] for the {along} of "
+            f"weight {list(weight.shape)}"
+        )
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    low, high = (bound * -BOUNDS[bits][0] for bound in (SMALLEST, LARGEST_FLOAT16 / 2))
+    if largest and not low <= largest <= high:
+        raise ValueError(
+            f"quantize: the largest value of weight is {largest:.3g}, wanted {low:.2g} to {high:.2g}, "
+            "because scales are float16: multiply the weight by a power of two"
+        )
