@@ -1,7 +1,7 @@
 """How quantised weights lie in memory, and how they become float weights again.
 
-A weight [R, N] in 8 bits is int8 [R, N]. In 4 bits it is uint8 [R, ⌈N/2⌉], two values of -8..7 a byte. Each row
-is cut into groups of g columns, the last of which may be shorter. A group has one step, so the weight is
+A weight [R, N] in 8 bits is int8 [R, N]. In 4 bits it is uint8 [R, ⌈N/2⌉], two values of -8..7 a byte. Each
+row is cut into groups of g columns, the last of which may be shorter. A group has one step, so the weight is
 `q · scale` with a float16 scale [R, ⌈N/g⌉]. g is the smallest of 32, 64, 128 and N that gives so many groups;
 dtypes and shapes thus say everything.
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 GROUPS = (32, 64, 128)
 BLOCK = 32  # columns
-LARGEST = {8: 127, 4: 7}  # of the symmetric values; kernels read -128 and -8 as well
 
 
 def groups_of(columns: int, group: int) -> int:
@@ -24,7 +23,7 @@ def groups_of(columns: int, group: int) -> int:
 
 
 def group_size(columns: int, groups: int) -> int | None:
-    """Return the columns of a group in a row that has so many groups, or None if no size gives that number."""
+    """Return the columns of a group in a row with so many groups, or None if no size gives that number."""
     return next((g for g in (*GROUPS, columns) if groups_of(columns, g) == groups), None)
 
 
