@@ -43,7 +43,8 @@ def masked_linear(
 ) -> Tensor:
     """Sum the rows whose score reaches the threshold: `y = (m ⊙ h) @ rows + bias`.
 
-    h [..., R] · rows [R, N] · threshold [] or [R] · norms [R] · bias [N] · rows_scale [R, groups] -> y [..., N]
+    h [..., R] · rows [R, N] · threshold [] or [R] · norms [R] · bias [N]
+    rows_scale [R, groups] -> y [..., N]
     """
     return torch.ops.rana.masked_linear.default(h, rows, threshold, norms, bias, rows_scale)
 

@@ -19,10 +19,8 @@ def _flat(t: Tensor) -> Tensor:
     return widen(t.reshape(-1, t.shape[-1]))
 
 
-def _weights(weight: Tensor | None, scale: Tensor | None, columns: int | None = None) -> Tensor | None:
+def _weights(weight: Tensor, scale: Tensor | None, columns: int | None = None) -> Tensor:
     """Return a weight in the wide dtype."""
-    if weight is None:
-        return None
     return widen(weight) if scale is None else dequantize(weight, scale, columns)
 
 
@@ -53,7 +51,7 @@ def _activation_gradient(grad: Tensor, h: Tensor, activation: str) -> Tensor:
 
 
 def _like(gradients: list[Tensor | None], inputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Give each gradient the shape and dtype of its input. Return None where an input is absent or quantised."""
+    """Give each gradient the shape and dtype of its input. Absent and quantised inputs get None."""
     return tuple(
         None if g is None or t is None or is_quantized(t) else g.reshape(t.shape).to(t.dtype)
         for g, t in zip(gradients, inputs, strict=True)
@@ -92,11 +90,10 @@ def masked_mlp(ctx, grad: Tensor):
         down_rows, down_norms, down_threshold, down_bias,
         B_scale, up_scale, gate_scale, down_scale,
     ) = ctx.saved_tensors  # fmt: skip
-    wide_x, wide_B = _flat(x), _weights(B, B_scale, x.shape[-1])
-    up, gate, down = (
-        _weights(*pair) for pair in ((up_rows, up_scale), (gate_rows, gate_scale), (down_rows, down_scale))
-    )
-    h = wide_x if B is None else wide_x @ wide_B.T
+    wide_x, up, down = _flat(x), _weights(up_rows, up_scale), _weights(down_rows, down_scale)
+    wide_B = None if B is None else _weights(B, B_scale, x.shape[-1])
+    gate = None if gate_rows is None else _weights(gate_rows, gate_scale)
+    h = wide_x if wide_B is None else wide_x @ wide_B.T
     mask = keep(h, threshold, norms)
     first = slice(up.shape[0])
     z_up = (h * mask)[:, first]
@@ -124,7 +121,7 @@ def masked_mlp(ctx, grad: Tensor):
     grad_z_up, grad_up, grad_up_bias = _product(grad_pre_up, z_up, up)
     grad_h[:, first] += grad_z_up
     grad_h = grad_h * mask
-    grad_x, grad_B = (grad_h, None) if B is None else (grad_h @ wide_B, grad_h.T @ wide_x)
+    grad_x, grad_B = (grad_h, None) if wide_B is None else (grad_h @ wide_B, grad_h.T @ wide_x)
     return *_like(
         [grad_x, grad_B, grad_up, grad_gate, None, None, grad_up_bias, grad_gate_bias,
          grad_down, None, None, grad_down_bias],

@@ -5,9 +5,9 @@ row is cut into groups of g columns, the last of which may be shorter. A group h
 `q · scale` with a float16 scale [R, ⌈N/g⌉]. g is the smallest of 32, 64, 128 and N that gives so many groups;
 dtypes and shapes thus say everything.
 
-In 4 bits, the columns lie in blocks of 32, which are 16 bytes. Byte i of a block holds column i in its low four
-bits and column i + 16 in its high four bits. A kernel thus splits a vector of bytes into two runs of columns with
-one mask and one shift. If the last block is shorter, its byte i holds columns 2i (low) and 2i + 1 (high).
+In 4 bits, the columns lie in blocks of 32, which are 16 bytes. Byte i of a block holds column i in its low
+four bits and column i + 16 in its high four bits. A kernel thus splits a vector of bytes into two runs of
+columns with one mask and one shift. In a shorter last block, byte i holds columns 2i (low) and 2i + 1 (high).
 """
 
 import torch
@@ -83,6 +83,10 @@ def dequantize(
     columns = columns_of(weight) if columns is None else columns
     q = unpack_int4(weight, columns) if weight.dtype == torch.uint8 else weight
     group = group_size(columns, scale.shape[1])
+    if group is None:
+        raise ValueError(
+            f"scale is {list(scale.shape)}, wanted one for 32, 64, 128 or all of {columns} columns"
+        )
     wide = torch.promote_types(dtype, torch.float32)
     steps = scale.to(wide).repeat_interleave(group, 1)[:, :columns]
     return (q.to(wide) * steps).to(dtype)
