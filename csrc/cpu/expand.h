@@ -40,8 +40,9 @@ template <class T, class W, class Done>
 void expand(const float* h, int64_t ldh, int64_t tokens, const W& rows, Mask mask, Done done) {
   for_method<W>(tokens, [&](auto method) {
     const Masked<decltype(method)> kept(h, ldh, tokens, rows.rows, mask);
-    for_column_slices<W>(rows.columns, rows.rows * tokens,
-                      [&](int64_t begin, int64_t end) { sum_rows(kept, rows, begin, end, in_lanes_of<T, W>(done)); });
+    for_column_slices<W>(rows.columns, rows.rows * tokens, [&](int64_t begin, int64_t end) {
+      sum_rows(kept, rows, begin, end, in_lanes_of<T, W>(done));
+    });
   });
 }
 

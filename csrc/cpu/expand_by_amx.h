@@ -120,9 +120,13 @@ class Slab {
         ask_for<W>(asked[0], later.column + c * kChunk);
         ask_for<W>(asked[1], later.column + c * kChunk);
       }
-      for (int64_t c = 0; c < kWidth && here.column + c * kChunk < end_; c++) {
-        const int64_t n = here.column + c * kChunk;
-        const Chunk chunk = Pair<W>::rows(row, n, end_ - n);
+      const int64_t size = std::min<int64_t>(kWidth * kChunk, end_ - here.column);
+      float room[2][W::room(kWidth * kChunk) + 1];
+      const typename W::Term terms[2] = {W::term(W::skip(row[0], here.column), 1.0f, size, room[0]),
+                                         W::term(W::skip(row[1], here.column), 1.0f, size, room[1])};
+      for (int64_t c = 0; c * kChunk < size; c++) {
+        const int64_t left = size - c * kChunk;
+        const Chunk chunk = left >= kChunk ? Pair<W>::rows(terms, c * kChunk) : Pair<W>::rows(terms, c * kChunk, left);
         ColumnTiles& to = piece.tiles[c][i / kSide];
         std::memcpy(to.even.lines[i % kSide], &chunk.lo, sizeof chunk.lo);
         std::memcpy(to.odd.lines[i % kSide], &chunk.hi, sizeof chunk.hi);

@@ -14,7 +14,7 @@ constexpr int kStreams = 12;
 // Rows that one token reads side by side, from distant places.
 constexpr int kFarStreams = 10;
 #if defined(__AVX512F__)
-constexpr int kTokensAtOnce = 8;  // 16 sums, the rows and a value in 32 registers
+constexpr int kTokensAtOnce = 8;     // 16 sums, the rows and a value in 32 registers
 constexpr int kFewestFarChunks = 2;  // 4 sums and the values of ten streams
 #else
 constexpr int kTokensAtOnce = 4;
@@ -124,18 +124,23 @@ int64_t add_groups(const Masked<ByVectors<Step>>& h, int64_t s, const W& rows, i
                    float* sums, int64_t lds) {
   constexpr int kRows = Step::kRows;
   constexpr int64_t kAhead = columns_in<W>(kAheadBytes);
+  std::vector<float> room(kSteps * kRows * W::room(size));
   for (; s + kSteps <= h.steps(); s += kSteps) {
     typename W::Row row[kSteps * kRows];
-    for (int i = 0; i < kSteps * kRows; i++) row[i] = rows.at(h.row(s + i / kRows, i % kRows), column);
+    typename W::Term term[kSteps * kRows];
+    for (int i = 0; i < kSteps * kRows; i++) {
+      row[i] = rows.at(h.row(s + i / kRows, i % kRows), column);
+      term[i] = W::term(row[i], 1.0f, size, room.data() + i * W::room(size));
+    }
     const auto* values = h.values.data() + s * h.tokens;
     int64_t n = 0;
     for (; n + kChunk <= size; n += kChunk) {
 #pragma GCC unroll 16
       for (int i = 0; i < kSteps * kRows; i++) ask_for<W>(row[i], n + kAhead);
-      add_chunk<Step, kSteps>([&](int i) { return Step::rows(row + i * kRows, n); }, values, h.tokens, sums + n, lds);
+      add_chunk<Step, kSteps>([&](int i) { return Step::rows(term + i * kRows, n); }, values, h.tokens, sums + n, lds);
     }
     if (n < size)
-      add_chunk<Step, kSteps>([&](int i) { return Step::rows(row + i * kRows, n, size - n); }, values, h.tokens,
+      add_chunk<Step, kSteps>([&](int i) { return Step::rows(term + i * kRows, n, size - n); }, values, h.tokens,
                               sums + n, lds);
   }
   return s;

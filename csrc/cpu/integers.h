@@ -1,8 +1,8 @@
 // 4-bit weights times 15-bit fixed point numbers, in whole numbers: an instruction multiplies a vector of 16-bit words
 // and adds the products of neighbours.
 //
-// A vector of bytes holds kSpan columns in blocks of 32, one block in each 16 bytes. The words of a block, shifted by 0,
-// 4, 8 or 12 bits, give four times eight of its columns.
+// A vector of bytes holds kSpan columns in blocks of 32, one block in each 16 bytes. The words of a block, shifted by
+// 0, 4, 8 or 12 bits, give four times eight of its columns.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace {
 namespace integers {
 
-constexpr int kSpan = 2 * kVectorBytes;            // columns in a vector of 4-bit values
+constexpr int kSpan = 2 * kVectorBytes;             // columns in a vector of 4-bit values
 constexpr int kSpanBlocks = kSpan / kScaleColumns;  // each in kLanes / kSpanBlocks = 4 lanes
 constexpr int kShifts = 4;
 constexpr int kLargest = 32767;

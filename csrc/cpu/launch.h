@@ -26,8 +26,13 @@ inline int group_bits(int64_t columns, int64_t groups) {
 
 template <class T, int kWidth>
 Quantized<T, kWidth> quantized(const Tensor& t, const Tensor& scale, int64_t columns) {
-  return {static_cast<const uint8_t*>(t.const_data_ptr()), t.size(0), columns, t.stride(0),
-          static_cast<const half*>(scale.const_data_ptr()), scale.stride(0), group_bits(columns, scale.size(1))};
+  return {static_cast<const uint8_t*>(t.const_data_ptr()),
+          t.size(0),
+          columns,
+          t.stride(0),
+          static_cast<const half*>(scale.const_data_ptr()),
+          scale.stride(0),
+          group_bits(columns, scale.size(1))};
 }
 
 // A weight [rows, columns] as an op gets it: float, or quantised with its scale.
@@ -44,21 +49,12 @@ struct Weight {
   bool stored_as(const Weight& other) const { return tensor.scalar_type() == other.tensor.scalar_type(); }
 };
 
-// Quantised weights are multiplied as float32, or as bfloat16 where the processor multiplies those faster.
-template <class T>
-using Multiplied = std::conditional_t<kMultipliesPairs<T>, T, float>;
-
-// Calls f with the storage of a weight. If `pairs`, a quantised weight may become bfloat16.
-template <class T, class F>
-void for_storage(const Weight& weight, bool pairs, F f) {
-  const auto as = [&](auto element) {
-    using E = decltype(element);
-    if (rana::is_packed(weight.tensor)) f(quantized<E, 4>(weight.tensor, *weight.scale, weight.columns));
-    else f(quantized<E, 8>(weight.tensor, *weight.scale, weight.columns));
-  };
+// Calls f with the storage of a weight. Quantised weights are multiplied as values of type E.
+template <class T, class E, class F>
+void for_storage(const Weight& weight, F f) {
   if (!weight.scale) f(plain<T>(weight.tensor));
-  else if (pairs) as(Multiplied<T>{});
-  else as(float{});
+  else if (rana::is_packed(weight.tensor)) f(quantized<E, 4>(weight.tensor, *weight.scale, weight.columns));
+  else f(quantized<E, 8>(weight.tensor, *weight.scale, weight.columns));
 }
 
 // Returns x in another type.
@@ -74,18 +70,28 @@ std::vector<To> converted(const From* x, int64_t count) {
 template <class T>
 std::vector<float> project(const T* x, int64_t tokens, const Weight& B) {
   std::vector<float> h(tokens * B.rows());
-  for_storage<T>(B, tokens > kVectorTokens, [&](const auto& rows) {
+  const auto with = [&](const auto& rows) {
     using E = typename std::decay_t<decltype(rows)>::Element;
     if constexpr (std::is_same_v<E, T>) project(x, tokens, rows, h.data());
     else project(converted<E>(x, tokens * B.columns).data(), tokens, rows, h.data());
-  });
+  };
+  if (kMultipliesPairs<T> && tokens > kVectorTokens) for_storage<T, T>(B, with);
+  else for_storage<T, float>(B, with);
   return h;
+}
+
+// Calls f with the storage of rows that `tokens` tokens expand. Where the processor multiplies pairs of bfloat16,
+// quantised rows become bfloat16.
+template <class T, class F>
+void for_rows(const Weight& rows, int64_t tokens, F f) {
+  if (kMultipliesPairs<T> && expands_pairs(tokens)) for_storage<T, T>(rows, f);
+  else for_storage<T, float>(rows, f);
 }
 
 // Computes (m ⊙ h) rows. Calls done(token, column, sums in the lane order of T), in several threads.
 template <class T, class Done>
 void expand(const float* h, int64_t ldh, int64_t tokens, const Weight& rows, Mask mask, Done done) {
-  for_storage<T>(rows, expands_pairs(tokens), [&](const auto& weights) { expand<T>(h, ldh, tokens, weights, mask, done); });
+  for_rows<T>(rows, tokens, [&](const auto& weights) { expand<T>(h, ldh, tokens, weights, mask, done); });
 }
 
 }  // namespace

@@ -59,7 +59,7 @@ void gated_neurons(const Mlp<T>& mlp, const std::vector<float>& h, int64_t ldh, 
     const Kept up(h.data(), ldh, tokens, up_rows.rows, mlp.mask);
     std::optional<Kept> own;  // of gate, unless both read the same values
     if (first > 0) own.emplace(h.data() + first, ldh, tokens, gate_ranks, mlp.gate_mask());
-    for_storage<T>(*mlp.gate_rows, expands_pairs(tokens), [&](const auto& gate_rows) {
+    for_rows<T>(*mlp.gate_rows, tokens, [&](const auto& gate_rows) {
       if constexpr (std::is_same_v<std::decay_t<decltype(gate_rows)>, W>)
         for_column_slices<W>(mlp.neurons(), (up_rows.rows + gate_ranks) * tokens, [&](int64_t begin, int64_t end) {
           sum_rows(up, up_rows, begin, end, in_lanes_of<T, W>(neurons.keep_up(mlp.up_bias)));
@@ -75,7 +75,7 @@ void compute_neurons(const Mlp<T>& mlp, const std::vector<float>& h, int64_t ldh
   if (!mlp.gate_rows) {
     expand<T>(h.data(), ldh, tokens, mlp.up_rows, mlp.mask, neurons.activate_up(mlp.up_bias));
   } else if (mlp.up_rows.stored_as(*mlp.gate_rows)) {
-    for_storage<T>(mlp.up_rows, expands_pairs(tokens), [&](const auto& rows) { gated_neurons(mlp, h, ldh, tokens, rows, neurons); });
+    for_rows<T>(mlp.up_rows, tokens, [&](const auto& rows) { gated_neurons(mlp, h, ldh, tokens, rows, neurons); });
   } else {
     expand<T>(h.data(), ldh, tokens, mlp.up_rows, mlp.mask, neurons.keep_up(mlp.up_bias));
     expand<T>(h.data() + mlp.first_gate_rank, ldh, tokens, *mlp.gate_rows, mlp.gate_mask(),

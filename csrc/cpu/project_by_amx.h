@@ -81,21 +81,13 @@ struct WholeRows {
   const bfloat16* data;
   int64_t ld;
 
-  template <class W>
-  WholeRows(const W& B, int64_t first, int64_t count, int64_t wanted, std::vector<bfloat16>& copy) {
-    if constexpr (W::kAddressable)
-      if (count == wanted && B.columns % kBlock == 0) {
-        data = B.at(first, 0), ld = B.ld;
-        return;
-      }
+  WholeRows(const Plain<bfloat16>& B, int64_t first, int64_t count, int64_t wanted, std::vector<bfloat16>& copy)
+      : data(B.at(first, 0)), ld(B.ld) {
+    if (count == wanted && B.columns % kBlock == 0) return;
     ld = blocks_of(B.columns) * kBlock;
     copy.assign(wanted * ld, 0.0f);
     data = copy.data();
-    for (int64_t i = 0; i < count; i++) {
-      bfloat16* const line = copy.data() + i * ld;
-      const bfloat16* const elements = W::elements(B.at(first + i, 0), B.columns, line);
-      if (elements != line) std::copy_n(elements, B.columns, line);
-    }
+    for (int64_t i = 0; i < count; i++) std::copy_n(B.at(first + i, 0), B.columns, copy.data() + i * ld);
   }
 };
 

@@ -18,8 +18,11 @@ namespace {
 class FixedInputs {
  public:
   FixedInputs(const float* x, int64_t tokens, int64_t size)
-      : spans_(size / integers::kSpan), words_(tokens * spans_ * integers::kShifts), zero_(tokens * spans_),
-        step_(tokens * spans_), finite_(tokens) {
+      : spans_(size / integers::kSpan),
+        words_(tokens * spans_ * integers::kShifts),
+        zero_(tokens * spans_),
+        step_(tokens * spans_),
+        finite_(tokens) {
     for (int64_t m = 0; m < tokens; m++) {
       finite_[m] = true;
       for (int64_t s = 0; s < spans_; s++) set(x + m * size + s * integers::kSpan, m, s);
@@ -28,7 +31,9 @@ class FixedInputs {
 
   int64_t spans() const { return spans_; }
   bool finite(int64_t m) const { return finite_[m]; }
-  Bits words(int64_t m, int64_t span, int shift) const { return words_[(m * spans_ + span) * integers::kShifts + shift]; }
+  Bits words(int64_t m, int64_t span, int shift) const {
+    return words_[(m * spans_ + span) * integers::kShifts + shift];
+  }
   Ints zero(int64_t m, int64_t span) const { return zero_[m * spans_ + span]; }  // what the sums start from
   Vec step(int64_t m, int64_t span) const { return step_[m * spans_ + span]; }
 

@@ -41,15 +41,13 @@ struct Lines {
 
   Lines(const W& weights, int64_t row, int64_t k, int64_t count, int64_t size, std::vector<Value>& wide)
       : data(reinterpret_cast<const char*>(wide.data())), stride(kDepth * sizeof(Value)) {
-    if constexpr (W::kAddressable && sizeof(Value) == Step::kRows * sizeof(Element<Step>))
+    if constexpr (sizeof(Value) == Step::kRows * sizeof(Element<Step>))
       if (count == kTile && size % Step::kRows == 0) {
         data = reinterpret_cast<const char*>(weights.at(row, k));
         stride = weights.ld * sizeof(Element<Step>);
         return;
       }
-    Element<Step> buffer[kDepth * Step::kRows];
-    for (int64_t i = 0; i < count; i++)
-      Step::pack_elements(W::elements(weights.at(row + i, k), size, buffer), size, wide.data() + i * kDepth);
+    for (int64_t i = 0; i < count; i++) Step::pack_elements(weights.at(row + i, k), size, wide.data() + i * kDepth);
   }
   Value operator()(int64_t s, int i) const { return load_bytes<Value>(data + i * stride + s * sizeof(Value)); }
 };

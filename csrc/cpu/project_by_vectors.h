@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "quantized.h"
 #include "steps.h"
 
 namespace {
@@ -26,6 +27,14 @@ constexpr int64_t kRowAheadBytes = 1024;
 constexpr int64_t kRowAheadBytes = 0;
 #endif
 
+// Columns of a row of weights in the form that multiply_add takes. For several tokens a quantised row is scaled first.
+template <bool kSeveral, class Term, class... Count>
+auto weights_of(const Term& term, int64_t k, Count... count) {
+  using Operand = decltype(term.operand(k, count...));
+  if constexpr (kSeveral && std::is_same_v<Operand, Scaled>) return term.chunk(k, count...);
+  else return term.operand(k, count...);
+}
+
 // h[m][i · apart] = B[first + i · apart] · x[m] for a tile of kRows rows i and kTokens tokens m; x is [tokens,
 // columns].
 template <int kRows, int kTokens, class W>
@@ -44,7 +53,7 @@ void dot_tile(const W& B, int64_t first, int64_t apart, const typename W::Elemen
     decltype(load_x(x)) v[kTokens];
     for (int m = 0; m < kTokens; m++) v[m] = load_x(x + m * size + k);
     for (int r = 0; r < kRows; r++) {
-      const auto w = term[r].operand(k, count...);
+      const auto w = weights_of<(kTokens > kFewTokens)>(term[r], k, count...);
       for (int m = 0; m < kTokens; m++) sums[m][r] = multiply_add(sums[m][r], v[m], w);
     }
   };
@@ -89,8 +98,7 @@ template <int kRows, class W, class X>
 void dot_streams(const W& B, X x, int64_t tokens, int64_t begin, int64_t end, float* h, int64_t ldh) {
   const int64_t share = (end - begin) / kRows;
   std::vector<float> room(kRows * W::room(B.columns));
-  for (int64_t r = begin; r < begin + share; r++)
-    dot_tokens<kRows>(B, r, share, x, tokens, room.data(), h, ldh);
+  for (int64_t r = begin; r < begin + share; r++) dot_tokens<kRows>(B, r, share, x, tokens, room.data(), h, ldh);
   for (int64_t r = begin + kRows * share; r < end; r++) dot_tokens<1>(B, r, 1, x, tokens, room.data(), h, ldh);
 }
 
@@ -102,8 +110,8 @@ const Element<Step>* arrange(ByVectors<Step>, const Element<Step>* x, int64_t /*
 
 // h[m][r] = B[r] · x[m] for r in [begin, end) and all tokens; h is [tokens, ldh].
 template <class Step, class W>
-void project_rows(ByVectors<Step>, const W& B, const typename W::Element* x, int64_t tokens, int64_t begin, int64_t end, float* h,
-                  int64_t ldh) {
+void project_rows(ByVectors<Step>, const W& B, const typename W::Element* x, int64_t tokens, int64_t begin, int64_t end,
+                  float* h, int64_t ldh) {
   if (tokens <= kFewTokens) dot_streams<kRowsOfFew>(B, x, tokens, begin, end, h, ldh);
   else dot_streams<kTileRows>(B, x, tokens, begin, end, h, ldh);
 }

@@ -143,6 +143,9 @@ struct Quantized {
     return {data + row * ld + column * kWidth / 8, scale + row * scale_ld, column, this};
   }
 
+  static Row skip(const Row& row, int64_t count) {
+    return {row.steps + count * kWidth / 8, row.scale, row.first + count, row.all};
+  }
   static const void* address(const Row& row, int64_t n) { return row.steps + n * kWidth / 8; }
   // Prefetches the scales of `size` columns.
   static void ask_for_scales(const Row& row, int64_t size) {
@@ -150,49 +153,43 @@ struct Quantized {
     const half* const last = row.scale + ((row.first + size - 1) >> row.all->group_bits);
     for (const half* p = first; p <= last; p += kLineBytes / sizeof(half)) __builtin_prefetch(p);
   }
-  static float scale_at(const Row& row, int64_t n) { return to_float(row.scale[(row.first + n) >> row.all->group_bits]); }
 
-  static Chunk load(const Row& row, int64_t n) { return to_lane_order<T>(load_natural(row, n)); }
-  static Chunk load(const Row& row, int64_t n, int64_t count) { return to_lane_order<T>(load_natural(row, n, count)); }
-  static Chunk load_natural(const Row& row, int64_t n) {
-    const Vec scale = splat(scale_at(row, n));
-    const Chunk steps = Steps<kWidth>::load(row.steps, n, row.left());
-    return {steps.lo * scale, steps.hi * scale};
-  }
-  static Chunk load_natural(const Row& row, int64_t n, int64_t count) {
-    if (count >= kChunk) return load_natural(row, n);
-    float padded[kChunk] = {};
-    for (int64_t i = 0; i < count; i++) padded[i] = one(row, n + i) * scale_at(row, n);
-    return ::load(padded);
-  }
-  static Bits load_pairs(const Row& row, int64_t n) { return to_pairs(load(row, n)); }
-  static Bits load_pairs(const Row& row, int64_t n, int64_t count) { return to_pairs(load(row, n, count)); }
-
-  static const T* elements(const Row& row, int64_t count, T* buffer) {
-    for (int64_t n = 0; n < count; n += kChunk)
-      store_first(buffer + n, load(row, n, count - n), count - n);
-    return buffer;
-  }
-
-  // A row times a value, ready to be read: the scales, times the value, are widened once.
+  // The factors of a Term are its scales, times its value, in float32: one for every kScaleColumns columns.
   struct Term {
     const uint8_t* steps;
-    const float* factor;  // one for every kScaleColumns columns
+    const float* factor;
     int64_t columns;
 
-    Scaled operand(int64_t n) const { return {Steps<kWidth>::load(steps, n, columns), splat(factor[n / kScaleColumns])}; }
-    Scaled operand(int64_t n, int64_t count) const {
-      if (count >= kChunk) return operand(n);
-      float padded[kChunk] = {};
-      for (int64_t i = 0; i < count; i++) padded[i] = Steps<kWidth>::one(steps, n + i, columns);
-      return {::load(padded), splat(factor[n / kScaleColumns])};
+    template <class... Count>
+    Scaled operand(int64_t n, Count... count) const {
+      return {whole_numbers(n, count...), splat(factor[n / kScaleColumns])};
     }
-    void add_to(Chunk& sums, Scaled w) const {
+    template <class... Count>
+    Chunk chunk(int64_t n, Count... count) const {
+      const Scaled w = operand(n, count...);
+      return to_lane_order<T>({w.scale * w.steps.lo, w.scale * w.steps.hi});
+    }
+    template <class... Count>
+    Bits pairs(int64_t n, Count... count) const {
+      T natural[kChunk];
+      store(natural, chunk(n, count...));
+      return load_bytes<Bits>(natural);
+    }
+    template <class... Count>
+    void add_to(Chunk& sums, int64_t n, Count... count) const {
+      const Scaled w = operand(n, count...);
       sums.lo += w.scale * w.steps.lo;
       sums.hi += w.scale * w.steps.hi;
     }
-    void add_to(Chunk& sums, int64_t n) const { add_to(sums, operand(n)); }
-    void add_to(Chunk& sums, int64_t n, int64_t count) const { add_to(sums, operand(n, count)); }
+
+   private:
+    Chunk whole_numbers(int64_t n) const { return Steps<kWidth>::load(steps, n, columns); }
+    Chunk whole_numbers(int64_t n, int64_t count) const {
+      if (count >= kChunk) return whole_numbers(n);
+      float padded[kChunk] = {};
+      for (int64_t i = 0; i < count; i++) padded[i] = Steps<kWidth>::one(steps, n + i, columns);
+      return load(padded);
+    }
   };
   static constexpr int64_t room(int64_t size) { return (size + kScaleColumns - 1) / kScaleColumns; }
   static Term term(const Row& row, float value, int64_t size, float* into) {
@@ -212,14 +209,6 @@ struct Quantized {
       }
     }
     return {row.steps, into, row.left()};
-  }
-
- private:
-  static float one(const Row& row, int64_t n) { return Steps<kWidth>::one(row.steps, n, row.left()); }
-  static Bits to_pairs(Chunk lanes) {
-    T pairs[kChunk];
-    store(pairs, lanes);
-    return load_bytes<Bits>(pairs);
   }
 };
 

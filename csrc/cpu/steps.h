@@ -17,8 +17,10 @@ struct Single {
 
   static void pack(const float* kept, int64_t steps, Value* values) { std::copy_n(kept, steps, values); }
   static void pack_elements(const typename W::Element* p, int64_t count, Value* values) { widen(p, count, values); }
-  static Chunk rows(const typename W::Row* row, int64_t n) { return W::load(row[0], n); }
-  static Chunk rows(const typename W::Row* row, int64_t n, int64_t count) { return W::load(row[0], n, count); }
+  template <class... Count>
+  static Chunk rows(const typename W::Term* row, int64_t n, Count... count) {
+    return row[0].chunk(n, count...);
+  }
   static void multiply_add(Chunk& sums, Value h, Chunk w) {
     const Vec c = splat(h);
     sums.lo += c * w.lo;
@@ -48,12 +50,9 @@ struct Pair {
   static Chunk interleave(Bits a, Bits b) {
     return {(Vec)((a & 0xffffu) | (b << 16)), (Vec)((a >> 16) | (b & 0xffff0000u))};
   }
-  static Chunk rows(const typename W::Row* row, int64_t n) {
-    return interleave(W::load_pairs(row[0], n), W::load_pairs(row[1], n));
-  }
-  static Chunk rows(const typename W::Row* row, int64_t n, int64_t count) {
-    if (count >= kChunk) return rows(row, n);
-    return interleave(W::load_pairs(row[0], n, count), W::load_pairs(row[1], n, count));
+  template <class... Count>
+  static Chunk rows(const typename W::Term* row, int64_t n, Count... count) {
+    return interleave(row[0].pairs(n, count...), row[1].pairs(n, count...));
   }
   static void multiply_add(Chunk& sums, Value h, Chunk w) {
     const __m512bh pair = (__m512bh)_mm512_set1_epi32(h);

@@ -6,16 +6,18 @@
 //   kBits                  bits of memory a column
 //   kAddressable           true if a Row is a pointer to Elements, and rows lie `ld` Elements apart
 //   rows, columns          the shape
-//   at(row, column)        the Row of that row from that column on; the column is a multiple of kUnit
 //   kUnit                  columns that a sum treats alike, wherever the piece of a thread begins
-//   load(row, n)           columns [n, n + kChunk) after a Row as float32, in the lane order of Element
-//   load_pairs(row, n)     the same columns as Elements in natural order, for products of pairs of bfloat16
+//   at(row, column)        the Row of that row from that column on; the column is a multiple of kUnit
+//   skip(row, count)       the Row that begins `count` columns later, a multiple of kChunk
 //   address(row, n)        the address of column n, for prefetches
-//   elements(row, count, buffer)   a pointer to the first `count` columns as Elements, if necessary in `buffer`
-//   term(row, value, size, room)   `value` times `size` columns of a Row, made ready to be read once by one token;
-//                          `room` has space for room(size) floats. A Term has operand(n), for a projection, and
-//                          add_to(sums, n).
-// Every load also exists with an argument `count` for the incomplete chunk at the end of a row.
+//   term(row, value, size, room)   `size` columns of a Row, made ready to be read and multiplied by `value`; `room` has
+//                          space for room(size) floats
+// A Term has
+//   chunk(n)               columns [n, n + kChunk) as float32, in the lane order of Element; for value 1
+//   pairs(n)               the same as Elements in natural order, for products of pairs of bfloat16
+//   operand(n)             the same in the form that multiply_add takes
+//   add_to(sums, n)        adds the value times the columns
+// Each also exists with an argument `count` for the incomplete chunk at the end of a row.
 #pragma once
 
 #include <algorithm>
@@ -38,28 +40,26 @@ struct Plain {
 
   Row at(int64_t row, int64_t column) const { return data + row * ld + column; }
 
-  static Chunk load(Row row, int64_t n) { return ::load(row + n); }
-  static Chunk load(Row row, int64_t n, int64_t count) { return load_first(row + n, count); }
-  static Bits load_pairs(Row row, int64_t n) { return load_bytes<Bits>(row + n); }
-  static Bits load_pairs(Row row, int64_t n, int64_t count) {
-    T padded[kChunk] = {};
-    std::memcpy(padded, row + n, std::min<int64_t>(count, kChunk) * sizeof(T));
-    return load_bytes<Bits>(padded);
-  }
+  static Row skip(Row row, int64_t count) { return row + count; }
   static const void* address(Row row, int64_t n) { return row + n; }
-  static const T* elements(Row row, int64_t /*count*/, T* /*buffer*/) { return row; }
 
   struct Term {
     Row row;
     Vec value;
 
+    Chunk chunk(int64_t n) const { return load(row + n); }
+    Chunk chunk(int64_t n, int64_t count) const { return load_first(row + n, count); }
+    Bits pairs(int64_t n) const { return load_bytes<Bits>(row + n); }
+    Bits pairs(int64_t n, int64_t count) const {
+      T padded[kChunk] = {};
+      std::memcpy(padded, row + n, std::min<int64_t>(count, kChunk) * sizeof(T));
+      return load_bytes<Bits>(padded);
+    }
     auto operand(int64_t n) const { return load_operand(row + n); }
     auto operand(int64_t n, int64_t count) const { return load_operand_first(row + n, count); }
-    void add_to(Chunk& sums, int64_t n) const { add_to(sums, load(row, n)); }
-    void add_to(Chunk& sums, int64_t n, int64_t count) const { add_to(sums, load(row, n, count)); }
-
-   private:
-    void add_to(Chunk& sums, Chunk w) const {
+    template <class... Count>
+    void add_to(Chunk& sums, int64_t n, Count... count) const {
+      const Chunk w = chunk(n, count...);
       sums.lo += value * w.lo;
       sums.hi += value * w.hi;
     }
