@@ -65,8 +65,16 @@ def separate(plan: Plan, kinds: dict[str, tuple[str, int]]) -> Plan:
     return Plan(tuple(changed))
 
 
+@torch.no_grad()
 def saved(model: nn.Module, plan: Plan, place: Path) -> Path:
+    """Compress and save `model`, with thresholds that no score equals."""
     rana.compress(model, [tokens()], plan=masking(plan), progress=False)
+    for name, tensor in model.state_dict().items():
+        # `compress` takes the score of a calibration token as the threshold, and the tests run such tokens.
+        # The last bits of a score depend on how many tokens an op gets: 48 in `wanted`, 24 in vLLM. They
+        # must not decide a mask. With this factor, no score of these models is within 1e-5 of a threshold.
+        if name.endswith("threshold"):
+            tensor *= 1 - 5e-5
     rana.save(model, place)
     return place
 
@@ -283,7 +291,7 @@ def test_damage_is_found(tmp_path):
     with pytest.raises(CheckpointError, match="threshold has"):
         Loaded(place)
     config = json.loads((place / "config.json").read_text())
-    config["quantization_config"]["format"] = 2
+    config["quantization_config"]["format"] = 3
     (place / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Exception, match="format is '2'"):
+    with pytest.raises(Exception, match="format is '3'"):
         engine_config(place)
