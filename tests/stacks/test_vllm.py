@@ -291,7 +291,7 @@ def test_damage_is_found(tmp_path):
     with pytest.raises(CheckpointError, match="threshold has"):
         Loaded(place)
     config = json.loads((place / "config.json").read_text())
-    config["quantization_config"]["format"] = 3
+    config["quantization_config"]["format"] = 4
     (place / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Exception, match="format is '3'"):
+    with pytest.raises(Exception, match="format is '4'"):
         engine_config(place)
