@@ -25,6 +25,7 @@ from tests.cases import (
     input_of,
     make_inputs,
     matrices_of,
+    naive_pack,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -472,6 +473,41 @@ def test_infinity_reaches_y(implementation, op, dtype, value, M):
     args[input_of(args)][0, 1] = value
     y = implementation(op, args)
     assert not y[0].isfinite().any() and y[1:].isfinite().all()
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("M", [1, 3, 20, 40])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("scale", [6e-8, -1.0, 65504.0])
+def test_quantized_sums_at_their_extremes(implementation, M, bits, magnitude, scale):
+    """The largest whole numbers, of one sign and mixed, and one value a thousand times the rest."""
+    least, R, N = -(2 ** (bits - 1)), 57, 160
+    q = torch.full((R, N), least)
+    q[:, 1::3], q[::2, 2::3] = -least - 1, 1
+    x = torch.full((M, R), magnitude)
+    x[:, 7] *= 1000
+    x[M // 2, ::3] *= -1
+    for op, weight in (("masked_linear", q), ("linear", q.T)):
+        w = weight.contiguous().to(torch.int8)
+        packed = w if bits == 8 else naive_pack(w)
+        steps = torch.full((w.shape[0], -(-w.shape[1] // 32)), scale, dtype=torch.float16)
+        args = {"x": x, "weight": packed, "bias": None, "weight_scale": steps}
+        if op == "masked_linear":
+            threshold = torch.tensor(0.0)
+            args = {
+                "h": x,
+                "rows": packed,
+                "threshold": threshold,
+                "norms": None,
+                "bias": None,
+                "rows_scale": steps,
+            }
+        moved = {n: t if t is None else t.to(implementation.device) for n, t in args.items()}
+        y = implementation(op, moved).cpu().double()
+        matrix = weight if op == "masked_linear" else weight.T
+        terms = x.double()[:, :, None] * (matrix.double() * steps[0, 0].double())
+        assert ((y - terms.sum(1)).abs() <= 5e-5 * terms.abs().amax(1) * 8).all()
 
 
 @pytest.mark.isa
