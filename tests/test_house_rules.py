@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rana_kernels"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 KERNELS = [
-    p for d in ("cpu", "cuda") for p in sorted((ROOT / "csrc" / d).glob(f"*.{'cpp' if d == 'cpu' else 'cu'}"))
+    p
+    for d in ("cpu", "cuda")
+    for p in sorted((ROOT / "csrc" / d).glob(f"*.{'cpp' if d == 'cpu' else 'cu'}"))
+    if p.stem != "all_ops"
 ]
 UNCOUNTED = {"__init__.py", "version.py", "py.typed", "__pycache__"}
 
