@@ -72,8 +72,8 @@ std::vector<float> project(const T* x, int64_t tokens, const Weight& B) {
   std::vector<float> h(tokens * B.rows());
   const auto with = [&](const auto& rows) {
     using E = typename std::decay_t<decltype(rows)>::Element;
-    if constexpr (std::is_same_v<E, T>) project(x, tokens, rows, h.data());
-    else project(converted<E>(x, tokens * B.columns).data(), tokens, rows, h.data());
+    if constexpr (std::is_same_v<E, T>) project<T>(x, tokens, rows, h.data());
+    else project<T>(converted<E>(x, tokens * B.columns).data(), tokens, rows, h.data());
   };
   if (kMultipliesPairs<T> && tokens > kVectorTokens) for_storage<T, T>(B, with);
   else for_storage<T, float>(B, with);

@@ -12,39 +12,43 @@
 
 namespace {
 
-// The method for quantised weights and a few tokens.
-template <class W>
+// The method for quantised weights W, a few tokens and an x of type T. 15 bits hold what 16-bit numbers of like size
+// say, but not what float32 says.
+template <class T, class W>
 struct MethodOfFewTokens {
   using type = ByVectors<Single<W>>;
 };
 #if defined(__SSE2__)
-template <>
-struct MethodOfFewTokens<Quantized<float, 4>> {
-  using type = ByIntegers<Quantized<float, 4>>;
+template <class T>
+struct MethodOfFewTokens<T, Quantized<float, 4>> {
+  using W = Quantized<float, 4>;
+  using type = std::conditional_t<std::is_same_v<T, float>, ByVectors<Single<W>>, ByIntegers<W>>;
 };
 #endif
-template <class W>
-using MethodOfFew = typename MethodOfFewTokens<W>::type;
 
-// h = x Bᵀ in float32, [tokens, B.rows].
-template <class W>
+// h = x Bᵀ in float32, [tokens, B.rows]. T is the type that x had before it became B's.
+template <class T, class W>
 void project(const typename W::Element* x, int64_t tokens, const W& B, float* h) {
-  using T = typename W::Element;
-  if constexpr (!W::kAddressable && std::is_same_v<T, float>)
-    if (tokens <= kTileTokens) {
-      const MethodOfFew<W> method;
-      const auto arranged = arrange(method, x, tokens, B.columns);
-      return parallel(B.rows, B.columns * tokens, [&](int64_t begin, int64_t end) {
-        project_rows(method, B, arranged, tokens, begin, end, h, B.rows);
-      });
-    }
-  for_method<Plain<T>>(tokens, [&](auto method) {
+  using E = typename W::Element;
+  const auto run = [&](auto method, auto project_some) {
     const auto arranged = arrange(method, x, tokens, B.columns);
-    parallel(B.rows, B.columns * tokens, [&](int64_t begin, int64_t end) {
-      if constexpr (W::kAddressable) project_rows(method, B, arranged, tokens, begin, end, h, B.rows);
-      else project_converted(method, B, arranged, tokens, begin, end, h);
+    parallel(B.rows, B.columns * tokens,
+             [&](int64_t begin, int64_t end) { project_some(method, arranged, begin, end); });
+  };
+  const auto rows = [&](auto method, const auto& arranged, int64_t begin, int64_t end) {
+    project_rows(method, B, arranged, tokens, begin, end, h, B.rows);
+  };
+  if constexpr (W::kAddressable) {
+    for_method<W>(tokens, [&](auto method) { run(method, rows); });
+  } else {
+    if constexpr (std::is_same_v<E, float>)
+      if (tokens <= kTileTokens) return run(typename MethodOfFewTokens<T, W>::type{}, rows);
+    for_method<Plain<E>>(tokens, [&](auto method) {
+      run(method, [&](auto method, const auto& arranged, int64_t begin, int64_t end) {
+        project_converted(method, B, arranged, tokens, begin, end, h);
+      });
     });
-  });
+  }
 }
 
 }  // namespace
