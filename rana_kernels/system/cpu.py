@@ -14,7 +14,7 @@ INSTRUCTION_SETS: dict[str, set[str]] = {
     "baseline": set(),
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "avx512_bf16": {"avx512_bf16"},
+    "avx512_bf16": {"avx512_vnni", "avx512_bf16"},
     "amx": {"amx_tile", "amx_bf16"},
 }
 LARGE_CACHE = 100 * 2**20  # bytes: assumed unless the system reports a larger cache
