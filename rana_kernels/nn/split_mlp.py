@@ -58,7 +58,8 @@ def split_mlp(mlp: RanaMLP) -> RanaSplitMLP:
         owner, receiver = _parts(a, slice(None), torch.cat([a.gate_rows, a.up_rows], 1), both, widths)
         split.add_module(gate, owner)
         split.add_module(up, fill_module(receiver))
-    last = RanaNeuronLinear(*a.down_rows.shape, a.down_bias is not None, device="meta")
+    neurons, width = a.down_rows.shape
+    last = RanaNeuronLinear(neurons, width, a.down_bias is not None, device="meta")
     fill_module(last, rows=a.down_rows, norms=a.down_norms, threshold=a.down_threshold, bias=a.down_bias)
     split.add_module(down, last)
     return split.train(mlp.training)
