@@ -104,14 +104,16 @@ def test_every_architecture_compresses_saves_and_loads(architecture, method, bit
     assert attached_plan(again) == report.plan
 
 
+@pytest.mark.parametrize("first", ["rank", "neuron"])
 @pytest.mark.parametrize(
     ("kind", "joint", "group"),
     [("rank", False, 64), ("rank", True, 128), ("neuron", True, None), ("dense", False, 32)],
 )
-def test_every_kind_of_adapter_is_rounded(kind, joint, group, tmp_path):
+def test_every_kind_of_adapter_is_rounded(kind, joint, group, first, tmp_path):
     model = make_model("Qwen2", num_hidden_layers=1)
-    dense, plan = logits(model), in_bits(hand_plan(model, joint, o=kind, down=kind), 8, group)
-    rana.compress(model, [tokens()], plan=plan, progress=False)
+    dense, plan = logits(model), in_bits(hand_plan(model, joint, o=kind, down=kind, first=first), 8, group)
+    report = rana.compress(model, [tokens()], plan=plan, progress=False)
+    assert 0.99 * plan.stored_bytes(4) <= report.block_bytes_after <= plan.stored_bytes(4)
     assert distance(logits(model), dense) < 0.02
     floats = [name for name, p in model.named_parameters() if p.dim() == 2]
     assert floats in (["model.embed_tokens.weight"], ["model.embed_tokens.weight", "lm_head.weight"])
@@ -128,6 +130,25 @@ def test_one_linear_for_gate_and_up_is_fused_where_groups_allow(neurons):
     assert isinstance(mlp, RanaMLP) == (neurons == 64)
     assert isinstance(getattr(mlp, "gate_up_proj", None), RanaLinear) == (neurons == 176)
     assert distance(logits(model), dense) < 0.02
+
+
+def test_joint_neurons_are_rounded_under_their_mask(monkeypatch):
+    """All rows of one mask are rounded for the inputs that it keeps."""
+    model, moments = make_model(num_hidden_layers=1), {}
+    made = in_bits(hand_plan(model, joint=True, first="neuron"), 4)
+    halved = tuple(replace(a, threshold=None, live=a.rank / 2) if a.rank else a for a in made.adapters)
+
+    def rounded(w, bits, group, moment, along):
+        moments[tuple(w.shape)] = moment
+        return quantize(w, bits, group, moment, along=along)
+
+    monkeypatch.setattr(quantization_block, "quantize", rounded)
+    rana.compress(model, [tokens()], plan=replace(made, adapters=halved), progress=False)
+    K, neurons = model.config.hidden_size, model.config.intermediate_size
+    whole = rana.calibrate(make_model(num_hidden_layers=1), [tokens()], progress=False)
+    of_mlp, masked = whole.of(0, "mlp").moment, moments[K, neurons]
+    assert torch.linalg.eigvalsh(masked).min() >= -1e-6 and masked.trace() < 0.99 * of_mlp.trace()
+    assert logits(model).isfinite().all() and isinstance(model.model.layers[0].mlp, RanaMLP)
 
 
 def test_up_and_gate_of_different_bits_are_not_fused():

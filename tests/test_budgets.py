@@ -43,15 +43,20 @@ def stored_in_blocks(model: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
 
-def made_of(model: torch.nn.Module, dtype: str = "float32", neuron: float = 1.0) -> LatencyTable:
-    """Times as if the machine did a multiply-add in a nanosecond, of neuron adapters in `neuron` of them."""
+def made_of(
+    model: torch.nn.Module, dtype: str = "float32", neuron: float = 1.0, call: float = 0.0
+) -> LatencyTable:
+    """Times as if the machine did a multiply-add in a nanosecond, of neuron adapters in `neuron` of them.
+
+    call   the microseconds that every call takes besides
+    """
     shapes = []
     for K, N in sizes_of(model, find_blocks(model)):
         ranks = tuple(
-            (R, live, 1e-3 * (R * K + live * N)) for R, live in ((8.0, 8.0), (8.0, 2.0), (16.0, 4.0))
+            (R, live, call + 1e-3 * (R * K + live * N)) for R, live in ((8.0, 8.0), (8.0, 2.0), (16.0, 4.0))
         )
-        neurons = tuple((float(K), live, 1e-3 * neuron * live * N) for live in (4.0, 9.0))
-        shapes.append(ShapeLatency(K, N, 1e-3 * K * N, ranks, neurons))
+        neurons = tuple((float(K), live, call + 1e-3 * neuron * live * N) for live in (4.0, 9.0))
+        shapes.append(ShapeLatency(K, N, call + 1e-3 * K * N, ranks, neurons))
     return LatencyTable({"processor": "none", "dtype": dtype}, tuple(shapes))
 
 
@@ -147,6 +152,18 @@ def test_what_takes_long_is_not_used(method):
     assert "| time saved there for one token" in write_card(model) and "(40.0% asked for)" in write_card(
         model
     )
+
+
+def test_where_calls_take_long_neurons_are_joint():
+    model = make_model()
+    stats = rana.calibrate(model, [tokens()], progress=False)
+    times = made_of(model, neuron=0.2, call=40.0)
+    report = rana.compress(model, stats=stats, time_reduction=0.5, times=times, bits=16, progress=False)
+    kinds = {(adapter.kind, len(adapter.names)) for adapter in report.plan.adapters}
+    assert ("neuron", 3) in kinds and ("neuron", 2) in kinds
+    assert reduction(times, report.plan) >= 0.49
+    assert report.block_bytes_after == sum(a.stored_bytes(4) for a in report.plan.adapters)
+    assert Plan.from_json(report.plan.to_json()) == report.plan
 
 
 def test_measured_times_are_of_every_shape_and_survive_the_disk(tmp_path):

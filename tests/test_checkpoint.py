@@ -79,10 +79,12 @@ def test_a_round_trip_keeps_every_bit_twice(architecture, tied, dtype, tmp_path)
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
+@pytest.mark.parametrize("first", ["rank", "neuron"])
 @pytest.mark.parametrize("kind", ["rank", "neuron", "dense"])
-def test_every_kind_of_adapter_comes_back(kind, joint, tmp_path):
+def test_every_kind_of_adapter_comes_back(kind, first, joint, tmp_path):
     model = make_model("Qwen2")
-    rana.compress(model, [tokens()], plan=hand_plan(model, joint, o=kind, down=kind), progress=False)
+    made = hand_plan(model, joint, o=kind, down=kind, first=first)
+    rana.compress(model, [tokens()], plan=made, progress=False)
     rana.save(model, tmp_path / "out")
     assert torch.equal(logits(model), logits(rana.load(tmp_path / "out")))
 

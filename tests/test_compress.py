@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,13 +48,18 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model(tokens()).logits
 
 
-def hand_plan(model: nn.Module, joint: bool = False, o: str = "dense", down: str = "neuron") -> Plan:
-    """Full ranks and threshold 0 everywhere: the dense model, through the adapters."""
+def hand_plan(
+    model: nn.Module, joint: bool = False, o: str = "dense", down: str = "neuron", first: str = "rank"
+) -> Plan:
+    """Full ranks and threshold 0 everywhere: the dense model, through the adapters.
+
+    first   the kind of the adapters of q, k, v, gate and up
+    """
     adapters = []
     for block in find_blocks(model):
-        mlp = [("rank", block.expanding)] if joint else [("rank", (name,)) for name in block.expanding]
+        mlp = [(first, block.expanding)] if joint else [(first, (name,)) for name in block.expanding]
         mlp += [(down, (block.down,))] if block.down else []
-        for kind, names in [("rank", block.qkv), (o, (block.o,)), *mlp]:
+        for kind, names in [(first, block.qkv), (o, (block.o,)), *mlp]:
             linears = [linear_of(model, name) for name in names]
             K, widths = linears[0].in_features, tuple(linear.out_features for linear in linears)
             rank = {"rank": min(K, sum(widths)), "neuron": K, "dense": 0}[kind]
@@ -330,15 +336,17 @@ def test_every_architecture_compresses_and_generates(architecture):
 
 
 @pytest.mark.parametrize("down", ["rank", "neuron", "dense"])
-@pytest.mark.parametrize("o", ["rank", "neuron", "dense"])
+@pytest.mark.parametrize(
+    ("first", "o"), [("rank", "rank"), ("rank", "neuron"), ("rank", "dense"), ("neuron", "neuron")]
+)
 @pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
-def test_full_rank_at_threshold_zero_is_the_dense_model(joint, o, down):
+def test_full_rank_at_threshold_zero_is_the_dense_model(joint, first, o, down):
     model = make_model("Qwen2", num_hidden_layers=1)
     dense = logits(model)
-    compress(model, [tokens(2)], plan=hand_plan(model, joint, o, down), progress=False)
+    compress(model, [tokens(2)], plan=hand_plan(model, joint, o, down, first), progress=False)
     torch.testing.assert_close(logits(model), dense, rtol=0, atol=2e-6)
     layer = model.model.layers[0]
-    assert isinstance(layer.mlp, RanaMLP) == (down == "neuron")
+    assert isinstance(layer.mlp, RanaMLP) == (down == "neuron" and (joint or first == "rank"))
     assert isinstance(layer.self_attn.v_proj, RanaReceiver)
     torch._dynamo.reset()
     compiled = torch.compile(model.model, fullgraph=True, backend="aot_eager")
@@ -354,16 +362,45 @@ def test_what_the_paper_drops_is_the_error_of_the_output():
         assert adapter.output_error**2 == pytest.approx(1 - adapter.captured_energy, abs=0.02)
 
 
-def test_missing_thresholds_are_chosen_from_the_sample():
+@pytest.mark.parametrize("first", ["rank", "neuron"])
+@pytest.mark.parametrize("metric", ["output", "loss"])
+def test_missing_thresholds_are_chosen_from_the_sample(first, metric):
     model = make_model()
-    asked = hand_plan(model, joint=True, o="neuron")
-    adapters = [AdapterSpec(**{**vars(a), "threshold": None, "live": a.rank / 2}) for a in asked.adapters]
+    asked = hand_plan(model, joint=True, o="neuron", first=first)
+    changes = {"threshold": None, "metric": metric}
+    adapters = [replace(a, **changes, live=a.rank / 2) for a in asked.adapters]
     report = compress(model, [tokens()], plan=Plan(tuple(adapters)), progress=False)
     with count_live(model) as counts:
         logits(model)
-    for adapter in report.plan.adapters:
-        assert adapter.threshold > 0
+    for adapter, measured in zip(report.plan.adapters, report.adapters, strict=True):
+        assert adapter.threshold > 0 and 0.5 < measured.captured_energy < 1
         assert counts[adapter.names[0]].mean == pytest.approx(adapter.rank / 2, rel=0.2)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_joint_neurons_are_one_mask_on_the_norms_of_all_rows(bits):
+    """It is the same model as one that masks each input once, by hand."""
+    model, by_hand = make_model("Qwen2", num_hidden_layers=1), make_model("Qwen2", num_hidden_layers=1)
+    asked = hand_plan(model, joint=True, first="neuron", down="dense")
+    changes = {"threshold": 0.6, "bits": bits}
+    adapters = tuple(replace(a, **changes) if a.kind == "neuron" else a for a in asked.adapters)
+    compress(model, [tokens()], plan=Plan(adapters), progress=False)
+
+    def mask(names: tuple[str, ...]):
+        norms = torch.cat([linear_of(by_hand, name).weight for name in names]).norm(dim=0)
+
+        def hook(module: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+            return torch.where(args[0].abs() * norms < 0.6, 0, args[0])
+
+        return hook
+
+    for names in (find_blocks(by_hand)[0].qkv, find_blocks(by_hand)[0].expanding):
+        for name in names:
+            by_hand.get_submodule(name).register_forward_pre_hook(mask(names))
+    wanted = logits(by_hand)
+    error = float((logits(model) - wanted).norm() / wanted.norm())
+    assert error < (1e-5 if bits == 16 else 0.02)
+    assert float((logits(make_model("Qwen2", num_hidden_layers=1)) - wanted).norm() / wanted.norm()) > 0.05
 
 
 def test_in_steps_is_the_same_as_in_one_go():

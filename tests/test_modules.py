@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rana_kernels.evaluation.live import count_live
 from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, joint_linears
 from rana_kernels.nn.base import check_values, fill_module
 from rana_kernels.nn.dense import QuantizedLinear, serve_dense
-from rana_kernels.nn.factored import to_linears
+from rana_kernels.nn.factored import from_linears, to_linears
 from rana_kernels.nn.format import FLOAT, Format
 from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.nn.split_mlp import split_mlp
@@ -34,7 +35,7 @@ def filled(module: nn.Module, threshold: float = 0.0) -> nn.Module:
             rows = module.get_buffer(name.removesuffix("_scale"))
             buffer.uniform_(0.5, 2).div_(80 if rows.dtype == torch.int8 else 4)
     for part in module.modules():
-        if hasattr(part, "norms"):
+        if getattr(part, "norms", None) is not None:
             part.norms.uniform_(0.5, 2)
         if hasattr(part, "threshold"):
             part.threshold.fill_(threshold)
@@ -52,8 +53,8 @@ class Attention(nn.Module):
         return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
 
 
-def make_attention(bias: bool = True, format: Format = FLOAT) -> Attention:
-    return filled(Attention(*joint_linears(K, (24, 8, 8), 16, bias, format=format)), threshold=2.0)
+def make_attention(rank: int | None = 16, format: Format = FLOAT, last: int = 8) -> Attention:
+    return filled(Attention(*joint_linears(K, (24, 8, last), rank, True, format=format)), threshold=1.0)
 
 
 def mlp(
@@ -64,12 +65,19 @@ def mlp(
     return filled(made, threshold)
 
 
-def packed_mlp(format: Format) -> RanaMLP:
+def neuron_mlp(gated: bool = True, activation: str = "silu", **formats) -> RanaMLP:
+    """Up and gate are neuron adapters with one mask: there is no B."""
+    gate, bias = K if gated else None, (True,) * 3
+    made = RanaMLP(K, I, N, K, gate, activation, kind="neuron", joint=gated, bias=bias, **formats)
+    return filled(made, 0.5)
+
+
+def packed_mlp(format: Format, kind: str = "rank") -> RanaMLP:
     """One linear computed gate and up."""
-    names = ("gate_up_proj", "gate_up_proj", "down_proj")
-    made = RanaMLP(
-        K, 64, N, 16, 16, "silu", joint=True, names=names, bias=(True,) * 3, format=format, down_format=INT8
-    )
+    names, rank = ("gate_up_proj", "gate_up_proj", "down_proj"), 16 if kind == "rank" else K
+    how = {"kind": kind, "joint": True, "names": names, "bias": (True,) * 3}
+    down_format = INT8 if format.quantized else FLOAT
+    made = RanaMLP(K, 64, N, rank, rank, "silu", **how, format=format, down_format=down_format)
     return filled(made, 1.0)
 
 
@@ -77,10 +85,14 @@ MODULES = {
     "linear": lambda: filled(RanaLinear(K, N, 16, bias=True), 1.0),
     "neuron": lambda: filled(RanaNeuronLinear(K, N, bias=True), 0.5),
     "joint": make_attention,
+    "joint_neurons": lambda: make_attention(None),
     "mlp": mlp,
     "mlp_joint": lambda: mlp(joint=True),
     "mlp_ungated": lambda: mlp(gated=False, activation="gelu_tanh"),
     "mlp_packed": lambda: packed_mlp(FLOAT),
+    "mlp_neurons": neuron_mlp,
+    "mlp_neurons_ungated": lambda: neuron_mlp(gated=False, activation="gelu_tanh"),
+    "mlp_neurons_packed": lambda: packed_mlp(FLOAT, "neuron"),
     "dense": lambda: served(nn.Linear(K, N)),
 }
 QUANTIZED = {
@@ -89,15 +101,23 @@ QUANTIZED = {
     "neuron_int8": lambda: filled(RanaNeuronLinear(K, N, bias=True, format=Format(8)), 0.5),
     "neuron_odd": lambda: filled(RanaNeuronLinear(K, 33, bias=True, format=INT4), 0.5),
     "joint_int4": lambda: make_attention(format=INT4),
+    "joint_neurons_int8": lambda: make_attention(None, INT8),
+    "joint_neurons_int4": lambda: make_attention(None, INT4),
+    "joint_neurons_odd": lambda: make_attention(None, INT4, last=7),
     "mlp_int8": lambda: mlp(format=INT8, down_format=INT8),
     "mlp_mixed": lambda: mlp(joint=True, format=INT4, down_format=Format(8, 64)),
     "mlp_ungated_int4": lambda: mlp(gated=False, down_format=INT4),
     "mlp_packed_int4": lambda: packed_mlp(Format(4, 64)),
     "mlp_packed_rows": lambda: packed_mlp(Format(8)),
+    "mlp_neurons_int8": lambda: neuron_mlp(format=INT8, down_format=INT8),
+    "mlp_neurons_mixed": lambda: neuron_mlp(format=INT4, down_format=Format(8, 64)),
+    "mlp_neurons_ungated_int4": lambda: neuron_mlp(gated=False, format=INT4),
+    "mlp_neurons_packed_int4": lambda: packed_mlp(Format(4, 64), "neuron"),
     "dense_int4": lambda: filled(QuantizedLinear(K, N, True, INT4)),
     "dense_int8": lambda: filled(QuantizedLinear(K, N, True, INT8)),
 }
 MODULES |= QUANTIZED
+MLPS = [name for name in MODULES if name.startswith("mlp")]
 every_module = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES.keys())
 every_quantized = pytest.mark.parametrize("make", QUANTIZED.values(), ids=QUANTIZED.keys())
 
@@ -137,6 +157,80 @@ def test_joint_linears_give_each_its_own_part(x):
     torch.testing.assert_close(module(x), y)
 
 
+def test_joint_neurons_are_kept_by_the_norms_of_all_their_outputs(x):
+    module = make_attention(None)
+    module.q.norms.copy_(module.q.rows.norm(dim=1))
+    parts = module.q.rows.split((24, 8, 8), 1)
+    norms = sum(part.square().sum(1) for part in parts).sqrt()
+    torch.testing.assert_close(module.q.norms, norms)
+    module.q.set_threshold(4.0)
+    kept = torch.where(x.abs() * norms >= 4, x, 0)
+    assert 0 < (kept == 0).sum() < x.numel()
+    torch.testing.assert_close(
+        module(x), torch.cat([kept @ part for part in parts], -1) + module.q.bias, rtol=1e-4, atol=1e-4
+    )
+
+
+class OpCalls(TorchDispatchMode):
+    """The names of our ops in the order of their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "rana":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(("joint", "mlp"))])
+def test_linears_of_one_adapter_are_one_call(name, x):
+    with OpCalls() as calls, torch.inference_mode():
+        MODULES[name]()(x)
+    rank = "masked_linear" if "neurons" in name else "masked_lowrank_linear"
+    assert calls.names == [rank if name.startswith("joint") else "masked_mlp"]
+
+
+@pytest.mark.parametrize("name", [name for name in MLPS if name not in QUANTIZED])
+def test_an_mlp_that_is_split_computes_the_same_and_joins_to_the_same_bits(name, x):
+    model = nn.Sequential(MODULES[name]())
+    y, state = model(x), model.state_dict()
+    split = copy.deepcopy(model)
+    to_linears(split)
+    torch.testing.assert_close(split(x), y, rtol=1e-4, atol=1e-4)
+    from_linears(split)
+    joined = split.state_dict()
+    assert list(joined) == list(state) and all(torch.equal(joined[n], t) for n, t in state.items())
+    assert torch.equal(split(x), y)
+
+
+def test_joint_neurons_as_linears_are_the_same_bits_again(x):
+    module = make_attention(None)
+    again = copy.deepcopy(module)
+    to_linears(again)
+    torch.testing.assert_close(again(x), module(x))
+    from_linears(again)
+    assert torch.equal(again(x), module(x)) and not x.__dict__
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_neuron_mlp_is_its_parts(x, gated):
+    module = neuron_mlp(gated)
+    y, x, parts = module(x).double(), x.double(), copy.deepcopy(module).double()
+    kept = torch.where(x.abs() * parts.norms >= 0.5, x, 0)
+    assert 0 < (kept == 0).sum() < x.numel()
+    up, down = parts.up_proj, parts.down_proj
+    g = kept @ up.rows + up.bias
+    if gated:
+        g = nn.functional.silu(kept @ parts.gate_proj.rows + parts.gate_proj.bias) * g
+    else:
+        g = nn.functional.silu(g)
+    g = torch.where(g.abs() * down.norms >= 0.5, g, 0)
+    wanted = g @ down.rows + down.bias
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
+
+
 @pytest.mark.parametrize("joint", [False, True])
 def test_mlp_is_its_parts(x, joint):
     module = mlp(joint=joint)
@@ -150,7 +244,7 @@ def test_mlp_is_its_parts(x, joint):
     g = torch.where(g.abs() * down.norms >= 1, g, 0)
     wanted = g @ down.rows + down.bias
     # large terms cancel: the error is one of the terms, not of the sum
-    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
 
 
 @every_module
@@ -307,7 +401,7 @@ def test_thresholds_are_finite_and_not_negative(bad):
 
 def test_a_receiver_wants_the_tensor_its_owner_had(x):
     module = make_attention()
-    with pytest.raises(RuntimeError, match="called before the linear it was decomposed with"):
+    with pytest.raises(RuntimeError, match="called before the linear that it shares an adapter"):
         module.k(x)
     module.q(x)
     with pytest.raises(RuntimeError, match="with another input"):
@@ -322,9 +416,11 @@ def test_a_handoff_holds_nothing_after_the_pass(x):
         module.v(x)
 
 
+@pytest.mark.parametrize("rank", [16, None], ids=["ranks", "neurons"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_many_threads_call_one_model(x, compiled):
-    module = make_attention()
+def test_many_threads_call_one_model(x, compiled, rank):
+    module = make_attention(rank)
+    torch._dynamo.reset()
     run = torch.compile(module, fullgraph=True) if compiled else module
     inputs = [x + i for i in range(8)]
     with torch.inference_mode():
@@ -356,6 +452,20 @@ def test_mlp_refuses_unknown_activations_and_unequal_shared_ranks():
         RanaMLP(K, I, N, 16, 16, "tanh")
     with pytest.raises(ValueError, match="joint ranks are 16 and 8"):
         RanaMLP(K, I, N, 16, 8, "silu", joint=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "dense"}, "kind is 'dense', wanted rank or neuron"),
+        ({"kind": "neuron"}, f"neuron adapters have 16 and 16 rows and joint=True, wanted {K}"),
+        ({"kind": "neuron", "up_rank": K, "gate_rank": K, "joint": False}, "joint=False, wanted"),
+    ],
+)
+def test_mlp_refuses_neurons_without_one_mask(arguments, message):
+    sizes = {"up_rank": 16, "gate_rank": 16, "activation": "silu", "joint": True}
+    with pytest.raises(ValueError, match=message):
+        RanaMLP(K, I, N, **sizes | arguments)
 
 
 @every_module

@@ -12,7 +12,7 @@ import rana_kernels as rana
 from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.cli import recover as command
 from rana_kernels.evaluation.live import count_live
-from rana_kernels.nn.factored import FactoredLinear, factored, from_linears, to_linears
+from rana_kernels.nn.factored import FactoredLinear, FactoredNeurons, factored, from_linears, to_linears
 from rana_kernels.recovery import lora_ranks, training
 from rana_kernels.recovery.refit import refit
 from rana_kernels.recovery.training import Training, learning_rate, train
@@ -32,13 +32,18 @@ def adapted(name: str = "Llama", **how) -> nn.Module:
 # in factors and back
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
+@pytest.mark.parametrize(
+    ("joint", "first"),
+    [(False, "rank"), (True, "rank"), (True, "neuron")],
+    ids=["separate", "joint", "neurons"],
+)
 @pytest.mark.parametrize("name", MODELS)
-def test_factored_it_is_the_same_model_and_closed_the_same_bits(name, joint):
-    model = adapted(name, plan=hand_plan(make_model(name), joint))
+def test_factored_it_is_the_same_model_and_closed_the_same_bits(name, joint, first):
+    model = adapted(name, plan=hand_plan(make_model(name), joint, first=first))
     wanted, again = logits(model), copy.deepcopy(model)
     to_linears(again)
-    assert any(isinstance(module, FactoredLinear) for _, module in factored(again))
+    kind = FactoredLinear if first == "rank" else FactoredNeurons
+    assert any(isinstance(module, kind) for _, module in factored(again))
     torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-4)
     from_linears(again)
     assert not list(factored(again))

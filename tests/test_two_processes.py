@@ -21,7 +21,7 @@ import rana_kernels as rana
 from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.integrations.tensor_parallel import modules, shares
 from rana_kernels.model.plan import AdapterSpec, Plan
-from rana_kernels.nn.adapters import Handoff, RanaLinear, RanaNeuronLinear
+from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, joint_linears
 from rana_kernels.nn.format import Format
 from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.quantization import quantize
@@ -33,7 +33,7 @@ from tests.test_compress import hand_plan, make_model, tokens
 pytest.importorskip("accelerate", reason="transformers shares models among devices with accelerate")
 pytestmark = pytest.mark.two_processes
 PLACE = Path(os.environ.get("RANA_TEST_MODELS", ""))
-MODELS = ("GPTNeoX-global", "GPTNeoX-paper", "Llama-global", "Llama-paper", "Llama-ranks")
+MODELS = ("GPTNeoX-global", "GPTNeoX-paper", "Llama-global", "Llama-neurons", "Llama-paper", "Llama-ranks")
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -43,11 +43,10 @@ def prepare(folder: Path) -> dict[str, str]:
     place = folder / "models"
     for name in MODELS:
         architecture, method = name.split("-")
-        tied = {} if method == "ranks" else {"tie_word_embeddings": architecture == "Llama"}
+        plan_of = PLANS.get(method)
+        tied = {} if plan_of else {"tie_word_embeddings": architecture == "Llama"}
         model = make_model(architecture, **tied)
-        asked = (
-            {"plan": ranks_only(model)} if method == "ranks" else {"flops_reduction": 0.3, "method": method}
-        )
+        asked = {"plan": plan_of(model)} if plan_of else {"flops_reduction": 0.3, "method": method}
         rana.compress(model, [tokens()], progress=False, **asked)
         rana.save(model, place / name)
     return {"RANA_TEST_MODELS": str(place)}
@@ -60,6 +59,15 @@ def ranks_only(model: nn.Module) -> Plan:
         for a in hand_plan(model, joint=True, o="rank").adapters
     ]
     return Plan(tuple(adapters))
+
+
+def neurons_only(model: nn.Module) -> Plan:
+    """Neurons everywhere, half of them live: q, k and v together, up and gate together."""
+    made = hand_plan(model, joint=True, o="neuron", first="neuron")
+    return Plan(tuple(replace(a, live=a.rank / 2, threshold=None) for a in made.adapters))
+
+
+PLANS = {"ranks": ranks_only, "neurons": neurons_only}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -107,7 +115,7 @@ def test_the_tokens_are_those_of_one_process(name):
     assert share.tp_plan and held(share.base_model) < 0.6 * held(whole.base_model)
 
 
-@pytest.mark.parametrize("name", ["Llama-ranks", "GPTNeoX-paper"])
+@pytest.mark.parametrize("name", ["Llama-ranks", "Llama-neurons", "GPTNeoX-paper"])
 def test_bfloat16_is_as_close_to_float32_as_in_one_process(name):
     ids = tokens(2, 40)
     with torch.no_grad():
@@ -204,10 +212,10 @@ def test_a_linear_in_every_style(kind, style):
 
 
 @pytest.mark.parametrize("style", ["colwise", "colwise_rep"])
-def test_every_part_of_a_joint_linear_is_cut(style):
-    module, x = filled(RanaLinear(24, 16, 16, True, others=(8, 8), handoff=Handoff())), torch.randn(5, 24)
-    parts = torch.ops.rana.masked_lowrank_linear(
-        x, module.B, module.rows, module.threshold, module.bias).split((16, 8, 8), -1)  # fmt: skip
+@pytest.mark.parametrize("rank", [16, None], ids=["ranks", "neurons"])
+def test_every_part_of_a_joint_linear_is_cut(style, rank):
+    module, x = filled(joint_linears(24, (16, 8, 8), rank, True)[0]), torch.randn(5, 24)
+    parts = [module(x), module.handoff.take(x, 0), module.handoff.take(x, 1)]
     own = shared(module, style)(x)
     for y, wanted in zip([own, module.handoff.take(x, 0), module.handoff.take(x, 1)], parts, strict=True):
         torch.testing.assert_close(y, mine(wanted) if style == "colwise" else wanted)
@@ -220,11 +228,14 @@ def test_every_part_of_a_joint_linear_is_cut(style):
         {"gate_rank": 16, "joint": True},
         {"gate_rank": 16, "joint": True, "names": ("both", "both", "down")},
         {"gate_rank": None},
+        {"up_rank": 24, "gate_rank": 24, "joint": True, "kind": "neuron"},
+        {"up_rank": 24, "gate_rank": None, "kind": "neuron"},
     ],
-    ids=["separate", "joint", "packed", "ungated"],
+    ids=["separate", "joint", "packed", "ungated", "neurons", "neurons ungated"],
 )
 def test_a_whole_mlp(options):
-    mlp = filled(RanaMLP(24, 48, 24, 16, activation="silu", bias=(True, True, True), **options))
+    sizes = {"up_rank": 16, **options}
+    mlp = filled(RanaMLP(24, 48, 24, activation="silu", bias=(True, True, True), **sizes))
     x = torch.randn(2, 3, 24)
     torch.testing.assert_close(shared(mlp, "colwise")(x), mlp(x))
 

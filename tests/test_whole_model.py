@@ -1,6 +1,7 @@
 """One budget for a model: what the loss says about errors, and where multiply-adds are spent."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from rana_kernels import load, save
 from rana_kernels.allocation import whole_model
 from rana_kernels.allocation.cost import MULTIPLY_ADDS
 from rana_kernels.allocation.methods import plan
@@ -18,6 +20,8 @@ from rana_kernels.allocation.spending import Choice, least_cost, least_memory, s
 from rana_kernels.compression.run import compress
 from rana_kernels.model.architectures import find_blocks
 from rana_kernels.model.plan import AdapterSpec
+from rana_kernels.nn.adapters import RanaReceiver
+from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import calibrate
 from rana_kernels.statistics.decomposition import decompose
@@ -220,8 +224,7 @@ def test_errors_of_the_curves_are_what_the_modules_do():
         x = layer.sample(layer.input_of(names))
         y = x @ layer.weight(names).T
         curve = list(whole_model._ranks(layer, names, MULTIPLY_ADDS))
-        if len(names) == 1:
-            curve += whole_model._neurons(layer, names[0], MULTIPLY_ADDS)
+        curve += whole_model._neurons(layer, names, MULTIPLY_ADDS)
         for point in curve[::7]:
             adapter = point.adapter
             metric = layer.output_weights(names).float()
@@ -230,11 +233,62 @@ def test_errors_of_the_curves_are_what_the_modules_do():
                 h, rows = x @ factors.B[: adapter.rank].T, factors.rows[: adapter.rank]
                 score = h.abs() / factors.norms[: adapter.rank]
             else:
-                h, rows, score = x, layer.weight(names).T, x.abs() * layer.neuron_norms(names[0], "loss")
+                h, rows, score = x, layer.weight(names).T, x.abs() * layer.joint_norms(names, "loss")
             threshold, _ = threshold_for(score, adapter.live)
             approximate = torch.where(score < threshold, 0, h) @ rows
             error = ((y - approximate) * metric).square().sum(1).mean()
             assert point.error == pytest.approx(float(error), rel=0.05, abs=2e-3 * curve[0].error), adapter
+
+
+@pytest.mark.parametrize("factor", [1, 1e4])
+def test_linears_that_lose_the_same_share_one_mask(factor):
+    """Of two equal linears a common mask loses nothing. If only one of them matters, each gets its own."""
+    model = make_model(num_hidden_layers=1)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight.data.copy_(mlp.gate_proj.weight)
+    stats = calibrate(model, [tokens()], progress=False)
+    gate = stats.gradients["model.layers.0.mlp.gate_proj"]
+    found = stats.gradients | {"model.layers.0.mlp.up_proj": factor * gate}
+    made = plan(replace(stats, gradients=found), flops_reduction=0.3, progress=False)
+    of_mlp = [a for a in made.adapters if "mlp.gate" in a.names[0] or "mlp.up" in a.names[0]]
+    assert [(a.kind, len(a.names)) for a in of_mlp] == [("neuron", 2)] if factor == 1 else len(of_mlp) == 2
+
+
+def test_a_model_of_joint_neurons_comes_back(tmp_path):
+    model = make_model()
+    report = compress(model, [tokens()], flops_reduction=0.2, progress=False)
+    joint = [a for a in report.plan.adapters if a.kind == "neuron" and len(a.names) > 1]
+    assert joint and all(a.metric == "loss" and 0 < a.live < a.in_features for a in joint)
+    whole = [m for m in model.modules() if isinstance(m, RanaMLP) and m.B is None]
+    assert len(whole) == len(joint) and all(m.norms.shape == (64,) for m in whole)
+    save(model, tmp_path / "out")
+    again = load(tmp_path / "out")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in again.state_dict().items())
+    assert torch.equal(logits(again), logits(model))
+
+
+def model_of_joint_neurons() -> nn.Module:
+    model = make_model(num_hidden_layers=1)
+    made = hand_plan(model, joint=True, first="neuron")
+    halved = tuple(a if a.kind == "dense" else replace(a, threshold=None, live=32) for a in made.adapters)
+    compress(model, [tokens()], plan=made.with_adapters(halved), progress=False)
+    return model
+
+
+def test_many_threads_call_one_model_of_joint_neurons():
+    model, ids = model_of_joint_neurons(), [tokens(1, 8) + i for i in range(8)]
+    assert isinstance(model.model.layers[0].self_attn.k_proj, RanaReceiver)
+
+    @torch.inference_mode()
+    def call(i: int) -> torch.Tensor:
+        return model(ids[i] % 128).logits
+
+    wanted = [call(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(10):
+            found = list(threads.map(call, range(8)))
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])

@@ -96,7 +96,7 @@ def measure(calibrated: CalibratedBlock, adapter: AdapterSpec) -> AdapterReport:
         h = calibrated.rank_values(adapter.names, adapter.metric)[:, : adapter.rank]
         rows = calibrated.factors(adapter.names, adapter.metric).rows[: adapter.rank].float()
     else:
-        h, rows, score = x, weight.T, x.abs() * calibrated.neuron_norms(adapter.names[0], adapter.metric)
+        h, rows, score = x, weight.T, x.abs() * calibrated.joint_norms(adapter.names, adapter.metric)
         all_ranks = score.square().mean(0).sort(descending=True).values
     mask = reference.keep(score, torch.tensor(adapter.threshold, dtype=torch.float32, device=h.device))
     some = evenly(len(x), ERROR_TOKENS)

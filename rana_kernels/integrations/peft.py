@@ -63,12 +63,13 @@ def _prepare(model: nn.Module, config: Any) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, RanaMLP):
             model.set_submodule(name, split_mlp(module))
-    owners = {id(m.handoff): m for m in model.modules() if isinstance(m, RanaLinear) and m.handoff}
+    kinds = (RanaLinear, RanaNeuronLinear)
+    owners = {id(m.handoff): m for m in model.modules() if isinstance(m, kinds) and m.handoff}
     for module in model.modules():
         if isinstance(module, RanaReceiver):
             # set in __dict__, because the owner must not become a submodule of its receiver
             module.__dict__["owner"] = owners[id(module.handoff)]
-    layers = {RanaLinear: LoraRank, RanaReceiver: LoraRank, RanaNeuronLinear: LoraNeuron}
+    layers = {RanaLinear: LoraRank, RanaReceiver: _lora_of_receiver, RanaNeuronLinear: LoraNeuron}
     config._register_custom_module(layers)
 
 
@@ -114,12 +115,10 @@ class _Lora(LoraLinear):
 
 
 class LoraRank(_Lora):
-    """LoRA on a rank adapter, or on one of the linears that share a joint adapter."""
+    """LoRA on a rank adapter, or on one of the linears that share ranks."""
 
     def _merge(self, down: Tensor, up: Tensor) -> None:
-        base: Any = self.get_base_layer()
-        owner: Any = base.owner if isinstance(base, RanaReceiver) else base
-        index = base.index + 1 if isinstance(base, RanaReceiver) else 0
+        owner, index = _owner_of(self.get_base_layer())
         full, wanted = min(owner.in_features, sum(owner.widths)), owner.B.shape[0] + down.shape[0]
         if wanted > full:
             raise ValueError(
@@ -134,16 +133,17 @@ class LoraRank(_Lora):
 
 
 class LoraNeuron(_Lora):
-    """LoRA on a neuron adapter. It reads the masked input."""
+    """LoRA on a neuron adapter, or on one of the linears that share its mask. It reads the masked input."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs or args:
             raise ValueError(f"LoRA on a neuron adapter takes an input alone, it was given {args or kwargs}")
         base: Any = self.get_base_layer()
+        owner, _ = _owner_of(base)
         result = base(x)
         if self.disable_adapters or self.merged:
             return result
-        x = torch.where(base.masks(x)[""], x, 0)
+        x = torch.where(owner.masks(x)[""], x, 0)
         for name in self.active_adapters:
             if name in self.lora_A:
                 down, up = self.lora_A[name], self.lora_B[name]
@@ -152,8 +152,21 @@ class LoraNeuron(_Lora):
         return result.to(x.dtype)
 
     def _merge(self, down: Tensor, up: Tensor) -> None:
-        base: Any = self.get_base_layer()  # the norms do not change, so the masks stay the same
-        base.rows = nn.Parameter(base.rows + (up @ down).T.to(base.rows.dtype), base.rows.requires_grad)
+        owner, index = _owner_of(self.get_base_layer())  # its norms, and so its masks, stay the same
+        rows = owner.rows.detach().clone()
+        rows.split(owner.widths, 1)[index].add_((up @ down).T.to(rows.dtype))
+        owner.rows = nn.Parameter(rows, owner.rows.requires_grad)
+
+
+def _owner_of(base: Any) -> tuple[Any, int]:
+    """Return the adapter that holds the rows of a linear, and the number of the linear among its outputs."""
+    return (base.owner, base.index + 1) if isinstance(base, RanaReceiver) else (base, 0)
+
+
+def _lora_of_receiver(target: Any, *args: Any, **kwargs: Any) -> _Lora:
+    """Build the LoRA of a receiver, by the kind of its adapter."""
+    kind = LoraNeuron if isinstance(target.owner, RanaNeuronLinear) else LoraRank
+    return kind(target, *args, **kwargs)
 
 
 def _grown(weight: nn.Parameter, more: Tensor) -> nn.Parameter:

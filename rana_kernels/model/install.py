@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rana_kernels.model.architectures import Block, find_blocks
 from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
-from rana_kernels.nn.adapters import RanaNeuronLinear, joint_linears
+from rana_kernels.nn.adapters import joint_linears
 from rana_kernels.nn.base import fill_module
 from rana_kernels.nn.dense import QuantizedLinear, serve_dense
 from rana_kernels.nn.format import Format
@@ -136,15 +136,19 @@ def _check_adapter(model: nn.Module, block: Block, adapter: AdapterSpec) -> None
 def is_fused(block: Block, adapters: list[AdapterSpec]) -> bool:
     """Say whether one RanaMLP can replace the whole MLP of the block.
 
-    It can if up and gate have rank adapters (separate or joint) of one format, down has a neuron adapter, and
-    the op has the activation. Where one linear computes both up and gate, a group must not contain columns of
-    both.
+    It can if up and gate have rank adapters (separate or joint) of one format or a joint neuron adapter, down
+    has a neuron adapter, and the op has the activation. Where one linear computes both up and gate, a group
+    must not contain columns of both.
     """
     if not block.mlp or block.activation is None:
         return False
     by_name = {name: adapter for adapter in adapters for name in adapter.names}
     first, down = [by_name[name] for name in block.expanding], by_name[block.down]
-    if {adapter.kind for adapter in first} != {"rank"} or down.kind != "neuron":
+    if down.kind != "neuron":
+        return False
+    if first[0].kind == "neuron":
+        return len(first[0].names) > 1  # a neuron adapter of one linear keeps the norms of its own rows
+    if {adapter.kind for adapter in first} != {"rank"}:
         return False
     splits = block.gate != block.up or first[0].format.splits_at(first[0].width // 2)
     return len({adapter.format for adapter in first}) == 1 and splits
@@ -167,10 +171,9 @@ def build_block(
 
 def _build_adapter(adapter: AdapterSpec, place: dict) -> dict[str, nn.Module]:
     K, format, made = adapter.in_features, adapter.format, []
-    if adapter.kind == "rank":
-        made = joint_linears(K, adapter.out_features, adapter.rank, adapter.bias, format=format, **place)
-    elif adapter.kind == "neuron":
-        made = [RanaNeuronLinear(K, adapter.width, adapter.bias, format=format, **place)]
+    if adapter.kind != "dense":
+        rank = adapter.rank if adapter.kind == "rank" else None
+        made = joint_linears(K, adapter.out_features, rank, adapter.bias, format=format, **place)
     elif format.quantized:
         made = [QuantizedLinear(K, adapter.width, adapter.bias, format, **place)]
     return dict(zip(adapter.names, made, strict=False))  # a dense linear of floats stays
@@ -188,6 +191,7 @@ def _build_mlp(block: Block, adapters: list[AdapterSpec], place: dict) -> RanaML
         up.rank,
         gate.rank if gate else None,
         block.activation,
+        kind=up.kind,
         joint=up is gate,
         bias=(up.bias, gate is not None and gate.bias, down.bias),
         names=(up_name, gate_name, down_name),

@@ -22,14 +22,14 @@ class AdapterSpec:
 
     kind          rank: y = A (m ⊙ Bx) + b · neuron: y = W (m ⊙ x) + b · dense: y = Wx + b
     names         the full names of its linears, in the order in which the model calls them. Several linears
-                  are decomposed jointly: they read the same input and share ranks
+                  are joint: they read the same input, and share ranks or the one mask of a neuron adapter
     in_features   K
     out_features  N of each of `names`
     rank          stored rows: R of a rank adapter, K of a neuron adapter, 0 if dense
     live          expected mean live rows a token
     threshold     the smallest score of a live row; a score is |h_i| / norms_i of a rank, |x_i|·norms_i of a
-                  neuron. None: `compress` chooses it so that `live` rows a token of the calibration sample
-                  are live
+                  neuron, with norms over the outputs of all its linears. None: `compress` chooses it so that
+                  `live` rows a token of the calibration sample are live
     bias          whether any of `names` has a bias
     metric        the unit of its errors, scores and thresholds: "output", or "loss", where every output is
                   weighted by how strongly the loss depends on it
@@ -254,7 +254,6 @@ def _check_sizes(a: AdapterSpec) -> None:
     if a.kind == "rank":
         _require(_is_size(a.rank) and a.rank <= full, where, "rank", a.rank, f"1 to {full}")
     elif a.kind == "neuron":
-        _require(len(a.names) == 1, where, "names", a.names, "one name: neuron adapters are not joint")
         _require(a.rank == a.in_features, where, "rank", a.rank, f"{a.in_features}, its in_features")
     else:
         _require(len(a.names) == 1, where, "names", a.names, "one name: a dense linear stands alone")

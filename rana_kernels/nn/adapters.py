@@ -2,7 +2,7 @@
 
     RanaLinear         a rank adapter:   y = A (m ⊙ Bx) + b          (RaNA, arXiv 2503.18216, section 3)
     RanaNeuronLinear   a neuron adapter: y = W (m ⊙ x) + b           (the same, for the down projection)
-    RanaReceiver       a linear whose output is computed by a joint RanaLinear
+    RanaReceiver       a linear whose output is computed by a joint adapter of one of these two kinds
 
 The module of a whole MLP is in `mlp.py`.
 
@@ -28,7 +28,7 @@ from rana_kernels.ops.checks import widen
 
 
 class Handoff:
-    """Carries outputs from the RanaLinear that computed them to the receivers that return them.
+    """Carries outputs from the adapter that computed them to the receivers that return them.
 
     The outputs lie on the input tensor itself, under a name of this handoff and thread. Threads that call
     one model at once, and calls within calls, therefore never meet, and an input that is dropped takes its
@@ -60,9 +60,9 @@ class Handoff:
             held = getattr(x, self._name(), {})
         if index not in held:
             raise RuntimeError(
-                "RanaReceiver: called before the linear it was decomposed with, or with another input. That "
-                "linear computes all their outputs: call it first, with the same tensor, once for each "
-                "call of this one"
+                "RanaReceiver: called before the linear that it shares an adapter with, or with another "
+                "input. That linear computes all their outputs: call it first, with the same tensor, once "
+                "for each call of this one"
             )
         output = held.pop(index)
         if not held:
@@ -123,7 +123,7 @@ class RanaLinear(AdaptedLinear):
 
 
 class RanaReceiver(AdaptedLinear):
-    """A linear whose output is computed by the joint RanaLinear that was called before it."""
+    """A linear whose output is computed by the joint adapter that was called before it."""
 
     def __init__(
         self, in_features: int, out_features: int, handoff: Handoff, index: int, *, device=None, dtype=None
@@ -135,36 +135,14 @@ class RanaReceiver(AdaptedLinear):
         return self.handoff.take(x, self.index)
 
 
-def joint_linears(
-    in_features: int,
-    out_features: tuple[int, ...],
-    rank: int,
-    bias: bool = False,
-    *,
-    format: Format = FLOAT,
-    device=None,
-    dtype=None,
-) -> list[AdaptedLinear]:
-    """Build one RanaLinear that computes all of `out_features`, and a receiver for each but the first.
-
-    The model must call the linears that they replace in the same order.
-    """
-    first, *others = out_features
-    place = {"device": device, "dtype": dtype}
-    if not others:
-        return [RanaLinear(in_features, first, rank, bias, format=format, **place)]
-    handoff = Handoff()
-    owner = RanaLinear(
-        in_features, first, rank, bias, others=tuple(others), handoff=handoff, format=format, **place
-    )
-    return [owner, *(RanaReceiver(in_features, n, handoff, i, **place) for i, n in enumerate(others))]
-
-
 class RanaNeuronLinear(AdaptedLinear):
-    """A neuron adapter. It skips input i where `|x_i|·norms_i < threshold_i`.
+    """A neuron adapter in place of one linear, or of several that read the same input.
 
+    It skips input i where `|x_i|·norms_i < threshold_i`.
     rows [K, N] (W transposed) · norms [K] = ‖W_:,i‖₂, float32 · threshold [K] float32 · bias [N] ·
     rows_scale [K, groups] float16 if `format` is quantised.
+    Joint linears have one mask. Their W are stacked, so the norms are over all outputs, and `others` is as
+    in a RanaLinear.
     """
 
     norms: Tensor
@@ -175,21 +153,52 @@ class RanaNeuronLinear(AdaptedLinear):
         out_features: int,
         bias: bool = False,
         *,
+        others: tuple[int, ...] = (),
+        handoff: Handoff | None = None,
         format: Format = FLOAT,
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(in_features, out_features, out_features if bias else 0, device, dtype)
-        rows = format.for_rows(out_features)
-        self.register_matrix("rows", in_features, out_features, rows, device, dtype)
+        width = out_features + sum(others)
+        super().__init__(in_features, out_features, width if bias else 0, device, dtype)
+        self.widths, self.handoff = (out_features, *others), handoff
+        self.register_matrix("rows", in_features, width, format.for_rows(width), device, dtype)
         self.register_float32("norms", in_features, device)
         self.register_float32("threshold", in_features, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.rana.masked_linear(
-            x, self.rows, self.threshold, self.norms, self.bias, self.rows_scale
-        )
+        y = torch.ops.rana.masked_linear(x, self.rows, self.threshold, self.norms, self.bias, self.rows_scale)
+        return y if self.handoff is None else self.handoff.share(x, y.split(self.widths, dim=-1))
 
     def masks(self, x: Tensor) -> dict[str, Tensor]:
         """Return the mask that `forward` applies, [..., K] bool, from the reference implementation."""
         return {"": reference.keep(widen(x), self.threshold, self.norms)}
+
+
+def joint_linears(
+    in_features: int,
+    out_features: tuple[int, ...],
+    rank: int | None,
+    bias: bool = False,
+    *,
+    format: Format = FLOAT,
+    device=None,
+    dtype=None,
+) -> list[AdaptedLinear]:
+    """Build one adapter that computes all of `out_features`, and a receiver for each but the first.
+
+    It is a RanaLinear of so many ranks, or with `rank=None` a RanaNeuronLinear. The model must call the
+    linears that they replace in the same order.
+    """
+    first, *others = out_features
+    place = {"device": device, "dtype": dtype}
+    handoff = Handoff() if others else None
+    how = {"others": tuple(others), "handoff": handoff, "format": format, **place}
+    owner: AdaptedLinear
+    if rank is None:
+        owner = RanaNeuronLinear(in_features, first, bias, **how)
+    else:
+        owner = RanaLinear(in_features, first, rank, bias, **how)
+    if handoff is None:
+        return [owner]
+    return [owner, *(RanaReceiver(in_features, n, handoff, i, **place) for i, n in enumerate(others))]

@@ -60,12 +60,14 @@ class FactoredNeurons(nn.Module):
         self.rows = _linear(adapter.rows.T, adapter.bias)
         self.register_buffer("threshold", adapter.threshold)
         self.register_buffer("norms", adapter.norms)
+        self.widths, self.handoff = adapter.widths, adapter.handoff
 
     threshold: Tensor
     norms: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rows(torch.where(reference.keep(widen(x), self.threshold, self.norms), x, 0))
+        y = self.rows(torch.where(reference.keep(widen(x), self.threshold, self.norms), x, 0))
+        return y if self.handoff is None else self.handoff.share(x, y.split(self.widths, dim=-1))
 
     def scores(self, x: Tensor) -> Tensor:
         """Return |x|·norms [..., K], which the mask compares with the thresholds."""
@@ -73,8 +75,11 @@ class FactoredNeurons(nn.Module):
 
     def to_adapter(self) -> RanaNeuronLinear:
         """Build the RanaNeuronLinear that computes the same, with the weights as they are now."""
-        sizes = self.rows.in_features, self.rows.out_features
-        made = RanaNeuronLinear(*sizes, self.rows.bias is not None, device="meta")
+        first, *others = self.widths
+        made = RanaNeuronLinear(
+            self.rows.in_features, first, self.rows.bias is not None,
+            others=tuple(others), handoff=self.handoff, device="meta",
+        )  # fmt: skip
         fill_module(made, threshold=self.threshold, norms=self.norms, **_rows(self.rows))
         return made
 

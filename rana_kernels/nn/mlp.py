@@ -1,4 +1,4 @@
-"""The module of a whole MLP: two rank adapters and a neuron adapter around an activation, in one op."""
+"""The module of a whole MLP: adapters of up and gate, an activation, and a neuron adapter, in one op."""
 
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from rana_kernels import ops  # noqa: F401  (defines torch.ops.rana)
 from rana_kernels.nn.base import AdaptedLinear, AdapterModule, wide_product, wide_weight
 from rana_kernels.nn.format import FLOAT, Format
 from rana_kernels.ops import reference
-from rana_kernels.ops.checks import ACTIVATIONS
+from rana_kernels.ops.checks import ACTIVATIONS, widen
 from rana_kernels.ops.mlp import combine, gate_ranks
 from rana_kernels.ops.quantized import columns_of
 
@@ -57,11 +57,11 @@ class _NeuronRows(AdaptedLinear):
 class MLPArguments(NamedTuple):
     """The arguments of `masked_mlp` after x, in the order of its schema."""
 
-    B: Tensor
+    B: Tensor | None
     up_rows: Tensor
     gate_rows: Tensor | None
     threshold: Tensor
-    norms: None
+    norms: Tensor | None
     up_bias: Tensor | None
     gate_bias: Tensor | None
     down_rows: Tensor
@@ -76,19 +76,24 @@ class MLPArguments(NamedTuple):
 
 
 class RanaMLP(AdapterModule):
-    """A whole MLP in one op: rank adapters for up and gate, a neuron adapter for down.
+    """A whole MLP in one op: rank or neuron adapters for up and gate, a neuron adapter for down.
 
-    B [S, K] and threshold [S] stack the ranks of up over the ranks of gate. If `joint`, up and gate read
-    the same S ranks. The children keep the names of the linears (`names`: up, gate, down) and hold `rows`,
-    `bias` and, for down, `norms` and `threshold`. An ungated MLP has `gate_rank=None`. If one linear
-    computed both up and gate (gate's outputs first), both have its name, and `joint` is True.
+    kind="rank"     B [S, K] and threshold [S] stack the ranks of up over the ranks of gate. If `joint`, up
+                    and gate read the same S ranks
+    kind="neuron"   there is no B: threshold [K] and norms [K] give one mask on the input, for up and gate.
+                    Their ranks are `in_features`, and `joint` is True if there is a gate
+
+    The children keep the names of the linears (`names`: up, gate, down) and hold `rows`, `bias` and, for
+    down, `norms` and `threshold`. An ungated MLP has `gate_rank=None`. If one linear computed both up and
+    gate (gate's outputs first), both have its name, and `joint` is True.
     `format` is that of B and of the rows of up and gate, `down_format` that of down.
-    Raises ValueError for an unknown activation, joint ranks that differ, or a format that cannot be split
-    between gate and up where one linear computed both.
+    Raises ValueError for an unknown activation, joint ranks that differ, neuron adapters with ranks or masks
+    of their own, or a format that cannot be split between gate and up where one linear computed both.
     """
 
-    B: Tensor
+    B: Tensor | None
     B_scale: Tensor | None
+    norms: Tensor | None
 
     def __init__(
         self,
@@ -99,6 +104,7 @@ class RanaMLP(AdapterModule):
         gate_rank: int | None,
         activation: str,
         *,
+        kind: str = "rank",
         joint: bool = False,
         bias: tuple[bool, bool, bool] = (False, False, False),
         names: tuple[str, str, str] = ("up_proj", "gate_proj", "down_proj"),
@@ -112,11 +118,24 @@ class RanaMLP(AdapterModule):
             raise ValueError(f"RanaMLP: activation is {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
         if joint and up_rank != gate_rank:
             raise ValueError(f"RanaMLP: joint ranks are {up_rank} and {gate_rank}, wanted the same number")
+        if kind not in ("rank", "neuron"):
+            raise ValueError(f"RanaMLP: kind is {kind!r}, wanted rank or neuron")
+        fits = up_rank == in_features and gate_rank == (in_features if joint else None)
+        if kind == "neuron" and not fits:
+            raise ValueError(
+                f"RanaMLP: neuron adapters have {up_rank} and {gate_rank} rows and joint={joint}, wanted "
+                f"{in_features}, their in_features, and joint=True with a gate: they have one mask"
+            )
         self.activation, self.names = activation, names
         self.gate_rank, packed = gate_rank, gate_rank is not None and names[0] == names[1]
         place = {"device": device, "dtype": dtype}
         stacked = up_rank if joint else up_rank + (gate_rank or 0)
-        self.register_matrix("B", stacked, in_features, format, device, dtype)
+        if kind == "rank":
+            self.register_matrix("B", stacked, in_features, format, device, dtype)
+            self.norms = None
+        else:
+            self.B = self.B_scale = None
+            self.register_float32("norms", stacked, device)
         self.register_float32("threshold", stacked, device)
         up, gate, down = names
         self.add_module(
@@ -140,18 +159,21 @@ class RanaMLP(AdapterModule):
             gate_rows, gate_scale, gate_bias = getattr(self, gate)()
         rows, down_scale, norms, threshold, down_bias = getattr(self, down)()
         return MLPArguments(
-            self.B, up_rows, gate_rows, self.threshold, None, up_bias, gate_bias, rows, norms, threshold,
-            down_bias, self.activation, self.B_scale, up_scale, gate_scale, down_scale,
+            self.B, up_rows, gate_rows, self.threshold, self.norms, up_bias, gate_bias, rows, norms,
+            threshold, down_bias, self.activation, self.B_scale, up_scale, gate_scale, down_scale,
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.rana.masked_mlp(x, *self.op_arguments())
 
     def masks(self, x: Tensor) -> dict[str, Tensor]:
-        """Return the masks that `forward` applies, by child: [..., R] for up and gate, [..., I] for down."""
+        """Return the masks that `forward` applies, by child: [..., R] for up and gate, [..., I] for down.
+
+        R is K for neuron adapters.
+        """
         a = self.op_arguments()
-        h = wide_product(x, a.B, a.B_scale)
-        mask = reference.keep(h, a.threshold)
+        h = widen(x) if a.B is None else wide_product(x, a.B, a.B_scale)
+        mask = reference.keep(h, a.threshold, a.norms)
         z = torch.where(mask, h, 0)
 
         def expand(part: slice, rows: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -161,7 +183,7 @@ class RanaMLP(AdapterModule):
         first, up_name = slice(0, a.up_rows.shape[0]), self.names[0]
         masks, up, gate = {up_name: mask[..., first]}, expand(first, a.up_rows, a.up_scale, a.up_bias), None
         if a.gate_rows is not None:
-            last = gate_ranks(a.B.shape[0], a.gate_rows.shape[0])
+            last = gate_ranks(h.shape[-1], a.gate_rows.shape[0])
             masks[self.names[1]] = mask[..., last]
             gate = expand(last, a.gate_rows, a.gate_scale, a.gate_bias)
         g = combine(up, gate, partial(reference.activate, activation=self.activation))

@@ -5,9 +5,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, joint_linears
-from rana_kernels.nn.base import fill_module, require_floats
-from rana_kernels.nn.mlp import RanaMLP
+from rana_kernels.nn.adapters import RanaNeuronLinear, joint_linears
+from rana_kernels.nn.base import AdaptedLinear, fill_module, require_floats
+from rana_kernels.nn.mlp import MLPArguments, RanaMLP
 from rana_kernels.ops import reference
 from rana_kernels.ops.mlp import combine
 
@@ -30,7 +30,7 @@ class RanaSplitMLP(nn.Module):
         elif up_name == gate_name:
             gate, up = getattr(self, up_name)(x).chunk(2, dim=-1)
         else:
-            # Gate runs first, because with joint ranks gate computes the output of up as well.
+            # Gate runs first, because a joint adapter of gate computes the output of up as well.
             gate, up = getattr(self, gate_name)(x), getattr(self, up_name)(x)
         return getattr(self, down_name)(combine(up, gate, act))
 
@@ -43,30 +43,42 @@ def split_mlp(mlp: RanaMLP) -> RanaSplitMLP:
     """
     require_floats(mlp)
     up, gate, down = mlp.names
-    B, up_rows, gate_rows, threshold, _, up_bias, gate_bias, rows, norms, down_threshold, bias = (
-        mlp.op_arguments()[:11]
-    )
-    split = RanaSplitMLP(mlp.names, mlp.activation, gate_rows is not None)
-    R = up_rows.shape[0]
-    if gate_rows is None:
-        split.add_module(up, _linear(B, up_rows, threshold, up_bias))
-    elif up == gate:
-        split.add_module(up, _linear(B, getattr(mlp, up).rows, threshold, getattr(mlp, up).bias))
-    elif B.shape[0] == R + gate_rows.shape[0]:
-        split.add_module(gate, _linear(B[R:], gate_rows, threshold[R:], gate_bias))
-        split.add_module(up, _linear(B[:R], up_rows, threshold[:R], up_bias))
+    a = mlp.op_arguments()
+    split = RanaSplitMLP(mlp.names, mlp.activation, a.gate_rows is not None)
+    if a.gate_rows is None or up == gate:
+        linear = getattr(mlp, up)
+        split.add_module(up, _part(a, slice(None), linear.rows, linear.bias))
+    elif a.B is not None and len(a.B) == len(a.up_rows) + len(a.gate_rows):
+        R = len(a.up_rows)
+        split.add_module(gate, _part(a, slice(R, None), a.gate_rows, a.gate_bias))
+        split.add_module(up, _part(a, slice(R), a.up_rows, a.up_bias))
     else:
-        widths = (gate_rows.shape[1], up_rows.shape[1])
-        owner, receiver = joint_linears(
-            B.shape[1], widths, R, up_bias is not None, device="meta", dtype=B.dtype
-        )
-        both = None if up_bias is None or gate_bias is None else torch.cat([gate_bias, up_bias])
-        fill_module(owner, B=B, rows=torch.cat([gate_rows, up_rows], 1), threshold=threshold, bias=both)
+        both = None if a.up_bias is None or a.gate_bias is None else torch.cat([a.gate_bias, a.up_bias])
+        widths = (a.gate_rows.shape[1], a.up_rows.shape[1])
+        owner, receiver = _parts(a, slice(None), torch.cat([a.gate_rows, a.up_rows], 1), both, widths)
         split.add_module(gate, owner)
         split.add_module(up, fill_module(receiver))
-    last = RanaNeuronLinear(rows.shape[0], rows.shape[1], bias is not None, device="meta")
-    split.add_module(down, fill_module(last, rows=rows, norms=norms, threshold=down_threshold, bias=bias))
+    neurons, width = a.down_rows.shape
+    last = RanaNeuronLinear(neurons, width, a.down_bias is not None, device="meta")
+    fill_module(last, rows=a.down_rows, norms=a.down_norms, threshold=a.down_threshold, bias=a.down_bias)
+    split.add_module(down, last)
     return split.train(mlp.training)
+
+
+def _part(a: MLPArguments, ranks: slice, rows: Tensor, bias: Tensor | None) -> AdaptedLinear:
+    """Return the adapter of one linear with these ranks (or all neurons) of the MLP."""
+    return _parts(a, ranks, rows, bias, (rows.shape[1],))[0]
+
+
+def _parts(
+    a: MLPArguments, ranks: slice, rows: Tensor, bias: Tensor | None, widths: tuple[int, ...]
+) -> list[AdaptedLinear]:
+    """Return the adapter of linears with these widths, and the receivers, which are still empty."""
+    B = None if a.B is None else a.B[ranks]
+    K, rank = (len(rows), None) if B is None else (B.shape[1], len(B))
+    made = joint_linears(K, widths, rank, bias is not None, device="meta", dtype=rows.dtype)
+    fill_module(made[0], B=B, rows=rows, threshold=a.threshold[ranks], norms=a.norms, bias=bias)
+    return made
 
 
 @torch.no_grad()
@@ -74,22 +86,21 @@ def join_mlp(split: RanaSplitMLP) -> RanaMLP:
     """Build one RanaMLP from the parts. They may have more ranks than before the split."""
     up, gate, down = split.names
     last = getattr(split, down)
-    # With joint ranks the part that runs first holds the ranks of both.
+    # With one mask or joint ranks the part that runs first holds the rows of both.
     first = getattr(split, gate if split.gated else up)
     joint = split.gated and (up == gate or first.handoff is not None)
     parts = [first] if joint or not split.gated else [getattr(split, up), first]
-    R = parts[0].B.shape[0]
-    gate_rank = None if not split.gated else R if joint else first.B.shape[0]
+    neurons = isinstance(first, RanaNeuronLinear)
+    R = parts[0].rows.shape[0]
+    gate_rank = None if not split.gated else R if joint else first.rows.shape[0]
     bias = first.bias is not None if joint else parts[0].bias is not None
     biases = (bias, split.gated and first.bias is not None, last.bias is not None)
     mlp = RanaMLP(
         first.in_features, last.in_features, last.out_features, R, gate_rank, split.activation,
-        joint=joint, bias=biases, names=split.names, device="meta",
+        kind="neuron" if neurons else "rank", joint=joint, bias=biases, names=split.names, device="meta",
     )  # fmt: skip
-    tensors = {
-        "B": torch.cat([part.B for part in parts]),
-        "threshold": torch.cat([p.threshold for p in parts]),
-    }
+    tensors = {"threshold": torch.cat([p.threshold for p in parts])}
+    tensors |= {"norms": first.norms} if neurons else {"B": torch.cat([part.B for part in parts])}
     if joint and up != gate:
         rows = [part.contiguous() for part in first.rows.split(first.widths, 1)]
         vectors = [None, None] if first.bias is None else first.bias.split(first.widths)
@@ -102,9 +113,3 @@ def join_mlp(split: RanaSplitMLP) -> RanaMLP:
     tensors |= {f"{down}.{name}": getattr(last, name) for name in ("rows", "norms", "threshold", "bias")}
     fill_module(mlp, **tensors)
     return mlp.train(split.training)
-
-
-def _linear(B: Tensor, rows: Tensor, threshold: Tensor, bias: Tensor | None) -> RanaLinear:
-    made = RanaLinear(B.shape[1], rows.shape[1], B.shape[0], bias is not None, device="meta")
-    fill_module(made, B=B, rows=rows, threshold=threshold, bias=bias)
-    return made

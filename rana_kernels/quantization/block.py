@@ -63,6 +63,7 @@ class _Moments:
     def __init__(self, calibrated: CalibratedBlock) -> None:
         self.calibrated = calibrated
         self._inputs: dict[str, Tensor] = {}
+        self._masked: dict[tuple[str, ...], Tensor] = {}
 
     def of_input(self, adapter: AdapterSpec) -> Tensor:
         """Return the moment [K, K] of the adapter's input: of all tokens, or of the sample if need be."""
@@ -77,11 +78,18 @@ class _Moments:
 
         If the sample is small and there is a moment of all tokens, that one is returned, without the mask.
         """
-        (name,) = adapter.names
+        if adapter.names not in self._masked:
+            self._masked[adapter.names] = self._masked_moment(adapter, tensors)
+        return self._masked[adapter.names]
+
+    def _masked_moment(self, adapter: AdapterSpec, tensors: dict[str, Tensor]) -> Tensor:
         x = self.calibrated.sample(self.calibrated.input_of(adapter.names))
         if len(x) < MASKED_TOKENS * x.shape[1] and self._of_all_tokens(adapter) is not None:
             return self.of_input(adapter)
-        mask = reference.keep(x, tensors[f"{name}.threshold"], tensors[f"{name}.norms"])
+        # a RanaMLP has the mask of up and gate itself
+        first = adapter.names[0]
+        owner = first if f"{first}.norms" in tensors else self.calibrated.block.mlp
+        mask = reference.keep(x, tensors[f"{owner}.threshold"], tensors[f"{owner}.norms"])
         return _moment(torch.where(mask, x, 0))
 
     def _of_all_tokens(self, adapter: AdapterSpec) -> Tensor | None:

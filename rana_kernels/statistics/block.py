@@ -86,7 +86,11 @@ class CalibratedBlock:
 
     def neuron_norms(self, name: str, metric: str = "output") -> Tensor:
         """Return the norms [K] float32: ‖W_:,i‖₂ of every input feature, with W weighted by the metric."""
-        return self.weighted((name,), metric).norm(dim=0)
+        return self.joint_norms((name,), metric)
+
+    def joint_norms(self, names: tuple[str, ...], metric: str = "output") -> Tensor:
+        """Return the norms [K] float32 of the stacked weights, as `neuron_norms` of one linear."""
+        return self.weighted(names, metric).norm(dim=0)
 
     def weighted(self, names: tuple[str, ...], metric: str) -> Tensor:
         """Return the weights [N, K] float32, each output multiplied by the weight of its errors."""

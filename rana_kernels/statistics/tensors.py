@@ -18,7 +18,7 @@ def with_threshold(calibrated: CalibratedBlock, adapter: AdapterSpec) -> Adapter
     if adapter.kind == "rank":
         score = calibrated.rank_scores(adapter.names, adapter.metric)[:, : adapter.rank].abs()
     else:
-        norms = calibrated.neuron_norms(adapter.names[0], adapter.metric)
+        norms = calibrated.joint_norms(adapter.names, adapter.metric)
         score = calibrated.sample(calibrated.input_of(adapter.names)).abs() * norms
     threshold, live = threshold_for(score, adapter.live)
     return replace(adapter, threshold=threshold, live=live)
@@ -62,32 +62,50 @@ def _rank_tensors(calibrated: CalibratedBlock, adapter: AdapterSpec) -> dict[str
 
 
 def _neuron_tensors(calibrated: CalibratedBlock, adapter: AdapterSpec) -> dict[str, Tensor]:
-    assert adapter.threshold is not None, "compress fills thresholds in first"
-    (name,) = adapter.names
-    norms = calibrated.neuron_norms(name, adapter.metric)
+    owner = adapter.names[0]
     return {
-        f"{name}.rows": calibrated.weight(adapter.names).T,
-        f"{name}.norms": norms,
-        f"{name}.threshold": torch.full_like(norms, adapter.threshold),
-        **_biases(calibrated, name, adapter.names),
+        f"{owner}.rows": calibrated.weight(adapter.names).T,
+        **_neuron_mask(calibrated, owner, adapter),
+        **_biases(calibrated, owner, adapter.names),
     }
 
 
+def _neuron_mask(calibrated: CalibratedBlock, owner: str, adapter: AdapterSpec) -> dict[str, Tensor]:
+    """Return the norms and thresholds of a neuron adapter, for the module `owner`."""
+    assert adapter.threshold is not None, "compress fills thresholds in first"
+    norms = calibrated.joint_norms(adapter.names, adapter.metric)
+    return {f"{owner}.norms": norms, f"{owner}.threshold": torch.full_like(norms, adapter.threshold)}
+
+
 def _mlp_tensors(calibrated: CalibratedBlock, adapters: list[AdapterSpec]) -> dict[str, Tensor]:
-    """Return the tensors of a RanaMLP. B stacks the ranks of up over those of gate, or holds joint ranks."""
+    """Return the tensors of a RanaMLP. B stacks the ranks of up over those of gate, or holds joint ranks.
+
+    Joint neurons have no B.
+    """
     block = calibrated.block
     by_name = {name: adapter for adapter in adapters for name in adapter.names}
     tensors = _neuron_tensors(calibrated, by_name[block.down])
     # The op wants the ranks of up first.
     stack = list(dict.fromkeys(by_name[name] for name in reversed(block.expanding)))
-    tensors[f"{block.mlp}.B"] = torch.cat([calibrated.factors(a.names, a.metric).B[: a.rank] for a in stack])
-    tensors[f"{block.mlp}.threshold"] = torch.cat([_rank_thresholds(calibrated, a) for a in stack])
+    if stack[0].kind == "neuron":
+        tensors |= _neuron_mask(calibrated, block.mlp, stack[0])
+    else:
+        B = [calibrated.factors(a.names, a.metric).B[: a.rank] for a in stack]
+        tensors[f"{block.mlp}.B"] = torch.cat(B)
+        tensors[f"{block.mlp}.threshold"] = torch.cat([_rank_thresholds(calibrated, a) for a in stack])
     for name in block.expanding:
         adapter = by_name[name]
         place = adapter.names.index(name)
-        rows = calibrated.factors(adapter.names, adapter.metric).rows[: adapter.rank]
-        tensors[f"{name}.rows"] = rows.split(adapter.out_features, dim=1)[place].clone()
+        tensors[f"{name}.rows"] = _rows_of(calibrated, adapter, place)
         bias = calibrated.bias(adapter.names)
         if bias is not None:
             tensors[f"{name}.bias"] = bias.split(adapter.out_features)[place].clone()
     return tensors
+
+
+def _rows_of(calibrated: CalibratedBlock, adapter: AdapterSpec, place: int) -> Tensor:
+    """Return the rows of the linear at one place among those of an adapter."""
+    if adapter.kind == "neuron":
+        return calibrated.weight(adapter.names[place : place + 1]).T
+    rows = calibrated.factors(adapter.names, adapter.metric).rows[: adapter.rank]
+    return rows.split(adapter.out_features, dim=1)[place].clone()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import rana_kernels as rana
 from rana_kernels import ops
+from rana_kernels.model.plan import Plan
 from tests.cases import DTYPES, FORMS, QUANTIZED_FORMS, assert_close, exact_result, input_of, make_inputs
-from tests.test_compress import make_model, tokens
+from tests.test_compress import hand_plan, make_model, tokens
 
 onnxruntime = pytest.importorskip("onnxruntime")
 translation_table = pytest.importorskip("rana_kernels.integrations.onnx").translation_table
@@ -99,10 +100,14 @@ class Logits(nn.Module):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("architecture", ["Llama", "GPTNeoX"])
+@pytest.mark.parametrize("architecture", ["Llama", "GPTNeoX", "Llama of joint neurons"])
 def test_a_model_of_any_length(architecture, tmp_path):
-    model = make_model(architecture)
-    rana.compress(model, [tokens()], flops_reduction=0.3, method="paper", progress=False)
+    model = make_model(architecture.partition(" ")[0])
+    asked = {"flops_reduction": 0.3, "method": "paper"}
+    if "neurons" in architecture:
+        made = hand_plan(model, joint=True, o="neuron", first="neuron")
+        asked = {"plan": Plan(tuple(replace(a, threshold=None, live=0.6 * a.rank) for a in made.adapters))}
+    rana.compress(model, [tokens()], progress=False, **asked)
     shapes = {"input_ids": {1: torch.export.Dim("tokens", min=1, max=64)}}
     runtime = session(Logits(model), (tokens(1, 8),), tmp_path / "model.onnx", dynamic_shapes=shapes)
     for length in (1, 8, 40):

@@ -26,10 +26,10 @@ TARGETS = {
 every_model = pytest.mark.parametrize("name", TARGETS)
 
 
-def compressed(name: str, joint: bool = False) -> nn.Module:
+def compressed(name: str, joint: bool = False, first: str = "rank") -> nn.Module:
     """Few ranks, masks that matter, and room for more ranks."""
     model = make_model(name)
-    asked = hand_plan(model, joint, o="neuron" if name == "Llama" else "dense").adapters
+    asked = hand_plan(model, joint, o="neuron" if name == "Llama" else "dense", first=first).adapters
     fewer = []
     for adapter in asked:
         rank = 32 if adapter.kind == "rank" else adapter.rank
@@ -39,10 +39,10 @@ def compressed(name: str, joint: bool = False) -> nn.Module:
     return model
 
 
-def tuned(name: str, joint: bool = False, **options):
+def tuned(name: str, joint: bool = False, first: str = "rank", **options):
     """A LoRA with weights that do something."""
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS[name], **options)
-    model = lora.add(compressed(name, joint), config)
+    model = lora.add(compressed(name, joint, first), config)
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             nn.init.normal_(parameter, std=0.1)
@@ -75,6 +75,22 @@ def test_saved_loaded_and_merged_it_stays_the_same(name, joint, tmp_path):
     ranks = {a.names[0]: a.rank for a in attached_plan(loaded).adapters if a.kind == "rank"}
     assert max(ranks.values()) > 32 and torch.equal(logits(loaded), logits(merged))
     assert loaded.generate(tokens(1, 8), max_new_tokens=4, do_sample=False).shape[1] > 8
+
+
+def test_on_joint_neurons_it_stays_the_same_and_appends_nothing(tmp_path):
+    model = tuned("Llama", joint=True, first="neuron")
+    wanted, plain = logits(model), logits(compressed("Llama", joint=True, first="neuron"))
+    assert (wanted - plain).norm() > 0.01 * plain.norm()
+    model.save_pretrained(tmp_path / "lora")
+    again = lora.load(compressed("Llama", joint=True, first="neuron"), tmp_path / "lora").eval()
+    assert torch.equal(logits(again), wanted)
+    merged = lora.merge(again)
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+    assert merged.model.layers[0].mlp.B is None
+    rana.save(merged, tmp_path / "merged")
+    loaded = rana.load(tmp_path / "merged")
+    assert_equal_states(merged, loaded)
+    assert attached_plan(loaded).stored_bytes(4) == attached_plan(merged).stored_bytes(4)
 
 
 def test_gradients_are_those_of_dense_lora_where_the_adapters_are_exact():

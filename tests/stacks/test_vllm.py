@@ -139,12 +139,16 @@ FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "
 
 
 @on_cpu
-@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
+@pytest.mark.parametrize(
+    ("joint", "first"),
+    [(False, "rank"), (True, "rank"), (True, "neuron")],
+    ids=["separate", "joint", "neurons"],
+)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_models_of_vllm_compute_the_same(name, joint, tmp_path):
+def test_the_models_of_vllm_compute_the_same(name, joint, first, tmp_path):
     # of GPT-2's own activation vLLM has kernels only
     model = make_model(name, **({"activation_function": "gelu"} if name == "GPT2" else {}))
-    assert_same(saved(model, hand_plan(model, joint, o="rank"), tmp_path / "out"))
+    assert_same(saved(model, hand_plan(model, joint, o="rank", first=first), tmp_path / "out"))
 
 
 @on_cpu
@@ -196,9 +200,10 @@ def test_two_processes_share_a_model(heads, tmp_path):
 
 
 @on_cpu
-def test_two_processes_share_joint_adapters(tmp_path):
+@pytest.mark.parametrize("first", ["rank", "neuron"])
+def test_two_processes_share_joint_adapters(first, tmp_path):
     model = make_model("Qwen2")
-    place = saved(model, hand_plan(model, joint=True, o="neuron"), tmp_path / "out")
+    place = saved(model, hand_plan(model, joint=True, o="neuron", first=first), tmp_path / "out")
     found = run_processes(place, tmp_path / "logits.safetensors")
     torch.testing.assert_close(found, wanted(place, tokens(2, 24)), rtol=1e-4, atol=1e-5)
 

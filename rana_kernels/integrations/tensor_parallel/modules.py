@@ -1,6 +1,7 @@
 """The modules of tensor parallelism: adapters divided among P processes. Each holds one share, written _p.
 
     q, k, v, up, gate   column-parallel   z = gather(mask(x B_pᵀ))     y_p = z rows_p
+                        of neurons        z = mask(x)                  y_p = z rows_p
     o                   row-parallel      h_p = scatter(x_p B_pᵀ)      y = sum(mask(h_p) rows_p)
     down                row-parallel                                   y = sum(mask(x_p) rows_p)
     a whole MLP         the first line for up and gate, then the activation, then the last line for down
@@ -26,7 +27,7 @@ from torch import distributed as dist
 from rana_kernels.nn.adapters import Handoff
 from rana_kernels.nn.base import AdapterModule, wide_product
 from rana_kernels.ops import reference
-from rana_kernels.ops.checks import wide_dtype
+from rana_kernels.ops.checks import wide_dtype, widen
 from rana_kernels.ops.mlp import combine, gate_ranks
 
 # the first two collectives have new names since torch 2.13
@@ -98,6 +99,16 @@ class Ranks(Piece):
 
     def forward(self, x: Tensor) -> Tensor:
         return _gather(_masked(_project(x, self.B), self.threshold, None, x.dtype), self.group)
+
+
+class Inputs(Piece):
+    """x [..., K], complete -> the masked z [..., K], which is the same in every process."""
+
+    def __init__(self, threshold: Tensor, norms: Tensor) -> None:
+        super().__init__(threshold=threshold, norms=norms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _masked(widen(x), self.threshold, self.norms, x.dtype)
 
 
 class OwnRanks(Piece):
@@ -207,17 +218,18 @@ class ParallelMLP(nn.Module):
 
     def __init__(
         self,
-        ranks: Ranks,
+        ranks: Ranks | Inputs,
         up: Rows,
         gate: Rows | None,
         neurons: Neurons,
         down: Rows,
         bias: Tensor | None,
         activation: str,
+        group: dist.ProcessGroup,
     ) -> None:
         super().__init__()
         self.ranks, self.up, self.gate, self.neurons, self.down = ranks, up, gate, neurons, down
-        self.activation = activation
+        self.activation, self.group = activation, group
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,4 +239,4 @@ class ParallelMLP(nn.Module):
         if self.gate is not None:
             gate = self.gate(z[..., gate_ranks(z.shape[-1], self.gate.rows.shape[0])]).to(wide)
         g = combine(up, gate, partial(reference.activate, activation=self.activation))
-        return _sum(self.down(self.neurons(g, x.dtype)), self.bias, self.ranks.group)
+        return _sum(self.down(self.neurons(g, x.dtype)), self.bias, self.group)

@@ -89,17 +89,19 @@ def form(style: str, own: Shares) -> nn.Module:
 
 
 def _column(module: Any, own: Shares, gathered: bool) -> nn.Module:
+    inner: nn.Module
     if isinstance(module, RanaLinear):
         rows = modules.Rows(own("rows", 1, module.widths), own("bias", 0, module.widths))
-        inner: nn.Module = nn.Sequential(_ranks(own), rows)
-        widths, handoff = tuple(own.part(width) for width in module.widths), module.handoff
-        return modules.ColumnParallel(inner, widths, own.group, handoff=handoff, gathered=gathered)
-    if isinstance(module, RanaNeuronLinear):
+        inner = nn.Sequential(_ranks(own), rows)
+    elif isinstance(module, RanaNeuronLinear):
         whole = {name: own(name) for name in ("threshold", "norms")}
-        inner = modules.MaskedRows(rows=own("rows", 1), bias=own("bias", 0), **whole)
+        columns = {name: own(name, dim, module.widths) for name, dim in (("rows", 1), ("bias", 0))}
+        inner = modules.MaskedRows(**columns, **whole)
     else:
         inner = modules.Dense(weight=own("weight", 0), bias=own("bias", 0))
-    return modules.ColumnParallel(inner, (own.part(module.out_features),), own.group, gathered=gathered)
+    widths = tuple(own.part(width) for width in getattr(module, "widths", (module.out_features,)))
+    handoff = getattr(module, "handoff", None)
+    return modules.ColumnParallel(inner, widths, own.group, handoff=handoff, gathered=gathered)
 
 
 def _row(module: Any, own: Shares, split: bool) -> nn.Module:
@@ -133,7 +135,9 @@ def _mlp(module: Any, own: Shares) -> nn.Module:
         gate = None if module.gate_rank is None else _expanding(own.of(gate_name))
     neurons = modules.Neurons(threshold=down("threshold", 0), norms=down("norms", 0))
     last = modules.Rows(down("rows", 0), None)
-    return modules.ParallelMLP(_ranks(own), up, gate, neurons, last, down("bias"), module.activation)
+    first = _ranks(own) if module.B is not None else modules.Inputs(own("threshold"), own("norms"))
+    bias, activation = down("bias"), module.activation
+    return modules.ParallelMLP(first, up, gate, neurons, last, bias, activation, own.group)
 
 
 def _expanding(own: Shares) -> modules.Rows:

@@ -42,7 +42,7 @@ class RanaConfig(QuantizationConfig):
                 "original model with bits=16"
             )
         self.adapters = {name: adapter for adapter in plan.adapters for name in adapter.names}
-        # the checkpoint has B and threshold under the MLP's own name, vLLM under the MLP's first layer
+        # the checkpoint has these tensors under the MLP's own name, vLLM under the MLP's first layer
         self._renamed: dict[str, str] = {}
         self.packed_modules_mapping["gate_up_proj"] = ["gate_proj", "up_proj"]  # Qwen3-MoE sets this too late
 
@@ -99,7 +99,7 @@ class RanaConfig(QuantizationConfig):
         _check_names(prefix, names, adapters)
         if isinstance(layer, ColumnParallelLinear):
             owner = parent.rpartition(".")[2]
-            self._renamed[rf"(\.{owner})\.(B|threshold)$"] = rf"\1.{own}.\2"
+            self._renamed[rf"(\.{owner})\.(B|threshold|norms)$"] = rf"\1.{own}.\2"
         return RanaLinearMethod(names, list(dict.fromkeys(adapters.values())))
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]

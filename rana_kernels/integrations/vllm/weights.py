@@ -87,8 +87,8 @@ class Piece:
     def stored(self, name: str, output: int) -> list[tuple[int, ...]]:
         """Return the shapes that tensor `name` of output number `output` may have in the checkpoint.
 
-        The rows of a joint RanaMLP are stored once for each output. All other tensors are stored once for
-        all outputs of the adapter.
+        The rows of a joint RanaMLP, of ranks or neurons, are stored once for each output. All other tensors
+        are stored once for all outputs of the adapter.
         """
         K, rows, total = self.inputs.total, self.masked.total, sum(column.total for column in self.columns)
         one = self.columns[output - self.first].total
