@@ -1,5 +1,6 @@
 """The benchmarks on tiny problems: timed code is correct, and noise does not look like a regression."""
 
+import math
 import random
 import subprocess
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import rana_kernels
 from bench import __main__ as command
-from bench import cost, scale
+from bench import cost, rounding, scale
 from bench.cost import Decomposition, decompositions
 from bench.kernels import baselines, check, compare, layers, quantized, stream, timing, weights
 from bench.kernels.baselines import can_pack
@@ -414,6 +415,38 @@ def test_the_decompositions_counted_are_those_that_are_done():
     again = {names: sum(model.get_submodule(n).out_features for n in names) for names in by_input.values()}
     sizes = [sum(model.get_submodule(n).out_features for n in names) for names, _ in done]
     assert sorted([*sizes, *again.values()]) == sorted(N for N, _ in counted)
+
+
+# --- rounding along the input or the output ---
+
+
+def test_rounding_is_measured_along_both_sides():
+    torch.manual_seed(0)
+    model = cost.random_block(64)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    rows = rounding.measure(model, torch.randint(256, (2, 64)))
+    assert [(row["bits"], row["group"]) for row in rows[:4]] == [(8, 32), (8, 64), (8, 128), (8, "row")]
+    for eight, four in zip(rows[:4], rows[4:], strict=True):
+        for side in ("input", "output"):
+            assert 0 < eight[side]["kl"] < four[side]["kl"]
+            assert four[side]["equal"] <= eight[side]["equal"] <= 1
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert len(rounding.tabulated(rows).splitlines()) == 2 + len(rows)
+
+
+def test_groups_lie_along_the_side_that_is_asked_for():
+    weight = torch.randn(64, 32)
+    weight[5] *= 1000  # one output: groups along the input keep the others from it
+    along = {side: rounding.rounded(weight, 8, None, side) for side in ("input", "output")}
+    error = {side: (found - weight)[:5].norm() for side, found in along.items()}
+    assert error["input"] < 0.01 * error["output"]
+
+
+def test_losses_are_of_the_dense_predictions():
+    dense, other = torch.tensor([[0.75, 0.25], [0.25, 0.75]]), torch.tensor([[0.6, 0.4], [0.5, 0.5]])
+    found = rounding.losses(dense.log(), other.log())
+    each = [0.75 * math.log(1.25) + 0.25 * math.log(0.625), 0.25 * math.log(0.5) + 0.75 * math.log(1.5)]
+    assert found["equal"] == 0.5 and found["kl"] == pytest.approx(sum(each) / 2)
 
 
 # --- what is published ---
