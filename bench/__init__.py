@@ -6,5 +6,6 @@ python -m bench.cost      how long compressing a model takes
 python -m bench.decode    whole models, token by token
 python -m bench.gpu       tests and times on a graphics card
 python -m bench.quality   perplexity of every method at equal cost
+python -m bench.rounding  loss by rounding, with groups along the input and along the output
 python -m bench.report    docs/performance.md, and the tables and plots of bench/results
 """

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import track
 
 from bench.kernels import check, compare
-from bench.kernels.cases import COST_RATIO, MODELS, PUBLISHED, Case, grid
+from bench.kernels.case import Case
+from bench.kernels.cases import COST_RATIO, MODELS, PUBLISHED, QUANTIZED, grid
 from bench.kernels.timing import measure, thread_counts
 from bench.kernels.weights import DTYPES
 from bench.report.results import RESULTS, ROOT, conditions, processor, write_csv, write_json
@@ -33,11 +34,14 @@ def main(
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens in a call; default 1.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp16 or fp32; default bf16.")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Backend of our ops; default auto.")] = None,
+    quantized: Annotated[
+        bool, typer.Option(help="Run the cases in 16, 8 and 4 bits instead of the published ones.")
+    ] = False,
     threads: Annotated[list[int] | None, typer.Option(min=1, help="Default: 1 and all.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds a case.")] = 15,
     csv: Annotated[
         Path | None,
-        typer.Option(help="Default: bench/results/<processor>.csv, if all published cases are run."),
+        typer.Option(help="Default: bench/results/[quantized-]<processor>.csv, if all of its cases are run."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the same rows as JSON.")] = None,
     base: Annotated[
@@ -50,7 +54,9 @@ def main(
     """Time the ops on this machine's processor. For a graphics card use python -m bench.gpu.
 
     Without --model, --density, --tokens and --dtype the published cases are run. With one of them, all
-    combinations of what is given are run. All options but --only and --rounds may be given several times.
+    combinations of what is given are run. --quantized runs cases of its own: each beside the same op in 16
+    bits and torch's quantised products, which take turns with it. All options but --only, --quantized and
+    --rounds may be given several times.
 
     Contenders take turns on rotated copies of their weights, which are larger than the last-level cache.
     `x dense` and its neighbours say how many times as fast as that baseline ours is. `% of stream` compares
@@ -61,7 +67,7 @@ def main(
 
     Example:  python -m bench --model Llama-3.2-1B --tokens 1 --tokens 4 --dtype bf16 --threads 1
     """
-    chosen = find_cases(only, model, density, tokens, dtype)
+    chosen = find_cases(only, model, density, tokens, dtype, QUANTIZED if quantized else PUBLISHED)
     served = backend or ["auto"]
     _require_known("--backend", served, NAMES)
     require_green_tests()
@@ -78,15 +84,15 @@ def main(
         show(console, f"this revision against {base} (`x base`: how many times as fast)", rows)
     elif against:
         # on one thread, other programs' turns do not count
-        stored = RESULTS / f"{processor()}.csv"
+        stored = RESULTS / f"{'quantized-' * quantized}{processor()}.csv"
         raise typer.Exit(check.against(stored, chosen, threads or [1], rounds, console))
     else:
         steps = len(chosen) * len(served) * len(counts)
         timed = measure(chosen, served, counts, rounds)
         rows = list(track(timed, "timing", total=steps, console=console))
         show(console, "rana ops against their baselines (medians)", rows, HIDDEN)
-        if chosen == PUBLISHED and not (backend or threads):
-            csv = csv or RESULTS / f"{processor()}.csv"
+        if chosen in (PUBLISHED, QUANTIZED) and not (backend or threads):
+            csv = csv or RESULTS / f"{'quantized-' * quantized}{processor()}.csv"
     if csv:
         write_csv(csv, stamp, rows)
         console.print(f"wrote {csv}")
@@ -101,10 +107,11 @@ def find_cases(
     densities: list[float] | None,
     tokens: list[int] | None,
     dtypes: list[str] | None,
+    found: list[Case],
 ) -> list[Case]:
+    """Return the cases `found`, or those of a grid, whose names have `only`."""
     _require_known("--model", models or [], MODELS)
     _require_known("--dtype", dtypes or [], DTYPES)
-    found = PUBLISHED
     if models or densities or tokens or dtypes:
         found = grid(models or list(MODELS), densities or [COST_RATIO], tokens or [1], dtypes or ["bf16"])
     chosen = [case for case in found if re.search(only, case.name)]

@@ -1,7 +1,9 @@
 """The benchmarks on tiny problems: timed code is correct, and noise does not look like a regression."""
 
+import math
 import random
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +14,22 @@ from typer.testing import CliRunner
 
 import rana_kernels
 from bench import __main__ as command
-from bench import cost, scale
+from bench import cost, rounding, scale
 from bench.cost import Decomposition, decompositions
-from bench.kernels import baselines, check, compare, layers, stream, timing, weights
+from bench.kernels import baselines, check, compare, layers, quantized, stream, timing, weights
 from bench.kernels.baselines import can_pack
-from bench.kernels.cases import COST_RATIO, MODELS, PUBLISHED, Lowrank, Mlp, Neurons, cases
+from bench.kernels.cases import (
+    COST_RATIO,
+    MODELS,
+    PUBLISHED,
+    QUANTIZED,
+    Linear,
+    Lowrank,
+    Mlp,
+    NeuronMlp,
+    Neurons,
+    cases,
+)
 from bench.kernels.timing import interleave, measure, repeats
 from bench.report import full
 from bench.report.fits import fit
@@ -34,6 +47,17 @@ TINY = [
     Neurons(96, 64, 40, 1, "fp16"),
     Mlp(64, 96, 32, 20, 50, 2, "bf16"),
 ]
+TINY_IN_BITS = [
+    replace(case, bits=bits)
+    for case in (
+        Linear(128, 256, 2, "bf16"),
+        Neurons(256, 128, 100, 1, "bf16"),
+        Lowrank(128, 256, 64, 40, 1, "bf16"),
+        NeuronMlp(128, 256, 80, 150, 1, "bf16"),
+        Mlp(128, 256, 64, 40, 150, 2, "bf16"),
+    )
+    for bits in (16, 8, 4)
+]  # torch's rivals need multiples of 128
 every_tiny = pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 
 
@@ -62,6 +86,34 @@ def test_a_case_is_what_it_says(case):
         assert found.flops / found.bytes == 2 / weights.DTYPES[case.dtype].itemsize
     first, second = (found.calls["rana"]() for _ in range(2))
     assert not torch.equal(first, second), "the copies are one"
+
+
+@pytest.mark.parametrize("case", TINY_IN_BITS, ids=lambda case: case.name)
+def test_a_case_in_bits_is_what_it_says(case, monkeypatch):
+    found = case.contenders()
+    names = {"dense", "torch int8", "torch int4 g32", "torch int4 g128", "rana"}
+    assert found.calls.keys() == names | ({"rana bf16"} if case.bits < 16 else set())
+    assert 0 < found.error() < 1e-2
+    assert len({call().shape for call in found.calls.values()}) == 1
+    if case.M == 1:
+        value = {16: 2, 8: 1 + 1 / 16, 4: 1 / 2 + 1 / 16}[case.bits]
+        assert found.flops / found.bytes == pytest.approx(2 / value, rel=0.15)  # rounding moves a few scores
+    if case.bits < 16:
+        ours, floats = (found.calls[name]().float() for name in ("rana", "rana bf16"))
+        assert (ours - floats).norm() / floats.norm() < {8: 0.3, 4: 0.6}[case.bits], (
+            "one's weights are others"
+        )
+
+
+def test_rivals_compute_the_dense_product():
+    x, shapes = torch.randn(3, 256).bfloat16(), [(128, 256)]
+    weights._pool()
+    torch.manual_seed(1)
+    found = quantized.rivals(x, shapes, baselines.one_linear)
+    torch.manual_seed(1)
+    for name, call in found.items():  # each draws its weight in this order
+        y, wanted = call().float(), x.float() @ weights.weight(128, 256, like=x).float().T
+        assert (y - wanted).norm() / wanted.norm() < (0.02 if "int8" in name else 0.2)
 
 
 def test_contenders_compute_the_same():
@@ -121,7 +173,14 @@ def test_named_models_cost_what_is_asked():
     for name, model in MODELS.items():
         for linear, case in cases(model).items():
             assert case.cost_ratio == pytest.approx(COST_RATIO, abs=0.035), (name, linear)
-    assert len({case.name for case in PUBLISHED}) == len(PUBLISHED)
+    names = [case.name for case in (*PUBLISHED, *QUANTIZED)]
+    assert len(set(names)) == len(names)
+
+
+def test_quantized_cases_cost_what_is_asked():
+    costs = {case.cost_ratio for case in QUANTIZED}
+    assert all(min(abs(cost - asked) for asked in (1, 0.8, 0.7, 0.56)) < 0.01 for cost in costs)
+    assert {case.bits for case in QUANTIZED} == {16, 8, 4}
 
 
 def test_short_calls_are_timed_together():
@@ -155,6 +214,28 @@ def test_a_grid_is_measured_and_written(monkeypatch, tmp_path):
     stamp, rows = read_csv(tmp_path / "a.csv")
     assert stamp.startswith(machine()) and "revision" in stamp
     assert [row["case"] for row in rows] == ["lowrank 256->256 R=96 live=48 M=1 fp32"]
+
+
+def test_quantized_cases_are_a_choice(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "require_green_tests", lambda: None)
+    monkeypatch.setattr(command, "QUANTIZED", TINY_IN_BITS[:6])
+    words = (
+        "--quantized",
+        "--only",
+        "neurons",
+        "--threads",
+        "1",
+        "--rounds",
+        "3",
+        "--csv",
+        tmp_path / "a.csv",
+    )
+    result = invoke(*words)
+    assert result.exit_code == 0, result.output
+    _, rows = read_csv(tmp_path / "a.csv")
+    assert [row["bits"] for row in rows] == ["16", "8", "4"]
+    assert not rows[0]["x rana bf16"] and float(rows[2]["x rana bf16"]) > 0
+    assert all(float(row["x torch int4 g32"]) > 0 for row in rows)
 
 
 def invoke(*words: object):
@@ -336,12 +417,44 @@ def test_the_decompositions_counted_are_those_that_are_done():
     assert sorted([*sizes, *again.values()]) == sorted(N for N, _ in counted)
 
 
+# --- rounding along the input or the output ---
+
+
+def test_rounding_is_measured_along_both_sides():
+    torch.manual_seed(0)
+    model = cost.random_block(64)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    rows = rounding.measure(model, torch.randint(256, (2, 64)))
+    assert [(row["bits"], row["group"]) for row in rows[:4]] == [(8, 32), (8, 64), (8, 128), (8, "row")]
+    for eight, four in zip(rows[:4], rows[4:], strict=True):
+        for side in ("input", "output"):
+            assert 0 < eight[side]["kl"] < four[side]["kl"]
+            assert four[side]["equal"] <= eight[side]["equal"] <= 1
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert len(rounding.tabulated(rows).splitlines()) == 2 + len(rows)
+
+
+def test_groups_lie_along_the_side_that_is_asked_for():
+    weight = torch.randn(64, 32)
+    weight[5] *= 1000  # one output: groups along the input keep the others from it
+    along = {side: rounding.rounded(weight, 8, None, side) for side in ("input", "output")}
+    error = {side: (found - weight)[:5].norm() for side, found in along.items()}
+    assert error["input"] < 0.01 * error["output"]
+
+
+def test_losses_are_of_the_dense_predictions():
+    dense, other = torch.tensor([[0.75, 0.25], [0.25, 0.75]]), torch.tensor([[0.6, 0.4], [0.5, 0.5]])
+    found = rounding.losses(dense.log(), other.log())
+    each = [0.75 * math.log(1.25) + 0.25 * math.log(0.625), 0.25 * math.log(0.5) + 0.75 * math.log(1.5)]
+    assert found["equal"] == 0.5 and found["kl"] == pytest.approx(sum(each) / 2)
+
+
 # --- what is published ---
 
 
 def test_pages_are_what_their_generator_makes_of_the_results():
     assert PAGE.read_text() == page(RESULTS), "run python -m bench.report"
-    assert len(PAGE.read_text().splitlines()) <= 200, "a page that people read"
+    assert len(PAGE.read_text().splitlines()) <= 220, "a page that people read"
     for path, text in full.pages(RESULTS).items():
         assert path.read_text() == text, "run python -m bench.report"
         assert f"(../bench/results/{path.name})" in PAGE.read_text()
@@ -355,6 +468,16 @@ def test_pages_show_every_kind_of_result(compression, tmp_path):
         "a processor",
         [{"case": case.name, "threads": 1} | speed | ratios for case in PUBLISHED],
     )
+    rivals = dict.fromkeys(("x rana bf16", "x torch int8", "x torch int4 g32", "x torch int4 g128"), 1.25)
+    write_csv(
+        tmp_path / "quantized-a.csv",
+        "a processor in bits",
+        [
+            {"case": case.name, "cost_ratio": case.cost_ratio, "bits": case.bits, "threads": threads}
+            | speed | ratios | rivals
+            for case in QUANTIZED for threads in (1, 2)
+        ],
+    )  # fmt: skip
     problem = {"op": "masked_mlp", "model": "m", "density": 0.56, "M": 2, "dtype": "bf16", "MB": 1}
     times = {"dense us": 5.8, "rana cuda us": 7.25, "rana cuda x dense": 0.8, "peak GFLOP/s": 100}
     write_csv(tmp_path / "b.csv", "a card", [problem | times])
@@ -377,6 +500,7 @@ def test_pages_show_every_kind_of_result(compression, tmp_path):
             "| lowrank 4096->11008 R=2464 live=1377 M=8 fp32 | 1 | static low rank | 0.8 |",
             "| lowrank 4096->11008 R=2464 live=1377 M=8 fp32 | 1 | 1.5 | 30.0 | 1 | 2 | 0.9 | 0.8 | 100 |",
         ),
+        "quantized-a.md": ("| x torch int4 g32 |",),
         "b.md": ("| masked_mlp | m | 0.56 |",),
         "decode-m-a.md": ("| m | eager | 32 | 2 | 8 | 0.95 | rana | 11.5 |",),
         "scale-a.md": ("| N, 1 thread | 64, 128, 256 |",),
@@ -389,6 +513,8 @@ def test_pages_show_every_kind_of_result(compression, tmp_path):
             "| whole models, dense, first token |  | 1 of 1, 0.95 |  |",
             "| Llama-2-7B MLP, bf16 | 2 |  | 7.25 |  | 0.80 |",
             "| dense |  | 1 of 1, 0.80 |  |",
+            "| linear 4096->11008 | 256 | 1.5 | 1.25 / 1.25 | 1.25 / 1.25 |",
+            "| neuron mlp 4096x11008 | 1 | 1.5 | 1.25 / 1.25 | 1.25 / 1.25 |",
             ", [scale-a](../bench/results/scale-a.md)",
         ),
     }
@@ -398,6 +524,17 @@ def test_pages_show_every_kind_of_result(compression, tmp_path):
     for name, words in expected.items():
         for part in words:
             assert part in found[name], (name, part)
+
+
+def test_a_plot_of_results_in_bits(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plots need the extra `plots`")
+    from bench.report.plots import draw
+
+    row = {"threads": 1, "us": 2.0, "x torch int8": 1.1, "x torch int4 g32": 1.2, "x torch int4 g128": 1.3}
+    rows = [{"case": c.name, "cost_ratio": c.cost_ratio, "bits": c.bits} | row for c in QUANTIZED]
+    write_csv(tmp_path / "quantized-a.csv", "a processor", rows)
+    (made,) = draw(tmp_path, tmp_path)
+    assert made.name == "quantized-a.png" and made.stat().st_size > 10_000
 
 
 def test_rana_bench_hands_over(monkeypatch, tmp_path):

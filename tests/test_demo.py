@@ -66,7 +66,7 @@ def test_the_page_fetches_nothing(report):
 def test_the_page_has_every_figure_in_light_and_dark(report):
     page, _ = report
     found = set(re.findall(r'<figure id="(\w+)"', page))
-    assert found == {*FIGURES, "quality", "texts", "decode"}
+    assert found == {*FIGURES, "quality", "bits", "texts", "decode"}
     assert page.count("data:image/png;base64,") == 2 * len(FIGURES)
 
 
@@ -91,6 +91,16 @@ def test_costs_are_those_asked_for(report):
         asked = 1 - variant["flops_reduction"]
         assert variant["planned_cost_ratio"] == pytest.approx(asked, abs=0.03)
         assert variant["cost_ratio"] == pytest.approx(asked, abs=0.06)
+
+
+def test_four_bits_store_a_third(report):
+    """The linears and lm_head in 4 bits; a scale of 2 bytes serves 32 columns."""
+    dense, sixteen, four = report[1]["bits"]
+    assert [dense["bits"], sixteen["bits"], four["bits"]] == [16, 16, 4]
+    assert dense["megabytes"] == dense["read_megabytes"]
+    assert four["megabytes"] <= 0.35 * dense["megabytes"]
+    assert four["read_megabytes"] < four["megabytes"] < sixteen["megabytes"]
+    assert min(model["tokens_per_second"] for model in report[1]["bits"]) > 0
 
 
 def test_steps_cost_what_they_say(report):

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bench.gpu import peers
 from bench.kernels.baselines import low_rank, static_rank
+from bench.kernels.case import Weights
 from bench.kernels.cases import COST_RATIO, MODELS, Case, Lowrank, Neurons, cases
-from bench.kernels.layers import Weights
 from bench.kernels.timing import captured, summary
 from bench.kernels.weights import DTYPES, Call, copies, masked, weight
 from bench.report.results import Row, conditions, write_csv

@@ -1,10 +1,11 @@
 """The benchmarked cases: shapes of known models, one layer in many ways, and the published cases."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
-from bench.kernels.layers import Case, Lowrank, Mlp, Neurons
+from bench.kernels.case import Case
+from bench.kernels.layers import Linear, Lowrank, Mlp, NeuronMlp, Neurons
 
 COST_RATIO = 0.56  # of the dense cost; also the live share of the stored ranks that sizes them
 RANK_MULTIPLE = 16
@@ -96,3 +97,26 @@ PREFILL: list[Case] = [
 # one token through every linear of every model, also square and tiny ones, where little or nothing is gained
 NAMED: list[Case] = grid(MODELS, [COST_RATIO], [1], ["bf16"])
 PUBLISHED: list[Case] = list(dict.fromkeys([*DECODE, *DENSITY, *PREFILL, *NAMED]))
+
+
+def in_bits(cost_ratio: float, M: int) -> list[Case]:
+    """Return the ops on shapes of Llama-2-7B at one cost, each with weights of 16, 8 and 4 bits."""
+    K, I = MODELS["Llama-2-7B"].linears["up"]  # noqa: E741
+    R = min(K, stored_ranks(K, I, cost_ratio))
+    live, neurons = round((cost_ratio * I - R) * K / I), round(cost_ratio * I)
+    found: list[Case] = [
+        Neurons(I, K, neurons, M, "bf16"),
+        NeuronMlp(K, I, round(cost_ratio * K), neurons, M, "bf16"),
+        Mlp(K, I, R, live, neurons, M, "bf16"),
+    ]
+    return [replace(case, bits=bits) for case in found for bits in BITS]
+
+
+# one token at several costs, then more tokens at one cost
+COST_RATIOS, TOKENS, BITS = (1.0, 0.8, 0.7, COST_RATIO), (2, 4, 8, 16, 64, 256), (16, 8, 4)
+QUANTIZED_COST_RATIO = 0.7
+QUANTIZED: list[Case] = [
+    *(Linear(4096, 11008, M, "bf16", bits) for M in (1, *TOKENS) for bits in BITS),
+    *(case for cost_ratio in COST_RATIOS for case in in_bits(cost_ratio, 1)),
+    *(case for M in TOKENS for case in in_bits(QUANTIZED_COST_RATIO, M)),
+]

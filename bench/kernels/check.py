@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.kernels.cases import Case
+from bench.kernels.case import Case
 from bench.kernels.timing import measure
 from bench.report.results import Row, machine, read_csv
 

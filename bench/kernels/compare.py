@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.progress import track
 
 import rana_kernels
-from bench.kernels.layers import Case, Lowrank, Mlp, Neurons
+from bench.kernels.case import Case
+from bench.kernels.layers import Linear, Lowrank, Mlp, NeuronMlp, Neurons
 from bench.kernels.timing import once, repeats, summary
 from bench.report.results import ROOT, Row
 
 Ask = Callable[[object], Any]
-KINDS: dict[str, type[Case]] = {kind.__name__: kind for kind in (Lowrank, Neurons, Mlp)}
+KINDS: dict[str, type[Case]] = {kind.__name__: kind for kind in (Linear, Lowrank, Neurons, Mlp, NeuronMlp)}
 
 
 def against(revision: str, cases: list[Case], threads: list[int], rounds: int, console: Console) -> list[Row]:

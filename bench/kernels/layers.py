@@ -1,106 +1,53 @@
-"""The benchmarked layers: a rank adapter, a neuron adapter and a whole MLP, each beside its baselines."""
+"""The benchmarked layers: a dense linear, a rank adapter, a neuron adapter, and whole MLPs of both kinds."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.kernels.baselines import Layer, baselines, gated_mlp, one_linear
-from bench.kernels.weights import (
-    DTYPES,
-    Call,
-    copies,
-    far,
-    masked,
-    rows_read,
-    threshold_for_live,
-    transposed,
-    turns,
-    weight,
-)  # fmt: skip
+from bench.kernels.baselines import gated_mlp
+from bench.kernels.case import Case, Weights
+from bench.kernels.weights import masked, rows_read, threshold_for_live, weight
 from rana_kernels import ops
-from rana_kernels.ops import reference
-
-Weights = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Contenders:
-    """Calls that take turns over copies of their weights.
+class Linear(Case):
+    """A linear K -> N without a mask, for M tokens."""
 
-    bytes   of weights that ours must read: B, and the rows that any token keeps
-    flops   of ours: two a multiply-add, for the rows that each token keeps
-    error   of ours, ‖y - exact‖ / ‖exact‖ against the reference in float64; computed when called
-    """
-
-    calls: dict[str, Call]
-    bytes: float
-    flops: float
-    error: Callable[[], float]
-
-
-class Case:
-    """One adapter for M tokens. Its tensors, `Weights`, are the arguments of its op, in their order.
-
-    op              the op's name
-    layer           the dense layer that it replaces
-    factors         the places of its weights that dense products take transposed
-    shapes          [N, K] of the dense weights
-    multiply_adds   of one token, on average
-    adapter         x -> random weights, with thresholds at which x keeps as many rows as the case says
-    values_read     x, weights -> how many values of the weights x must read
-    in_torch        x, *weights -> the op in torch's own operations, from transposed factors
-    in_parts        the same in separate ops, or None
-    """
-
-    name: str
+    K: int
+    N: int
     M: int
     dtype: str
-    op: str
-    layer: Layer = staticmethod(one_linear)
-    factors: tuple[int, ...]
-    shapes: list[tuple[int, int]]
-    multiply_adds: int
-    adapter: Callable[[Tensor], Weights]
-    values_read: Callable[[Tensor, Weights], int]
-    in_torch: Callable[..., Tensor]
-    in_parts: Callable[..., Tensor] | None = None
+    bits: int | None = None
+
+    op = "linear"
+    factors = ()
+    scales = {0: "weight_scale"}
 
     @property
-    def cost_ratio(self) -> float:
-        return self.multiply_adds / sum(N * K for N, K in self.shapes)
+    def name(self) -> str:
+        return f"linear {self.K}->{self.N} M={self.M} {self.width}"
 
-    def inputs(self, device: str = "cpu") -> Tensor:
-        return torch.randn(self.M, self.shapes[0][1], device=device).to(DTYPES[self.dtype])
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [(self.N, self.K)]
 
-    def run(self, x: Tensor, *weights: Tensor, served: ModuleType = ops) -> Tensor:
-        return getattr(served, self.op)(x, *weights)
+    @property
+    def multiply_adds(self) -> int:
+        return self.K * self.N
 
-    def contenders(self) -> Contenders:
-        x, bytes_each = self.inputs(), DTYPES[self.dtype].itemsize
-        ours = copies(partial(self.adapter, x), bytes_each * self.multiply_adds)
+    def adapter(self, x: Tensor) -> Weights:
+        return (weight(self.N, self.K, like=x),)
 
-        def for_torch() -> Weights:
-            weights = self.adapter(x)
-            return tuple(transposed(w) if i in self.factors else w for i, w in enumerate(weights))
+    def values_read(self, x: Tensor, weights: Weights) -> int:
+        return self.multiply_adds
 
-        def error() -> float:
-            exact = self.run(x.double(), *(t.double() for t in ours[0]), served=reference)
-            return float((self.run(x, *ours[0]).double() - exact).norm() / exact.norm())
-
-        calls = {
-            **baselines(x, self.shapes, self.cost_ratio, self.layer),
-            "masked in torch": turns(partial(self.in_torch, x), copies(for_torch)),
-            "rana": turns(partial(self.run, x), ours),
-        }
-        if self.in_parts:
-            calls["parts"] = turns(partial(self.in_parts, x), far(ours))
-        touched = bytes_each * self.values_read(x, ours[0])
-        return Contenders(calls, touched, 2 * self.M * self.multiply_adds, error)
+    @staticmethod
+    def in_torch(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
 
 
 @dataclass(frozen=True)
@@ -113,13 +60,15 @@ class Lowrank(Case):
     live: int
     M: int
     dtype: str
+    bits: int | None = None
 
     op = "masked_lowrank_linear"
     factors = (1,)
+    scales = {0: "B_scale", 1: "rows_scale"}
 
     @property
     def name(self) -> str:
-        return f"lowrank {self.K}->{self.N} R={self.R} live={self.live} M={self.M} {self.dtype}"
+        return f"lowrank {self.K}->{self.N} R={self.R} live={self.live} M={self.M} {self.width}"
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -151,13 +100,15 @@ class Neurons(Case):
     live: int
     M: int
     dtype: str
+    bits: int | None = None
 
     op = "masked_linear"
     factors = (0,)
+    scales = {0: "rows_scale"}
 
     @property
     def name(self) -> str:
-        return f"neurons {self.R}->{self.N} live={self.live} M={self.M} {self.dtype}"
+        return f"neurons {self.R}->{self.N} live={self.live} M={self.M} {self.width}"
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -193,14 +144,16 @@ class Mlp(Case):
     neurons: int
     M: int
     dtype: str
+    bits: int | None = None
 
     op = "masked_mlp"
     layer = staticmethod(gated_mlp)
     factors = (1, 2, 4)
+    scales = {0: "B_scale", 1: "up_scale", 2: "gate_scale", 4: "down_scale"}
 
     @property
     def name(self) -> str:
-        return f"mlp {self.K}x{self.I} R={self.ranks} live={self.live}/{self.neurons} M={self.M} {self.dtype}"
+        return f"mlp {self.K}x{self.I} R={self.ranks} live={self.live}/{self.neurons} M={self.M} {self.width}"
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -226,8 +179,8 @@ class Mlp(Case):
         neurons = rows_read(_neurons(x, B, up, gate, threshold).abs(), down_threshold)
         return self._values(rows_read(scores(x, B), threshold), neurons)
 
-    def run(self, x: Tensor, *weights: Tensor, served: ModuleType = ops) -> Tensor:
-        return served.masked_mlp(x, *weights[:4], None, None, None, *weights[4:], None, "silu")
+    def run(self, x: Tensor, *weights: Tensor, served: ModuleType = ops, **scales: Tensor) -> Tensor:
+        return served.masked_mlp(x, *weights[:4], None, None, None, *weights[4:], None, "silu", **scales)
 
     @staticmethod
     def in_torch(x: Tensor, *weights: Tensor) -> Tensor:
@@ -243,6 +196,68 @@ class Mlp(Case):
         wide = ops.masked_lowrank_linear(x, B[:R], up, threshold[:R])
         g = F.silu(ops.masked_lowrank_linear(x, B[R:], gate, threshold[R:])) * wide
         return ops.masked_linear(g, down, down_threshold, norms)
+
+
+@dataclass(frozen=True)
+class NeuronMlp(Case):
+    """A gated MLP whose up and gate are masked on x, of which they keep `live`, and down keeps `neurons`.
+
+    Its weights are up, gate, threshold, norms, down, down's norms, down's threshold.
+    """
+
+    K: int
+    I: int  # noqa: E741
+    live: int
+    neurons: int
+    M: int
+    dtype: str
+    bits: int | None = None
+
+    op = "masked_mlp"
+    layer = staticmethod(gated_mlp)
+    factors = (0, 1, 4)
+    scales = {0: "up_scale", 1: "gate_scale", 4: "down_scale"}
+
+    @property
+    def name(self) -> str:
+        return f"neuron mlp {self.K}x{self.I} live={self.live}/{self.neurons} M={self.M} {self.width}"
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [(self.I, self.K), (self.I, self.K), (self.K, self.I)]
+
+    @property
+    def multiply_adds(self) -> int:
+        return 2 * self.live * self.I + self.neurons * self.K
+
+    def adapter(self, x: Tensor) -> Weights:
+        up, gate = (weight(self.K, self.I, like=x) for _ in range(2))
+        threshold = threshold_for_live(self.live, x.float().abs())
+        g = _masked_neurons(x, up, gate, threshold)
+        norms = (torch.ones(size, device=x.device) for size in (self.K, self.I))
+        down = weight(self.I, self.K, like=x)
+        return up, gate, threshold, next(norms), down, next(norms), threshold_for_live(self.neurons, g.abs())
+
+    def values_read(self, x: Tensor, weights: Weights) -> int:
+        up, gate, threshold, *_, down_threshold = weights
+        neurons = rows_read(_masked_neurons(x, up, gate, threshold).abs(), down_threshold)
+        return 2 * rows_read(x.float().abs(), threshold) * self.I + neurons * self.K
+
+    def run(self, x: Tensor, *weights: Tensor, served: ModuleType = ops, **scales: Tensor) -> Tensor:
+        up_gate, masks, down = weights[:2], weights[2:4], weights[4:]
+        return served.masked_mlp(x, None, *up_gate, *masks, None, None, *down, None, "silu", **scales)
+
+    @staticmethod
+    def in_torch(x: Tensor, *weights: Tensor) -> Tensor:
+        up, gate, threshold, _, down, _, down_threshold = weights
+        h = masked(x, threshold)
+        return F.linear(masked(F.silu(F.linear(h, gate)) * F.linear(h, up), down_threshold), down)
+
+
+def _masked_neurons(x: Tensor, up: Tensor, gate: Tensor, threshold: Tensor) -> Tensor:
+    """Return the input of down behind neuron adapters, in float32."""
+    h = masked(x.float(), threshold)
+    return F.silu(h @ gate.float()) * (h @ up.float())
 
 
 def scores(x: Tensor, B: Tensor) -> Tensor:

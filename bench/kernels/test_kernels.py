@@ -9,8 +9,8 @@ from functools import lru_cache
 import pytest
 import torch
 
+from bench.kernels.case import Case, Contenders
 from bench.kernels.cases import PUBLISHED
-from bench.kernels.layers import Case, Contenders
 
 NAMES = (
     "dense", "dense compiled", "dense packed", "static low rank", "static packed", "masked in torch", "parts",

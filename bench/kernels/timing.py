@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bench.kernels.layers import Case, Contenders
+from bench.kernels.case import Case, Contenders
 from bench.kernels.stream import LOOPS, bandwidth
 from bench.kernels.weights import DTYPES
 from bench.report.results import Row
@@ -51,6 +51,7 @@ def measure(cases: Iterable[Case], backends: list[str], threads: list[int], roun
                 facts: Row = {
                     "case": case.name, "cost_ratio": round(case.cost_ratio, 3), "backend": backend,
                 }  # fmt: skip
+                facts |= {} if case.bits is None else {"bits": case.bits}
                 error = f"{contenders.error():.1e}"
                 for count in threads:
                     found = interleave(contenders.calls, count, rounds)

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.kernels.quantized import RIVALS
 from bench.report.results import columns, read_csv
 from bench.report.tables import table
 
 Row = dict[str, str]
-BASELINES = ("x dense", "x dense compiled", "x dense packed", "x static low rank", "x static packed")
+BASELINES = (
+    "x dense", "x dense compiled", "x dense packed", "x static low rank", "x static packed", "x rana bf16",
+    *(f"x {name}" for name in RIVALS),
+)  # fmt: skip
 WRITTEN = "*Written by `python -m bench.report`. How to read it: [performance](../../docs/performance.md).*\n"
 SCALE = """A rank adapter, {shape}, with one of its numbers changed: µs ≈ constant + each · value (for
 threads:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.kernels.cases import PUBLISHED, Lowrank, Mlp, Neurons
+from bench.report import bits
 from bench.report.results import ROOT, read_csv
 from bench.report.tables import table
 
@@ -63,6 +64,7 @@ REPRODUCE = """## How to reproduce it
 
 ```sh
 python -m bench                        # a processor: the tests of the ops, then every case
+python -m bench --quantized            # weights of 16, 8 and 4 bits, beside torch's quantised products
 python -m bench.decode Llama-3.2-1B    # whole models; --compile, --prompt, --batch, --threads
 python -m bench.gpu                    # a card: tests first, then times
 python -m bench.scale                  # how times grow with sizes
@@ -94,9 +96,11 @@ class Entry:
 
 def page(results: Path) -> str:
     files = {path.stem: read_csv(path) for path in sorted(results.glob("*.csv"))}
+    in_bits = {s: found for s, found in files.items() if "bits" in found[1][0]}
     # an earlier form of results has no peak, and its machine has newer ones
-    devices = [s for s, (_, rows) in files.items() if {"peak GFLOP/s"} <= rows[0].keys()]
-    return "\n".join([INTRODUCTION, *(_device(stem, files) for stem in devices), REPRODUCE, _links(results)])
+    devices = [s for s, (_, rows) in files.items() if "peak GFLOP/s" in rows[0] and s not in in_bits]
+    parts = [*(_device(stem, files) for stem in devices), *bits.section(in_bits)]
+    return "\n".join([INTRODUCTION, *parts, REPRODUCE, _links(results)])
 
 
 def _device(stem: str, files: dict[str, tuple[str, list[Row]]]) -> str:

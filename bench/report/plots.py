@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.kernels.cases import DENSITY
+from bench.report import bits
 from bench.report.results import read_csv
 
 Rows = list[dict[str, str]]
@@ -31,10 +32,12 @@ AGAINST = (
 
 
 def draw(results: Path, folder: Path) -> Iterator[Path]:
-    """Write speed-NAME.png and roofline-NAME.png for each processor into `folder`, and yield their paths."""
+    """Write speed-NAME.png, roofline-NAME.png and quantized-NAME.png into `folder`, and yield their paths."""
     for path in sorted(results.glob("*.csv")):
         stamp, rows = read_csv(path)
-        if "peak GFLOP/s" in rows[0] and "case" in rows[0]:
+        if "bits" in rows[0]:
+            yield _save(bits.draw, rows, stamp, folder / f"{path.stem}.png")
+        elif "peak GFLOP/s" in rows[0] and "case" in rows[0]:
             for plot in (speed, roofline):
                 yield _save(plot, rows, stamp, folder / f"{plot.__name__}-{path.stem}.png")
 

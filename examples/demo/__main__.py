@@ -42,6 +42,8 @@ def demo(
     - calibrate the model once; for each budget compress copies by RaNA and by static low rank of equal cost,
       and measure their perplexity on held-out text;
 
+    - compress once more to 4 bits, and compare bytes, perplexity and tokens a second with 16 bits;
+
     - save one RaNA model, load it again, and continue a prompt with it and with the dense model;
 
     - time the linears of a Llama-3.2-1B and a Llama-2-7B block (random weights) on one token, by dense

@@ -21,6 +21,16 @@ def quality(results: Results) -> str:
     )
 
 
+def bits(results: Results) -> str:
+    return (
+        f"The model with {results.texts.flops_reduction:.0%} fewer FLOPs in 16 bits, and compressed again "
+        "with bits=4 (groups of 32, lm_head too). Megabytes are of the linears and lm_head, not of the "
+        "embedding; read ones are those of one token, with the live rows of the calibration. The models take "
+        "turns to write one text on all threads. A model so small spends most of a token outside of these "
+        "linears."
+    )
+
+
 def texts(results: Results) -> str:
     return (
         "Every model continues the same prompt with the likeliest token at every step. The compressed models "

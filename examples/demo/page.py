@@ -7,7 +7,7 @@ from string import Template
 from examples.demo import captions
 from examples.demo.figures import DARK, FIGURES, LIGHT, render
 from examples.demo.results import Results, Text
-from examples.demo.tables import Table, decode_table, quality_table
+from examples.demo.tables import Table, bits_table, decode_table, quality_table
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -75,6 +75,7 @@ def page(results: Results) -> str:
 def _sections(results: Results) -> list[str]:
     plots = {name: _plot(name, results) for name in FIGURES}
     quality = _table(quality_table(results.quality))
+    bits = _table(bits_table(results.bits))
     decode = _table(decode_table(results.decode_steps))
     texts = "\n".join(_text(text, results.texts.prompt) for text in results.texts.texts)
     return [
@@ -82,6 +83,7 @@ def _sections(results: Results) -> list[str]:
             "Perplexity and cost",
             _figure("quality", quality, captions.quality(results), results),
             plots["perplexity"],
+            _figure("bits", bits, captions.bits(results), results),
         ),
         _section(
             "What the models write",

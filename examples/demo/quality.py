@@ -10,7 +10,7 @@ compression starts from a copy of the dense model.
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.quality.contenders import CONTENDERS, Candidate
 from bench.quality.subject import BATCH, Subject, some_rows
@@ -20,36 +20,41 @@ from rana_kernels.compression.report import AdapterReport
 from rana_kernels.evaluation.metrics import count_live_rows, perplexity
 
 METHODS = ("global", "paper", "static")
-Compressed = dict[tuple[str, float], nn.Module]  # by method and budget
+Compressed = dict[tuple[str, float], Candidate]  # by method and budget
 LIVE_ROWS = 8  # counting is slow, and a mean over a few thousand tokens is steady enough
 
 
+def subject_of(model: DemoModel, rows: int) -> Subject:
+    """Return the model with its texts, of which `rows` rows are for evaluation."""
+    evaluation = model.evaluation[:rows].long()
+    return Subject("demo", model.dense, model.tokenizer, model.calibration, evaluation)
+
+
 def measure_quality(
-    model: DemoModel, budgets: tuple[float, ...], rows: int, say: Callable[[str], None]
+    subject: Subject, budgets: tuple[float, ...], say: Callable[[str], None]
 ) -> tuple[Quality, Compressed]:
-    """Compress by each method at each budget (a `flops_reduction`), and evaluate on `rows` rows of text.
+    """Compress by each method at each budget (a `flops_reduction`), and evaluate.
 
     Return the results, and the compressed models.
     """
-    evaluation = model.evaluation[:rows].long()
-    subject = Subject("demo", model.dense, model.tokenizer, model.calibration, evaluation)
+    dense, evaluation = subject.dense, subject.evaluation
     say("calibrating")
     tokens = subject.stats.tokens
     say("measuring what each multiply-add is worth")
     assert subject.curves
     say("perplexity of the dense model")
     quality = Quality(
-        parameters=sum(p.numel() for p in model.dense.parameters()),
+        parameters=sum(p.numel() for p in dense.parameters()),
         calibration_tokens=tokens,
         evaluation_tokens=evaluation.numel(),
-        perplexity=perplexity(model.dense, evaluation, batch=BATCH, progress=False).perplexity,
-        megabytes=sum(p.numel() * p.element_size() for p in model.dense.parameters()) / 1e6,
+        perplexity=perplexity(dense, evaluation, batch=BATCH, progress=False).perplexity,
+        megabytes=sum(p.numel() * p.element_size() for p in dense.parameters()) / 1e6,
     )
     compressed: Compressed = {}
     for method, budget in ((method, budget) for budget in budgets for method in METHODS):
         say(f"{method} at {budget:.0%} fewer FLOPs")
         candidate = CONTENDERS[method](subject, "both", 1 - budget)
-        compressed[method, budget] = candidate.model
+        compressed[method, budget] = candidate
         quality.variants.append(_evaluate(candidate, method, budget, evaluation, quality.perplexity))
     return quality, compressed
 

@@ -105,6 +105,22 @@ class Quality:
 
 
 @dataclass
+class InBits:
+    """A model with weights of so many bits. Megabytes are of the linears and lm_head.
+
+    `method` is "dense" or a method. One token reads `read_megabytes`. Speed is that of one text.
+    """
+
+    method: str
+    bits: int
+    perplexity: float
+    over_dense: float
+    megabytes: float
+    read_megabytes: float
+    tokens_per_second: float
+
+
+@dataclass
 class Text:
     """The continuation by one model. `same_as_dense`: leading tokens equal to the dense model's."""
 
@@ -169,6 +185,7 @@ class DensitySweep:
 class Results:
     provenance: Provenance
     quality: Quality
+    bits: list[InBits]
     texts: Texts
     decode_steps: list[DecodeStep]
     density: list[DensitySweep]

@@ -12,12 +12,13 @@ from rich.text import Text as Plain
 
 from bench.kernels.cases import MODELS, Model
 from bench.report.results import write
+from examples.demo.bits import measure_bits
 from examples.demo.decode_step import sweep_density, time_block
 from examples.demo.model import DemoModel, load_demo_model
 from examples.demo.page import page
-from examples.demo.quality import Compressed, measure_quality
+from examples.demo.quality import Compressed, measure_quality, subject_of
 from examples.demo.results import DecodeStep, DensitySweep, Results, Texts, provenance
-from examples.demo.tables import NAMES, decode_table, quality_table
+from examples.demo.tables import NAMES, bits_table, decode_table, quality_table
 from examples.demo.texts import PROMPT, reload, write_texts
 
 
@@ -53,17 +54,20 @@ def run(settings: Settings, console: Console) -> Results:
     torch.manual_seed(0)
     model = load_demo_model(settings.model)
     with console.status("") as status:
-        quality, compressed = measure_quality(
-            model, settings.budgets, settings.evaluation_rows, status.update
-        )
+        subject = subject_of(model, settings.evaluation_rows)
+        quality, compressed = measure_quality(subject, settings.budgets, status.update)
     console.print(quality_table(quality))
+    with console.status("4 bits"):
+        shown = compressed["global", settings.show]
+        bits = measure_bits(subject, shown, quality.perplexity, settings.show)
+    console.print(bits_table(bits))
     with console.status("saving, loading, generating"):
         texts = _texts(model, compressed, settings)
     console.print(_side_by_side(texts))
     with console.status("timing one decode step"):
         decode_steps, density = _timings(settings)
     console.print(decode_table(decode_steps))
-    results = Results(provenance(), quality, texts, decode_steps, density, time.monotonic() - started)
+    results = Results(provenance(), quality, bits, texts, decode_steps, density, time.monotonic() - started)
     write(settings.output / "report.json", json.dumps(asdict(results), indent=1, allow_nan=False))
     write(settings.output / "report.html", page(results))
     return results
@@ -73,8 +77,8 @@ def _texts(model: DemoModel, compressed: Compressed, settings: Settings) -> Text
     folder, show = settings.output / "model", settings.show
     models = {
         "dense": model.dense,
-        NAMES["global"]: reload(compressed["global", show], folder, model.tokenizer),
-        NAMES["static"]: compressed["static", show],
+        NAMES["global"]: reload(compressed["global", show].model, folder, model.tokenizer),
+        NAMES["static"]: compressed["static", show].model,
     }
     stored = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     return Texts(PROMPT, show, stored, write_texts(models, model.tokenizer))

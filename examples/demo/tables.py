@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from rich.table import Table as RichTable
 
 from bench.report.tables import terminal_table
-from examples.demo.results import DecodeStep, Quality, Variant
+from examples.demo.results import DecodeStep, InBits, Quality, Variant
 
 NAMES = {"global": "RaNA, one budget", "paper": "RaNA as published", "static": "static low rank"}
 
@@ -50,6 +50,27 @@ def _live(variant: Variant, kind: str) -> str:
         return ""
     live, stored = sum(a.live for a in found), sum(a.rank for a in found)
     return f"{live / len(found):.0f} of {stored / len(found):.0f}"
+
+
+def bits_table(models: list[InBits]) -> Table:
+    return Table(
+        "Bits: the linears and lm_head, and one text",
+        ("model", "bits", "perplexity", "over dense", "MB stored", "MB read a token", "tokens/s"),
+        [_bits_row(model) for model in models],
+    )
+
+
+def _bits_row(model: InBits) -> tuple[str, ...]:
+    dense = model.method == "dense"
+    return (
+        "dense" if dense else NAMES[model.method],
+        str(model.bits),
+        f"{model.perplexity:.2f}",
+        "" if dense else f"{model.over_dense:+.1%}",
+        f"{model.megabytes:.2f}",
+        f"{model.read_megabytes:.2f}",
+        f"{model.tokens_per_second:.0f}",
+    )
 
 
 def decode_table(steps: list[DecodeStep]) -> Table:

@@ -9,7 +9,7 @@ import typer
 import rana_kernels
 from rana_kernels.cli.options import UNCHANGED, app
 
-PARTS = ("gpu", "decode", "quality", "scale", "cost", "report")
+PARTS = ("gpu", "decode", "quality", "scale", "cost", "rounding", "report")
 
 
 @app.command("bench", context_settings=UNCHANGED)

@@ -1,0 +1,72 @@
+"""Weights of 16, 8 and 4 bits: a table for docs/performance.md and a plot, from one file of results each.
+
+Every ratio is of contenders that took turns in one run.
+"""
+
+from collections.abc import Iterator
+
+from matplotlib.axes import Axes
+
+from bench.kernels.cases import BITS, QUANTIZED, QUANTIZED_COST_RATIO
+from bench.kernels.layers import NeuronMlp
+from bench.kernels.quantized import RIVALS
+from bench.report.tables import table
+
+Row = dict[str, str]
+CASES = {case.name: case for case in QUANTIZED}
+WORDS = """## Weights of 16, 8 and 4 bits
+
+Shapes of Llama-2-7B; masked ops at {cost_ratio} of the cost; most threads. In 16 bits, a cell has the µs of
+ours. In 8 and 4 bits, it has × ours in 16 bits / × the fastest of torch's quantised products, which are dense
+and have 8 or 4 bits. Weights are random, so several tokens together touch almost every row.
+"""
+
+
+def section(files: dict[str, tuple[str, list[Row]]]) -> Iterator[str]:
+    """Yield the parts of the page: nothing without results."""
+    if files:
+        yield WORDS.format(cost_ratio=QUANTIZED_COST_RATIO)
+    for stem, (stamp, rows) in files.items():
+        yield f"{stamp}. Plot: [{stem}.png]({stem}.png)\n\n{_table(most_threads(rows))}"
+
+
+def most_threads(rows: list[Row]) -> list[Row]:
+    most = max(int(row["threads"]) for row in rows)
+    return [row for row in rows if int(row["threads"]) == most and row["case"] in CASES]
+
+
+def fastest(row: Row) -> float:
+    """Return how many times as fast as the fastest rival ours is."""
+    return min(float(row[f"x {name}"]) for name in RIVALS)
+
+
+def _table(rows: list[Row]) -> str:
+    found: dict[tuple[str, int], dict[int | None, str]] = {}
+    for row in rows:
+        case = CASES[row["case"]]
+        masked = abs(float(row["cost_ratio"]) - QUANTIZED_COST_RATIO) < 0.01
+        if (masked or case.op == "linear") and case.M in (1, 4, 16, 256):
+            shape = case.name.partition(" live=")[0].partition(" R=")[0].partition(" M=")[0]
+            cell = row["us"] if case.bits == 16 else f"{float(row['x rana bf16']):.2f} / {fastest(row):.2f}"
+            found.setdefault((shape, case.M), {})[case.bits] = cell
+    lines = [[*key, *(cells.get(b, "") for b in BITS)] for key, cells in found.items()]
+    return table(["op", "tokens", *(f"{b} bits" for b in BITS)], lines)
+
+
+def draw(axes: Axes, rows: list[Row]) -> None:
+    """Draw the time of a neuron MLP for one token against its cost, beside torch's dense products."""
+    one = [row for row in most_threads(rows) if _is_neuron_mlp(row)]
+    for number, bits in enumerate(BITS):
+        line = sorted((float(r["cost_ratio"]), float(r["us"])) for r in one if r["bits"] == str(bits))
+        if line:
+            axes.plot(*zip(*line, strict=True), "o-", color=f"C{number}", label=f"ours, {bits} bits")
+    for number, name in enumerate(RIVALS if one else ()):
+        us = sum(float(row["us"]) * float(row[f"x {name}"]) for row in one) / len(one)
+        axes.axhline(us, ls="--", color=f"C{number + 3}", label=f"{name}, dense")
+    axes.set(xlabel="cost, dense = 1", ylabel="µs", ylim=(0, None))
+    axes.set_title("One token through the MLP of Llama-2-7B, masks on inputs", loc="left")
+
+
+def _is_neuron_mlp(row: Row) -> bool:
+    case = CASES[row["case"]]
+    return isinstance(case, NeuronMlp) and case.M == 1
