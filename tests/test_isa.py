@@ -12,7 +12,7 @@ from tests.subprocesses import pytest_passes, python
 
 AVX2 = {"avx2", "fma", "f16c"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
-AVX512_BF16 = AVX512 | {"avx512_bf16"}
+AVX512_BF16 = AVX512 | {"avx512_vnni", "avx512_bf16"}
 NEEDS = {
     "baseline": set(),
     "avx2": AVX2,
