@@ -23,6 +23,7 @@ NEEDS = {
     "models": "",
     "transformers": "transformers",
     "budgets": "",
+    "quantization": "transformers",
     "serving": "fastapi lm_eval",
     "parallel": "accelerate",
     "peft": "peft",
@@ -129,6 +130,15 @@ def test_budgets(run, folder):
     assert small is not None and small.max_memory == 5_000_000
     assert fast is not None and fast.time_reduction == 0.1
     assert LatencyTable.load(folder / "build/times.json").machine["dtype"] == "bfloat16"
+
+
+def test_quantization(run, folder):
+    out = run("quantization")
+    before, after = map(int, out.splitlines()[-1].split())
+    assert after < 0.35 * before and "bits: 4, a scale for 32 columns" in out and "def main():" in out
+    for name in ("small", "in-python"):
+        plan = attached_plan(load(folder / "build" / name))
+        assert plan is not None and {adapter.bits for adapter in plan.adapters} == {4}
 
 
 def test_serving(run, folder):
