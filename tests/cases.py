@@ -547,8 +547,8 @@ def assert_close(y: Tensor, op: str, args: dict, dtype: torch.dtype) -> None:
     if truth.numel() == 0:
         assert y.shape == truth.shape
         return
-    # the last rounding, or a few of float32: a small problem may leave eager without any error, and one running
-    # sum of thousands of terms has more error than eager's many short ones
+    # the last rounding, or a few of float32: a small problem may leave eager without any error, and a running
+    # sum of thousands of terms has more error than eager's short ones
     unit = max(torch.finfo(dtype).eps / 2, 32 * torch.finfo(torch.float32).eps)
     if any(args.get(scale_of(n)) is not None for n in matrices_of(args)):
         unit = max(unit, 5e-5)

@@ -92,8 +92,8 @@ def test_cases_mask_what_they_say(case, integers):
 
 
 def terms(case: Case) -> int:
-    """A number that is small where a mask may leave nothing. Without B, one mask decides for all of an MLP."""
-    return case.K // 4 if case.R is None else case.tokens * case.R
+    """A number that is small where a mask may leave nothing: without B one mask decides for all."""
+    return case.tokens * (case.K // 16 if case.R is None else case.R)
 
 
 @pytest.mark.parametrize("integers", [True, False], ids=["integers", "gaussians"])

@@ -58,7 +58,8 @@ void gated_neurons(const Mlp<T>& mlp, const std::vector<float>& h, int64_t ldh, 
     const int64_t first = mlp.first_gate_rank, gate_ranks = mlp.gate_rows->rows();
     const Kept up(h.data(), ldh, tokens, up_rows.rows, mlp.mask);
     std::optional<Kept> own;  // of gate, unless both read the same values
-    if (first > 0 || gate_ranks != up_rows.rows) own.emplace(h.data() + first, ldh, tokens, gate_ranks, mlp.gate_mask());
+    if (first > 0 || gate_ranks != up_rows.rows)
+      own.emplace(h.data() + first, ldh, tokens, gate_ranks, mlp.gate_mask());
     for_rows<T>(*mlp.gate_rows, tokens, [&](const auto& gate_rows) {
       if constexpr (std::is_same_v<std::decay_t<decltype(gate_rows)>, W>)
         for_column_slices<W>(mlp.neurons(), (up_rows.rows + gate_ranks) * tokens, [&](int64_t begin, int64_t end) {
