@@ -429,7 +429,9 @@ class _Integers(_Gaussian):
         if self.case.density == 0:
             return torch.full(shape, float(scores.max()) + 0.5)
         middle = scores.flatten().sort().values[int((1 - self.case.density) * (scores.numel() - 1))]
-        return (torch.randint(0, 2, shape, generator=self.generator) + middle.float() - 0.5).clamp(min=0.5)
+        # one threshold for small integers must not pass all of them
+        more = torch.randint(0, 2, shape, generator=self.generator) if per_row else 0
+        return (more + middle.float() - 0.5).clamp(min=0.5)
 
 
 # Quantised weights, column by column, as the contract says.
