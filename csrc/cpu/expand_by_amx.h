@@ -125,8 +125,7 @@ class Slab {
       const typename W::Term terms[2] = {W::term(W::skip(row[0], here.column), 1.0f, size, room[0]),
                                          W::term(W::skip(row[1], here.column), 1.0f, size, room[1])};
       for (int64_t c = 0; c * kChunk < size; c++) {
-        const int64_t left = size - c * kChunk;
-        const Chunk chunk = left >= kChunk ? Pair<W>::rows(terms, c * kChunk) : Pair<W>::rows(terms, c * kChunk, left);
+        const Chunk chunk = Pair<W>::rows(terms, c * kChunk, size - c * kChunk);
         ColumnTiles& to = piece.tiles[c][i / kSide];
         std::memcpy(to.even.lines[i % kSide], &chunk.lo, sizeof chunk.lo);
         std::memcpy(to.odd.lines[i % kSide], &chunk.hi, sizeof chunk.hi);

@@ -46,7 +46,7 @@ class FixedFactors {
       std::memcpy(&zero_[b], &sum, sizeof sum);
       std::memcpy(&step_[b], &step.step, sizeof step.step);
     }
-    return all_finite(largest_of_all);
+    return finite(largest_lane(largest_of_all));
   }
 
   Bits pair(int p, int64_t block) const { return integers::spread<Bits>(&pairs_[p * blocks_ + block]); }

@@ -26,12 +26,9 @@ struct LiveRows {
       float room[Step::kRows][W::room(kSlab) + 1];
       typename W::Term row[Step::kRows];
       for (int i = 0; i < Step::kRows; i++) row[i] = W::term(weights.at(h.row(begin + s, i), n), 1.0f, size, room[i]);
-      for (int64_t c = 0; c * kChunk < size; c++) panels[c * kDepth + s] = gathered(row, c * kChunk, size - c * kChunk);
+      for (int64_t c = 0; c * kChunk < size; c++)
+        panels[c * kDepth + s] = Step::rows(row, c * kChunk, size - c * kChunk);
     }
-  }
-
-  static Chunk gathered(const typename W::Term* row, int64_t n, int64_t count) {
-    return count >= kChunk ? Step::rows(row, n) : Step::rows(row, n, count);
   }
 
   // Prefetches a share of what gather reads after step `begin`, column n. Rows are far apart, so the hardware cannot

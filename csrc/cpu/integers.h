@@ -106,12 +106,12 @@ struct Step {
 // The bits of |v|. Their order is that of the numbers; Inf and NaN are above all numbers.
 inline Ints magnitude(Vec v) { return (Ints)((Bits)v & 0x7fffffffu); }
 inline Ints larger(Ints a, Ints b) { return a < b ? b : a; }
-inline bool all_finite(Ints magnitudes) {
-  int32_t lanes[kLanes], largest = 0;
+inline int32_t largest_lane(Ints magnitudes) {
+  int32_t lanes[kLanes];
   std::memcpy(lanes, &magnitudes, sizeof lanes);
-  for (int32_t lane : lanes) largest = std::max(largest, lane);
-  return largest < 0x7f800000;
+  return *std::max_element(lanes, lanes + kLanes);
 }
+inline bool finite(int32_t magnitude) { return magnitude < 0x7f800000; }
 
 }  // namespace integers
 }  // namespace

@@ -57,13 +57,12 @@ void for_storage(const Weight& weight, F f) {
   else f(quantized<E, 8>(weight.tensor, *weight.scale, weight.columns));
 }
 
-// Returns x in another type.
-template <class To, class From>
-std::vector<To> converted(const From* x, int64_t count) {
-  std::vector<To> result(count);
-  if constexpr (std::is_same_v<To, float>) widen(x, count, result.data());
-  else std::copy_n(x, count, result.data());
-  return result;
+// Returns x in float32.
+template <class T>
+std::vector<float> widened(const T* x, int64_t count) {
+  std::vector<float> wide(count);
+  widen(x, count, wide.data());
+  return wide;
 }
 
 // Returns h = x Bᵀ in float32, [tokens, B.rows()].
@@ -73,7 +72,7 @@ std::vector<float> project(const T* x, int64_t tokens, const Weight& B) {
   const auto with = [&](const auto& rows) {
     using E = typename std::decay_t<decltype(rows)>::Element;
     if constexpr (std::is_same_v<E, T>) project<T>(x, tokens, rows, h.data());
-    else project<T>(converted<E>(x, tokens * B.columns).data(), tokens, rows, h.data());
+    else project<T>(widened(x, tokens * B.columns).data(), tokens, rows, h.data());
   };
   if (kMultipliesPairs<T> && tokens > kVectorTokens) for_storage<T, T>(B, with);
   else for_storage<T, float>(B, with);

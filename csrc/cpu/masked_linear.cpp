@@ -16,7 +16,7 @@ Tensor masked_linear(const Tensor& h, const Tensor& rows, const Tensor& threshol
     const Packed<T> input(h);
     const auto b = packed<T>(bias);
     for_blocks(tokens_of(h), [&](int64_t first, int64_t tokens) {
-      const std::vector<float> wide = converted<float>(input.data + first * ranks, tokens * ranks);
+      const std::vector<float> wide = widened(input.data + first * ranks, tokens * ranks);
       T* out = static_cast<T*>(y.mutable_data_ptr()) + first * columns;
       expand<T>(wide.data(), ranks, tokens, weight, mask, Output<T>{out, columns, data_of(b)});
     });

@@ -48,8 +48,9 @@ class FixedInputs {
       const float* const first = x + block * kScaleColumns;
       Ints largest = {};
       for (int i = 0; i < kOfBlock; i++) largest = larger(largest, magnitude(load_bytes<Vec>(first + i * kLanes)));
-      finite_[m] = finite_[m] && all_finite(largest);
-      const Step step(splat_largest(largest));
+      const int32_t of_block = largest_lane(largest);
+      finite_[m] = finite_[m] && integers::finite(of_block);
+      const Step step(of_block - Ints{});
       int32_t values[kScaleColumns], sum = 0;
       for (int i = 0; i < kOfBlock; i++) {
         const Ints v = step(load_bytes<Vec>(first + i * kLanes));
@@ -69,13 +70,6 @@ class FixedInputs {
     zero_[m * spans_ + span] = load_bytes<Ints>(zero);
     step_[m * spans_ + span] = load_bytes<Vec>(steps);
   }
-  static Ints splat_largest(Ints v) {
-    int32_t lanes[kLanes], largest = 0;
-    std::memcpy(lanes, &v, sizeof lanes);
-    for (int32_t lane : lanes) largest = std::max(largest, lane);
-    return largest - Ints{};
-  }
-
   int64_t spans_;
   std::vector<Bits> words_;
   std::vector<Ints> zero_;

@@ -17,7 +17,7 @@
 //   pairs(n)               the same as Elements in natural order, for products of pairs of bfloat16
 //   operand(n)             the same in the form that multiply_add takes
 //   add_to(sums, n)        adds the value times the columns
-// Each also exists with an argument `count` for the incomplete chunk at the end of a row.
+// Each also exists with an argument `count`, the columns that are left, for the incomplete chunk at the end of a row.
 #pragma once
 
 #include <algorithm>
@@ -51,8 +51,9 @@ struct Plain {
     Chunk chunk(int64_t n, int64_t count) const { return load_first(row + n, count); }
     Bits pairs(int64_t n) const { return load_bytes<Bits>(row + n); }
     Bits pairs(int64_t n, int64_t count) const {
+      if (count >= kChunk) return pairs(n);
       T padded[kChunk] = {};
-      std::memcpy(padded, row + n, std::min<int64_t>(count, kChunk) * sizeof(T));
+      std::memcpy(padded, row + n, count * sizeof(T));
       return load_bytes<Bits>(padded);
     }
     auto operand(int64_t n) const { return load_operand(row + n); }

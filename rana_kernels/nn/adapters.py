@@ -79,7 +79,20 @@ class Handoff:
         return f"_rana_{id(self)}_{get_ident()}"
 
 
-class RanaLinear(AdaptedLinear):
+class JointLinear(AdaptedLinear):
+    """The common part of adapters that compute one output, or with `others` those of several linears."""
+
+    def __init__(self, in_features, out_features, bias, others, handoff, device, dtype) -> None:
+        widths = (out_features, *others)
+        super().__init__(in_features, out_features, sum(widths) if bias else 0, device, dtype)
+        self.widths, self.handoff = widths, handoff
+
+    def hand_over(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the first output of the input x. Keep the others for their receivers."""
+        return y if self.handoff is None else self.handoff.share(x, y.split(self.widths, dim=-1))
+
+
+class RanaLinear(JointLinear):
     """A rank adapter in place of one linear, or of several that read the same input.
 
     B [R, K] · rows [R, N] (A transposed: one contiguous row a rank) · threshold [R] float32 · bias [N] ·
@@ -104,9 +117,8 @@ class RanaLinear(AdaptedLinear):
         device=None,
         dtype=None,
     ) -> None:
-        width = out_features + sum(others)
-        super().__init__(in_features, out_features, width if bias else 0, device, dtype)
-        self.widths, self.handoff = (out_features, *others), handoff
+        super().__init__(in_features, out_features, bias, others, handoff, device, dtype)
+        width = sum(self.widths)
         self.register_matrix("B", rank, in_features, format, device, dtype)
         self.register_matrix("rows", rank, width, format.for_rows(width), device, dtype)
         self.register_float32("threshold", rank, device)
@@ -115,7 +127,7 @@ class RanaLinear(AdaptedLinear):
         y = torch.ops.rana.masked_lowrank_linear(
             x, self.B, self.rows, self.threshold, self.bias, self.B_scale, self.rows_scale
         )
-        return y if self.handoff is None else self.handoff.share(x, y.split(self.widths, dim=-1))
+        return self.hand_over(x, y)
 
     def masks(self, x: Tensor) -> dict[str, Tensor]:
         """Return the mask that `forward` applies, [..., R] bool, from the reference implementation."""
@@ -135,7 +147,7 @@ class RanaReceiver(AdaptedLinear):
         return self.handoff.take(x, self.index)
 
 
-class RanaNeuronLinear(AdaptedLinear):
+class RanaNeuronLinear(JointLinear):
     """A neuron adapter in place of one linear, or of several that read the same input.
 
     It skips input i where `|x_i|·norms_i < threshold_i`.
@@ -159,16 +171,15 @@ class RanaNeuronLinear(AdaptedLinear):
         device=None,
         dtype=None,
     ) -> None:
-        width = out_features + sum(others)
-        super().__init__(in_features, out_features, width if bias else 0, device, dtype)
-        self.widths, self.handoff = (out_features, *others), handoff
+        super().__init__(in_features, out_features, bias, others, handoff, device, dtype)
+        width = sum(self.widths)
         self.register_matrix("rows", in_features, width, format.for_rows(width), device, dtype)
         self.register_float32("norms", in_features, device)
         self.register_float32("threshold", in_features, device)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.ops.rana.masked_linear(x, self.rows, self.threshold, self.norms, self.bias, self.rows_scale)
-        return y if self.handoff is None else self.handoff.share(x, y.split(self.widths, dim=-1))
+        return self.hand_over(x, y)
 
     def masks(self, x: Tensor) -> dict[str, Tensor]:
         """Return the mask that `forward` applies, [..., K] bool, from the reference implementation."""

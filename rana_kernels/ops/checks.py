@@ -110,6 +110,11 @@ def _vector(op: str, name: str, tensor: Tensor | None, size: int, dtype: torch.d
         _fail(op, name, f"shape {list(tensor.shape)}", f"shape [{size}]")
 
 
+def _absent(op: str, name: str, tensor: Tensor | None, because: str) -> None:
+    if tensor is not None:
+        _fail(op, name, "a value", f"None, because {because}")
+
+
 def _threshold(op: str, name: str, tensor: Tensor, size: int, like: Tensor) -> None:
     _same_place(op, name, tensor, wide_dtype(like.dtype), like)
     if tensor.dim() != 0 and list(tensor.shape) != [size]:
@@ -177,17 +182,17 @@ def masked_mlp(
     neurons = _weight(op, "up_rows", up_rows, up_scale, size if B is None else None, None, x)
     if gate_rows is not None:
         _weight(op, "gate_rows", gate_rows, gate_scale, size if B is None else None, neurons, x)
-    _absent_with_gate(op, gate_rows, {"gate_bias": gate_bias, "gate_scale": gate_scale})
+    else:
+        _absent(op, "gate_bias", gate_bias, "gate_rows is None")
+        _absent(op, "gate_scale", gate_scale, "gate_rows is None")
     if B is None:
-        if B_scale is not None:
-            _fail(op, "B_scale", "a value", "None, because B is None")
+        _absent(op, "B_scale", B_scale, "B is None")
         _threshold(op, "threshold", threshold, size, x)
         _vector(op, "norms", norms, size, wide_dtype(x.dtype), x)
     else:
         _weight(op, "B", B, B_scale, None, size, x)
         _stacked_ranks(op, B, up_rows, gate_rows)
-        if norms is not None:
-            _fail(op, "norms", "a value", "None, because B is given and the norms of ranks are 1")
+        _absent(op, "norms", norms, "B is given and the norms of ranks are 1")
         _vector(op, "threshold", threshold, B.shape[0], wide_dtype(x.dtype), x)
     _vector(op, "up_bias", up_bias, neurons, x.dtype, x)
     _vector(op, "gate_bias", gate_bias, neurons, x.dtype, x)
@@ -198,12 +203,6 @@ def masked_mlp(
     if activation not in ACTIVATIONS:
         _fail(op, "activation", repr(activation), "one of " + ", ".join(ACTIVATIONS))
     return columns
-
-
-def _absent_with_gate(op: str, gate_rows: Tensor | None, others: dict[str, Tensor | None]) -> None:
-    for name, tensor in others.items():
-        if gate_rows is None and tensor is not None:
-            _fail(op, name, "a value", "None, because gate_rows is None")
 
 
 def _stacked_ranks(op: str, B: Tensor, up_rows: Tensor, gate_rows: Tensor | None) -> None:

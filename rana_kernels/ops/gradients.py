@@ -8,7 +8,7 @@ Quantised weights and their scales get no gradient.
 import torch
 from torch import Tensor
 
-from rana_kernels.ops.checks import ACTIVATIONS, widen
+from rana_kernels.ops.checks import ACTIVATIONS, wide_dtype, widen
 from rana_kernels.ops.mlp import gate_ranks
 from rana_kernels.ops.quantized import dequantize, is_quantized
 from rana_kernels.ops.reference import activate, keep
@@ -21,7 +21,7 @@ def _flat(t: Tensor) -> Tensor:
 
 def _weights(weight: Tensor, scale: Tensor | None, columns: int | None = None) -> Tensor:
     """Return a weight in the wide dtype."""
-    return widen(weight) if scale is None else dequantize(weight, scale, columns)
+    return dequantize(weight, scale, columns, wide_dtype(weight.dtype))
 
 
 def _product(grad: Tensor, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
