@@ -542,7 +542,7 @@ def exact_result(op: str, args: dict, dtype: torch.dtype) -> Tensor:
 def assert_close(y: Tensor, op: str, args: dict, dtype: torch.dtype) -> None:
     """Errors, the largest and the mean square, at most twice those of eager torch in `dtype`.
 
-    With quantised weights they may reach 5e-5.
+    With quantised weights they may reach 5e-5, and twice that in masked_mlp, which has two such phases.
     """
     truth, masks = dense(op, args, torch.float64)
     eager = dense(op, args, dtype, masks)[0]
@@ -553,7 +553,7 @@ def assert_close(y: Tensor, op: str, args: dict, dtype: torch.dtype) -> None:
     # sum of thousands of terms has more error than eager's short ones
     unit = max(torch.finfo(dtype).eps / 2, 32 * torch.finfo(torch.float32).eps)
     if any(args.get(scale_of(n)) is not None for n in matrices_of(args)):
-        unit = max(unit, 5e-5)
+        unit = max(unit, 1e-4 if op == "masked_mlp" else 5e-5)
     floor = unit * max(1.0, float(truth.abs().max()))
     for measure in (lambda e: float(e.abs().max()), lambda e: float(e.square().mean().sqrt())):
         error, eagers = measure(y.double() - truth), measure(eager.double() - truth)

@@ -1,9 +1,10 @@
-// Sums over the live rows of 4-bit weights for one token, in whole numbers.
+// Sums over the live rows of quantised weights for one token, in whole numbers.
 //
 // h · scale becomes fixed point: 15 bits and a sign, with one step for 32 columns of ten rows. The sums of ten rows are
 // exact, and then become float32.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "expand_by_vectors.h"
@@ -19,7 +20,7 @@ constexpr int kPairsOfRows = kFarStreams / 2;
 class FixedFactors {
  public:
   explicit FixedFactors(int64_t size) : blocks_((size / kScaleColumns + kLanes - 1) / kLanes * kLanes) {
-    pairs_.resize(kPairsOfRows * blocks_), zero_.resize(blocks_), step_.resize(blocks_);
+    pairs_.resize(kPairsOfRows * blocks_), sum_.resize(blocks_), step_.resize(blocks_);
   }
 
   // `factors` is [kFarStreams, ld]. Returns false if one of them is not finite.
@@ -42,16 +43,25 @@ class FixedFactors {
         std::memcpy(&pairs_[p * blocks_ + b], &pair, sizeof pair);
         sum += first + second;
       }
-      sum *= -8;
-      std::memcpy(&zero_[b], &sum, sizeof sum);
+      std::memcpy(&sum_[b], &sum, sizeof sum);
       std::memcpy(&step_[b], &step.step, sizeof step.step);
     }
     return finite(largest_lane(largest_of_all));
   }
 
-  Bits pair(int p, int64_t block) const { return integers::spread<Bits>(&pairs_[p * blocks_ + block]); }
-  Ints zero(int64_t block) const { return integers::spread<Ints>(&zero_[block]); }  // what the sums start from
-  Vec step(int64_t block) const { return integers::spread<Vec>(&step_[block]); }
+  // What the blocks of a span share, from `block` on, in the lanes of each.
+  template <int kBlocks>
+  Bits pair(int p, int64_t block) const {
+    return integers::spread<kBlocks, Bits>(&pairs_[p * blocks_ + block]);
+  }
+  template <int kBlocks>
+  Ints sum(int64_t block) const {
+    return integers::spread<kBlocks, Ints>(&sum_[block]);
+  }
+  template <int kBlocks>
+  Vec step(int64_t block) const {
+    return integers::spread<kBlocks, Vec>(&step_[block]);
+  }
 
  private:
   static Vec first_lanes(const float* p, int64_t count) {
@@ -62,69 +72,82 @@ class FixedFactors {
   }
 
   int64_t blocks_;
-  std::vector<int32_t> pairs_, zero_;
+  std::vector<int32_t> pairs_, sum_;
   std::vector<float> step_;
 };
 
-// The sums of ten rows over a span: of half the words of every block, for every shift.
+// The sums of ten rows over a span: of half the words of every 16 bytes, for every shift.
+template <int kWidth>
 struct HalfTile {
-  Ints sums[integers::kShifts];
+  static constexpr int kShifts = integers::kShifts<kWidth>;
+  Ints sums[kShifts];
 
-  explicit HalfTile(Ints zero)
-      : sums{zero, zero * integers::weight_of<1>, zero * integers::weight_of<2>, zero * integers::weight_of<3>} {}
+  // Takes the sum of the factors. Weights are too large by kOffset.
+  explicit HalfTile(Ints sum) {
+    sum *= -integers::kOffset<kWidth>;
+    for_shifts([&](auto i) { sums[i()] = sum * integers::weight_of<kWidth, i()>; });
+  }
   void add(Bits words, Bits value) {
-    using namespace integers;
-    sums[0] = multiply_add(sums[0], nibbles<0>(words), value);
-    sums[1] = multiply_add(sums[1], nibbles<1>(words), value);
-    sums[2] = multiply_add(sums[2], nibbles<2>(words), value);
-    sums[3] = multiply_add(sums[3], nibbles<3>(words), value);
+    for_shifts(
+        [&](auto i) { sums[i()] = integers::multiply_add(sums[i()], integers::weights<kWidth, i()>(words), value); });
   }
   void add_to(float* floats, Vec step) const {
-    using namespace integers;
-    const Vec steps[] = {step, step / weight_of<1>, step / weight_of<2>, step / weight_of<3>};
-#pragma GCC unroll 4
-    for (int i = 0; i < kShifts; i++) {
-      Vec sum = load_bytes<Vec>(floats + i * kLanes);
-      sum += steps[i] * to_floats(sums[i]);
-      std::memcpy(floats + i * kLanes, &sum, sizeof sum);
-    }
+    for_shifts([&](auto i) {
+      Vec sum = load_bytes<Vec>(floats + i() * kLanes);
+      sum += step / integers::weight_of<kWidth, i()> * to_floats(sums[i()]);
+      std::memcpy(floats + i() * kLanes, &sum, sizeof sum);
+    });
+  }
+
+ private:
+  template <class F, int... kShift>
+  static void for_each(std::integer_sequence<int, kShift...>, F f) {
+    (f(std::integral_constant<int, kShift>{}), ...);
+  }
+  template <class F>
+  static void for_shifts(F f) {
+    for_each(std::make_integer_sequence<int, kShifts>{}, f);
   }
 };
 
-// Adds kSpan columns of ten rows to sums in the order of the shifts.
+// Adds a span of ten rows to sums in the order of the shifts.
+template <int kWidth>
 inline void add_span(const uint8_t* const (&row)[kFarStreams], const FixedFactors& factors, int64_t n, float* sums) {
+  constexpr int kBlocks = integers::kSpanBlocks<kWidth>;
   const int64_t block = n / kScaleColumns;
-  HalfTile low(factors.zero(block)), high = low;
+  HalfTile<kWidth> low(factors.sum<kBlocks>(block)), high = low;
 #pragma GCC unroll 8
   for (int p = 0; p < kPairsOfRows; p++) {
-    const Bits a = load_bytes<Bits>(row[2 * p] + n / 2), b = load_bytes<Bits>(row[2 * p + 1] + n / 2);
-    const Bits value = factors.pair(p, block);
+    const Bits a = load_bytes<Bits>(row[2 * p] + n * kWidth / 8), b = load_bytes<Bits>(row[2 * p + 1] + n * kWidth / 8);
+    const Bits value = factors.pair<kBlocks>(p, block);
     low.add(integers::low_words(a, b), value);
     high.add(integers::high_words(a, b), value);
   }
-  low.add_to(sums + n, factors.step(block));
-  high.add_to(sums + n + integers::kShifts * kLanes, factors.step(block));
+  low.add_to(sums + n, factors.step<kBlocks>(block));
+  high.add_to(sums + n + low.kShifts * kLanes, factors.step<kBlocks>(block));
 }
 
 // Brings the sums of a span from the order of the shifts into natural order.
+template <int kWidth>
 inline void to_natural_order(float* sums) {
-  float from[integers::kSpan];
+  constexpr int kShifts = integers::kShifts<kWidth>;
+  float from[integers::kSpan<kWidth>];
   std::memcpy(from, sums, sizeof from);
   for (int half = 0; half < 2; half++)
-    for (int shift = 0; shift < integers::kShifts; shift++)
+    for (int shift = 0; shift < kShifts; shift++)
       for (int lane = 0; lane < kLanes; lane++) {
         const int word = lane / 4 * 8 + half * 4 + lane % 4;
-        sums[integers::column_of(word, shift)] = from[(half * integers::kShifts + shift) * kLanes + lane];
+        sums[integers::column_of<kWidth>(word, shift)] = from[(half * kShifts + shift) * kLanes + lane];
       }
 }
 
 // Adds most rows of one token, as the general add_far_rows does.
-template <class T>
-int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, 4>>>>& h, const Quantized<T, 4>& rows, int64_t column,
-                     int64_t size, float* sums) {
-  using W = Quantized<T, 4>;
-  constexpr int64_t kAhead = columns_in<W>(kFarAheadBytes);
-  const int64_t length = h.steps() / kFarStreams, whole = size / integers::kSpan * integers::kSpan;
+template <class T, int kWidth>
+int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, const Quantized<T, kWidth>& rows,
+                     int64_t column, int64_t size, float* sums) {
+  using W = Quantized<T, kWidth>;
+  constexpr int64_t kAhead = columns_in<W>(kFarAheadBytes), kSpan = integers::kSpan<kWidth>;
+  const int64_t length = h.steps() / kFarStreams, whole = size / kSpan * kSpan;
   const int64_t ld = W::room(size);
   FixedFactors factors(size);
   std::vector<float> room(kFarStreams * ld), by_integers(whole);
@@ -142,18 +165,19 @@ int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, 4>>>>& h, const 
       next[i] = later.steps;
     }
     int64_t n = 0;
-    if (factors.set(room.data(), ld, whole / kScaleColumns))
-      for (; n < whole; n += integers::kSpan) {
+    if (factors.set(room.data(), ld, (whole + kScaleColumns - 1) / kScaleColumns))
+      for (; n < whole; n += kSpan) {
         for (int i = 0; i < kFarStreams; i++)
-          __builtin_prefetch(n + kAhead < size ? row[i] + (n + kAhead) / 2 : next[i] + (n + kAhead - size) / 2);
-        add_span(row, factors, n, by_integers.data());
+          __builtin_prefetch(n + kAhead < size ? row[i] + (n + kAhead) * kWidth / 8
+                                               : next[i] + (n + kAhead - size) * kWidth / 8);
+        add_span<kWidth>(row, factors, n, by_integers.data());
       }
     for (; n + kChunk <= size; n += kChunk) add_columns<1>(term, n, sums, nothing);
     if (n < size) add_columns<1>(term, n, sums, nothing, size - n);
   }
-  for (int64_t n = 0; n < whole; n += integers::kSpan) {
-    to_natural_order(by_integers.data() + n);
-    for (int i = 0; i < integers::kSpan; i++) sums[n + i] += by_integers[n + i];
+  for (int64_t n = 0; n < whole; n += kSpan) {
+    to_natural_order<kWidth>(by_integers.data() + n);
+    for (int i = 0; i < kSpan; i++) sums[n + i] += by_integers[n + i];
   }
   return length * kFarStreams;
 }

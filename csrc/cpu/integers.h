@@ -1,8 +1,8 @@
-// 4-bit weights times 15-bit fixed point numbers, in whole numbers: an instruction multiplies a vector of 16-bit words
-// and adds the products of neighbours.
+// Quantised weights times 15-bit fixed point numbers, in whole numbers: an instruction multiplies a vector of 16-bit
+// words and adds the products of neighbours.
 //
-// A vector of bytes holds kSpan columns in blocks of 32, one block in each 16 bytes. The words of a block, shifted by
-// 0, 4, 8 or 12 bits, give four times eight of its columns.
+// A vector of bytes holds a span of columns. Its words, shifted by multiples of a weight's bits, give kShifts times a
+// vector of words with one weight each. In 4 bits, 16 bytes hold a block of 32 columns (csrc/quantized.h).
 #pragma once
 
 #include <algorithm>
@@ -14,10 +14,15 @@
 namespace {
 namespace integers {
 
-constexpr int kSpan = 2 * kVectorBytes;             // columns in a vector of 4-bit values
-constexpr int kSpanBlocks = kSpan / kScaleColumns;  // each in kLanes / kSpanBlocks = 4 lanes
-constexpr int kShifts = 4;
 constexpr int kLargest = 32767;
+
+template <int kWidth>
+constexpr int kSpan = 8 * kVectorBytes / kWidth;
+// Blocks of kScaleColumns in a span. Where a span is shorter than a block, it has the block to itself.
+template <int kWidth>
+constexpr int kSpanBlocks = std::max<int>(1, kSpan<kWidth> / kScaleColumns);
+template <int kWidth>
+constexpr int kShifts = 16 / kWidth;
 
 // The sums of products of neighbouring 16-bit words, plus `sums`.
 inline Ints multiply_add(Ints sums, Bits a, Bits b) {
@@ -52,35 +57,55 @@ inline Bits high_words(Bits a, Bits b) {
 #endif
 }
 
-// kSpanBlocks values of 4 bytes at p, each in the lanes of its block.
-template <class V>
+// kBlocks values of 4 bytes at p, each in the lanes of its block.
+template <int kBlocks, class V>
 inline V spread(const void* p) {
+  if constexpr (kBlocks == 1) return (V)(load_bytes<int32_t>(p) - Ints{});
 #if defined(__AVX512F__)
-  const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return (V)_mm512_permutexvar_epi32(places, _mm512_castsi128_si512(load_bytes<__m128i>(p)));
+  else if constexpr (kBlocks == 2) {
+    const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m128i two = _mm_loadl_epi64(static_cast<const __m128i*>(p));
+    return (V)_mm512_permutexvar_epi32(places, _mm512_castsi128_si512(two));
+  } else {
+    const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return (V)_mm512_permutexvar_epi32(places, _mm512_castsi128_si512(load_bytes<__m128i>(p)));
+  }
 #elif defined(__AVX2__)
-  const __m256i two = _mm256_castsi128_si256(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
-  return (V)_mm256_permutevar8x32_epi32(two, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
-#else
-  return (V)_mm_set1_epi32(load_bytes<int32_t>(p));
+  else {
+    const __m256i two = _mm256_castsi128_si256(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+    return (V)_mm256_permutevar8x32_epi32(two, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  }
 #endif
 }
 
-// The lowest 4-bit values of words, plus 8.
-inline Bits lowest_nibbles(Bits words) { return (words & 0x000f000fu) ^ 0x00080008u; }
+// A weight is stored as a signed number. These functions return it plus kOffset, which is not negative.
+template <int kWidth>
+constexpr int kOffset = 1 << (kWidth - 1);
 
-// The 4-bit values of words for a shift, plus 8 and times weight_of<kShift>: only the last shift needs an instruction.
-// Sums of ten of them, times 15 bits, fit 32 bits. They are too large by the weight times 8 times their factors.
-template <int kShift>
-inline Bits nibbles(Bits words) {
-  if constexpr (kShift == kShifts - 1) return lowest_nibbles(words >> 12);
-  else return (words & (0x000f000fu << 4 * kShift)) ^ (0x00080008u << 4 * kShift);
+// The lowest weights of words.
+template <int kWidth>
+inline Bits lowest(Bits words) {
+  constexpr uint32_t kBoth = 0x00010001u;
+  return (words & ((1u << kWidth) - 1) * kBoth) ^ kOffset<kWidth> * kBoth;
 }
-template <int kShift>
-constexpr int weight_of = kShift == kShifts - 1 ? 1 : 1 << 4 * kShift;
+
+// The weights of words for a shift, times weight_of<kWidth, kShift>: only the last shift needs an instruction. Sums of
+// ten of them, times 15 bits, fit 32 bits.
+template <int kWidth, int kShift>
+inline Bits weights(Bits words) {
+  constexpr uint32_t kBoth = 0x00010001u << kWidth * kShift;
+  if constexpr (kShift == kShifts<kWidth> - 1) return lowest<kWidth>(words >> kWidth * kShift);
+  else return (words & ((1u << kWidth) - 1) * kBoth) ^ kOffset<kWidth> * kBoth;
+}
+template <int kWidth, int kShift>
+constexpr int weight_of = kShift == kShifts<kWidth> - 1 ? 1 : 1 << kWidth * kShift;
 
 // The column of a span in word `word` of a vector, for a shift.
-constexpr int column_of(int word, int shift) { return word / 8 * 32 + shift % 2 * 16 + word % 8 * 2 + shift / 2; }
+template <int kWidth>
+constexpr int column_of(int word, int shift) {
+  if constexpr (kWidth == 8) return 2 * word + shift;
+  else return word / 8 * 32 + shift % 2 * 16 + word % 8 * 2 + shift / 2;
+}
 
 inline Ints round(Vec v) {
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits

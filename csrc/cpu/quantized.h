@@ -131,7 +131,7 @@ struct Quantized {
   };
   static constexpr int64_t kBits = kWidth;
   static constexpr bool kAddressable = false;
-  static constexpr int64_t kUnit = kWidth == 4 ? 2 * kVectorBytes : kScaleColumns;
+  static constexpr int64_t kUnit = std::max<int64_t>(8 * kVectorBytes / kWidth, kScaleColumns);
 
   const uint8_t* data;
   int64_t rows, columns, ld;  // ld in bytes
