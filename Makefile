@@ -111,7 +111,7 @@ compile-check: build
 	$(BIN)/python -m tests.triton_compile
 
 # The op libraries once more, instrumented, in a copy of the package. The tests run from a copy inside the same folder:
-# pytest puts the folder of pyproject.toml first on the path, and here that one has the libraries without instruments.
+# pytest puts the folder of pyproject.toml first on the path, and the checkout's package is not instrumented.
 # The first test fails unless the library of the wanted instruction set is loaded and serves the ops.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 SANITIZED := build/sanitize/lib
