@@ -19,7 +19,7 @@ constexpr int kPairsOfRows = kFarStreams / 2;
 // The factors of ten rows in fixed point, for each block of 32 columns.
 class FixedFactors {
  public:
-  explicit FixedFactors(int64_t size) : blocks_((size / kScaleColumns + kLanes - 1) / kLanes * kLanes) {
+  explicit FixedFactors(int64_t blocks) : blocks_((blocks + kLanes - 1) / kLanes * kLanes) {
     pairs_.resize(kPairsOfRows * blocks_), sum_.resize(blocks_), step_.resize(blocks_);
   }
 
@@ -141,15 +141,16 @@ inline void to_natural_order(float* sums) {
       }
 }
 
-// Adds most rows of one token, as the general add_far_rows does.
+// Adds most rows of one token, as the general add_far_rows does, which also adds rows whose factors stay float32.
 template <class T, int kWidth>
 int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, const Quantized<T, kWidth>& rows,
                      int64_t column, int64_t size, float* sums) {
   using W = Quantized<T, kWidth>;
+  if (!rows.fixed_point) return add_far_rows<W>(h, rows, column, size, sums);
   constexpr int64_t kAhead = columns_in<W>(kFarAheadBytes), kSpan = integers::kSpan<kWidth>;
   const int64_t length = h.steps() / kFarStreams, whole = size / kSpan * kSpan;
   const int64_t ld = W::room(size);
-  FixedFactors factors(size);
+  FixedFactors factors(ld);
   std::vector<float> room(kFarStreams * ld), by_integers(whole);
   const auto nothing = [](int, int64_t, int64_t) {};
   for (int64_t s = 0; s < length; s++) {
@@ -165,7 +166,7 @@ int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, c
       next[i] = later.steps;
     }
     int64_t n = 0;
-    if (factors.set(room.data(), ld, (whole + kScaleColumns - 1) / kScaleColumns))
+    if (factors.set(room.data(), ld, W::room(whole)))
       for (; n < whole; n += kSpan) {
         for (int i = 0; i < kFarStreams; i++)
           __builtin_prefetch(n + kAhead < size ? row[i] + (n + kAhead) * kWidth / 8

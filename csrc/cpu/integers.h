@@ -82,20 +82,24 @@ inline V spread(const void* p) {
 template <int kWidth>
 constexpr int kOffset = 1 << (kWidth - 1);
 
+// The weights of words for a shift, where they lie: times 2^(kWidth · kShift).
+template <int kWidth, int kShift>
+inline Bits in_place(Bits words) {
+  constexpr uint32_t kBoth = 0x00010001u << kWidth * kShift;
+  return (words & ((1u << kWidth) - 1) * kBoth) ^ kOffset<kWidth> * kBoth;
+}
 // The lowest weights of words.
 template <int kWidth>
 inline Bits lowest(Bits words) {
-  constexpr uint32_t kBoth = 0x00010001u;
-  return (words & ((1u << kWidth) - 1) * kBoth) ^ kOffset<kWidth> * kBoth;
+  return in_place<kWidth, 0>(words);
 }
 
 // The weights of words for a shift, times weight_of<kWidth, kShift>: only the last shift needs an instruction. Sums of
 // ten of them, times 15 bits, fit 32 bits.
 template <int kWidth, int kShift>
 inline Bits weights(Bits words) {
-  constexpr uint32_t kBoth = 0x00010001u << kWidth * kShift;
   if constexpr (kShift == kShifts<kWidth> - 1) return lowest<kWidth>(words >> kWidth * kShift);
-  else return (words & ((1u << kWidth) - 1) * kBoth) ^ kOffset<kWidth> * kBoth;
+  else return in_place<kWidth, kShift>(words);
 }
 template <int kWidth, int kShift>
 constexpr int weight_of = kShift == kShifts<kWidth> - 1 ? 1 : 1 << kWidth * kShift;

@@ -25,14 +25,15 @@ inline int group_bits(int64_t columns, int64_t groups) {
 }
 
 template <class T, int kWidth>
-Quantized<T, kWidth> quantized(const Tensor& t, const Tensor& scale, int64_t columns) {
+Quantized<T, kWidth> quantized(const Tensor& t, const Tensor& scale, int64_t columns, bool fixed_point) {
   return {static_cast<const uint8_t*>(t.const_data_ptr()),
           t.size(0),
           columns,
           t.stride(0),
           static_cast<const half*>(scale.const_data_ptr()),
           scale.stride(0),
-          group_bits(columns, scale.size(1))};
+          group_bits(columns, scale.size(1)),
+          fixed_point};
 }
 
 // A weight [rows, columns] as an op gets it: float, or quantised with its scale.
@@ -49,12 +50,15 @@ struct Weight {
   bool stored_as(const Weight& other) const { return tensor.scalar_type() == other.tensor.scalar_type(); }
 };
 
-// Calls f with the storage of a weight. Quantised weights are multiplied as values of type E.
+// Calls f with the storage of a weight. Quantised weights are multiplied as values of type E, or in fixed point: 15
+// bits hold what 16-bit numbers of like size say, but not what float32 says.
 template <class T, class E, class F>
 void for_storage(const Weight& weight, F f) {
+  constexpr bool kFixedPoint = !std::is_same_v<T, float>;
   if (!weight.scale) f(plain<T>(weight.tensor));
-  else if (rana::is_packed(weight.tensor)) f(quantized<E, 4>(weight.tensor, *weight.scale, weight.columns));
-  else f(quantized<E, 8>(weight.tensor, *weight.scale, weight.columns));
+  else if (rana::is_packed(weight.tensor))
+    f(quantized<E, 4>(weight.tensor, *weight.scale, weight.columns, kFixedPoint));
+  else f(quantized<E, 8>(weight.tensor, *weight.scale, weight.columns, kFixedPoint));
 }
 
 // Returns x in float32.
@@ -71,8 +75,8 @@ std::vector<float> project(const T* x, int64_t tokens, const Weight& B) {
   std::vector<float> h(tokens * B.rows());
   const auto with = [&](const auto& rows) {
     using E = typename std::decay_t<decltype(rows)>::Element;
-    if constexpr (std::is_same_v<E, T>) project<T>(x, tokens, rows, h.data());
-    else project<T>(widened(x, tokens * B.columns).data(), tokens, rows, h.data());
+    if constexpr (std::is_same_v<E, T>) project(x, tokens, rows, h.data());
+    else project(widened(x, tokens * B.columns).data(), tokens, rows, h.data());
   };
   if (kMultipliesPairs<T> && tokens > kVectorTokens) for_storage<T, T>(B, with);
   else for_storage<T, float>(B, with);

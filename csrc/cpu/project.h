@@ -12,22 +12,8 @@
 
 namespace {
 
-// The method for quantised weights W, a few tokens and an x of type T. 15 bits hold what 16-bit numbers of like size
-// say, but not what float32 says.
-template <class T, class W>
-struct MethodOfFewTokens {
-  using type = ByVectors<Single<W>>;
-};
-#if defined(__SSE2__)
-template <class T>
-struct MethodOfFewTokens<T, Quantized<float, 4>> {
-  using W = Quantized<float, 4>;
-  using type = std::conditional_t<std::is_same_v<T, float>, ByVectors<Single<W>>, ByIntegers<W>>;
-};
-#endif
-
-// h = x Bᵀ in float32, [tokens, B.rows]. T is the type that x had before it became B's.
-template <class T, class W>
+// h = x Bᵀ in float32, [tokens, B.rows].
+template <class W>
 void project(const typename W::Element* x, int64_t tokens, const W& B, float* h) {
   using E = typename W::Element;
   const auto run = [&](auto method, auto project_some) {
@@ -42,7 +28,13 @@ void project(const typename W::Element* x, int64_t tokens, const W& B, float* h)
     for_method<W>(tokens, [&](auto method) { run(method, rows); });
   } else {
     if constexpr (std::is_same_v<E, float>)
-      if (tokens <= kTileTokens) return run(typename MethodOfFewTokens<T, W>::type{}, rows);
+      if (tokens <= kTileTokens) {
+#if defined(__SSE2__)
+        if constexpr (W::kBits == 4)
+          if (B.fixed_point) return run(ByIntegers<W>{}, rows);
+#endif
+        return run(ByVectors<Single<W>>{}, rows);
+      }
     for_method<Plain<E>>(tokens, [&](auto method) {
       run(method, [&](auto method, const auto& arranged, int64_t begin, int64_t end) {
         project_converted(method, B, arranged, tokens, begin, end, h);

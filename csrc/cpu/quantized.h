@@ -137,7 +137,8 @@ struct Quantized {
   int64_t rows, columns, ld;  // ld in bytes
   const half* scale;
   int64_t scale_ld;
-  int group_bits;  // a group has 2^group_bits columns, or all
+  int group_bits;    // a group has 2^group_bits columns, or all
+  bool fixed_point;  // for a few tokens, what meets the weights may become 15 bits and a sign: x has 16
 
   Row at(int64_t row, int64_t column) const {
     return {data + row * ld + column * kWidth / 8, scale + row * scale_ld, column, this};
