@@ -17,34 +17,36 @@ namespace {
 // stay float32.
 class FixedInputs {
  public:
+  static constexpr int kWidth = 4;
+  static constexpr int kSpan = integers::kSpan<kWidth>, kBlocks = integers::kSpanBlocks<kWidth>;
+  static constexpr int kShifts = integers::kShifts<kWidth>;
+
   FixedInputs(const float* x, int64_t tokens, int64_t size)
-      : spans_(size / integers::kSpan<4>),
-        words_(tokens * spans_ * integers::kShifts<4>),
+      : spans_(size / kSpan),
+        words_(tokens * spans_ * kShifts),
         zero_(tokens * spans_),
         step_(tokens * spans_),
         finite_(tokens) {
     for (int64_t m = 0; m < tokens; m++) {
       finite_[m] = true;
-      for (int64_t s = 0; s < spans_; s++) set(x + m * size + s * integers::kSpan<4>, m, s);
+      for (int64_t s = 0; s < spans_; s++) set(x + m * size + s * kSpan, m, s);
     }
   }
 
   int64_t spans() const { return spans_; }
   bool finite(int64_t m) const { return finite_[m]; }
-  Bits words(int64_t m, int64_t span, int shift) const {
-    return words_[(m * spans_ + span) * integers::kShifts<4> + shift];
-  }
+  Bits words(int64_t m, int64_t span, int shift) const { return words_[(m * spans_ + span) * kShifts + shift]; }
   Ints zero(int64_t m, int64_t span) const { return zero_[m * spans_ + span]; }  // what the sums start from
   Vec step(int64_t m, int64_t span) const { return step_[m * spans_ + span]; }
 
  private:
   void set(const float* x, int64_t m, int64_t span) {
     using namespace integers;
-    constexpr int kOfBlock = kScaleColumns / kLanes, kBlockLanes = kLanes / kSpanBlocks<4>;
-    int16_t fixed[kShifts<4>][kSpan<4> / kShifts<4>];
+    constexpr int kOfBlock = kScaleColumns / kLanes, kBlockLanes = kLanes / kBlocks;
+    int16_t fixed[kShifts][kSpan / kShifts];
     int32_t zero[kLanes];
     float steps[kLanes];
-    for (int block = 0; block < kSpanBlocks<4>; block++) {
+    for (int block = 0; block < kBlocks; block++) {
       const float* const first = x + block * kScaleColumns;
       Ints largest = {};
       for (int i = 0; i < kOfBlock; i++) largest = larger(largest, magnitude(load_bytes<Vec>(first + i * kLanes)));
@@ -58,15 +60,15 @@ class FixedInputs {
       }
       for (int32_t v : values) sum += v;
       for (int word = block * 8; word < block * 8 + 8; word++)
-        for (int shift = 0; shift < kShifts<4>; shift++)
-          fixed[shift][word] = values[column_of<4>(word, shift) - block * kScaleColumns];
+        for (int shift = 0; shift < kShifts; shift++)
+          fixed[shift][word] = values[column_of<kWidth>(word, shift) - block * kScaleColumns];
       for (int lane = block * kBlockLanes; lane < (block + 1) * kBlockLanes; lane++) {
-        zero[lane] = -8 / kBlockLanes * sum;  // all lanes of a block are added in the end
+        zero[lane] = -kOffset<kWidth> / kBlockLanes * sum;  // all lanes of a block are added in the end
         steps[lane] = step.step[0];
       }
     }
-    for (int shift = 0; shift < kShifts<4>; shift++)
-      words_[(m * spans_ + span) * kShifts<4> + shift] = load_bytes<Bits>(fixed[shift]);
+    for (int shift = 0; shift < kShifts; shift++)
+      words_[(m * spans_ + span) * kShifts + shift] = load_bytes<Bits>(fixed[shift]);
     zero_[m * spans_ + span] = load_bytes<Ints>(zero);
     step_[m * spans_ + span] = load_bytes<Vec>(steps);
   }
@@ -92,6 +94,7 @@ inline FixedTokens skip_tokens(FixedTokens x, int64_t count, int64_t size) {
 template <int kRows, int kTokens, class W>
 void dot_tile(const W& B, int64_t first, int64_t apart, FixedTokens x, float* room, float* h, int64_t ldh) {
   using namespace integers;
+  constexpr int kSpan = FixedInputs::kSpan, kShifts = FixedInputs::kShifts, kBlocks = FixedInputs::kBlocks;
   const int64_t size = B.columns, spans = x.fixed->spans();
   typename W::Row row[kRows];
   typename W::Term term[kRows];
@@ -102,19 +105,18 @@ void dot_tile(const W& B, int64_t first, int64_t apart, FixedTokens x, float* ro
   Vec sums[kTokens][kRows] = {};
   for (int64_t s = 0; s < spans; s++)
     for (int r = 0; r < kRows; r++) {
-      if (kRowAheadBytes) ask_for<W>(row[r], s * kSpan<4> + columns_in<W>(kRowAheadBytes), kSpan<4>);
+      if (kRowAheadBytes) ask_for<W>(row[r], s * kSpan + columns_in<W>(kRowAheadBytes), kSpan);
       const Bits words = load_bytes<Bits>(row[r].steps + s * kVectorBytes);
-      const Bits q[kShifts<4>] = {lowest<4>(words), lowest<4>(words >> 4), lowest<4>(words >> 8),
-                                  lowest<4>(words >> 12)};
-      const Vec scale = spread<kSpanBlocks<4>, Vec>(term[r].factor + s * kSpanBlocks<4>);
+      const Bits q[kShifts] = {lowest<4>(words), lowest<4>(words >> 4), lowest<4>(words >> 8), lowest<4>(words >> 12)};
+      const Vec scale = spread<kBlocks, Vec>(term[r].factor + s * kBlocks);
       for (int m = 0; m < kTokens; m++) {
         Ints sum = x.fixed->zero(x.token + m, s);
 #pragma GCC unroll 4
-        for (int i = 0; i < kShifts<4>; i++) sum = multiply_add(sum, q[i], x.fixed->words(x.token + m, s, i));
+        for (int i = 0; i < kShifts; i++) sum = multiply_add(sum, q[i], x.fixed->words(x.token + m, s, i));
         sums[m][r] += x.fixed->step(x.token + m, s) * scale * to_floats(sum);
       }
     }
-  for (int64_t k = spans * kSpan<4>; k < size; k += kChunk)
+  for (int64_t k = spans * kSpan; k < size; k += kChunk)
     for (int r = 0; r < kRows; r++) {
       const auto w = term[r].operand(k, size - k);
       for (int m = 0; m < kTokens; m++)
