@@ -17,7 +17,7 @@ from rana_kernels.nn.dense import QuantizedLinear, serve_dense
 from rana_kernels.nn.factored import from_linears, to_linears
 from rana_kernels.nn.format import FLOAT, Format
 from rana_kernels.nn.mlp import RanaMLP
-from rana_kernels.nn.split_mlp import split_mlp
+from rana_kernels.nn.split_mlp import join_mlp, split_mlp
 from rana_kernels.ops import reference
 from rana_kernels.ops.quantized import dequantize
 from rana_kernels.quantization import quantize
@@ -348,10 +348,21 @@ def test_scales_are_finite():
         check_values(module)
 
 
-@pytest.mark.parametrize("rewrite", [to_linears, lambda model: split_mlp(model[0])])
-def test_quantised_modules_are_not_rewritten(rewrite):
+@pytest.mark.parametrize("name", [name for name in MLPS if name in QUANTIZED])
+def test_a_quantised_mlp_is_split_and_joined_to_the_same_bits(name, x):
+    module = MODULES[name]()
+    split = split_mlp(module)
+    y, found = module(x), split(x)
+    assert (found - y).norm() < 0.01 * y.norm()  # a rounding may turn a mask over
+    joined = join_mlp(split)
+    state, again = module.state_dict(), joined.state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(again[n], t) for n, t in state.items())
+    assert torch.equal(joined(x), y)
+
+
+def test_quantised_modules_are_not_rewritten_as_linears():
     with pytest.raises(ValueError, match="B is quantised, wanted floats"):
-        rewrite(nn.Sequential(MODULES["mlp_int8"]()))
+        to_linears(nn.Sequential(MODULES["mlp_int8"]()))
 
 
 @pytest.mark.parametrize(

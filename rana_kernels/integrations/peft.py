@@ -3,6 +3,9 @@
 On a rank adapter, LoRA reads the layer's input. Merging appends the LoRA's ranks to B and rows with
 threshold 0, so they are always kept. On a neuron adapter, LoRA reads the masked input, so that it can be
 merged into the rows. LoRA's A reads the input, like our B. LoRA's B gives the output.
+
+Beside a quantised adapter, or a dense linear that is quantised, LoRA stays in floats. It is not merged there,
+because the sum would have to be rounded, which loses most of a LoRA that is smaller than the steps.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from rana_kernels.checkpoint.attachment import attach_plan, attached_facts, attached_plan
 from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, RanaReceiver
-from rana_kernels.nn.base import AdapterModule, require_floats
+from rana_kernels.nn.dense import QuantizedLinear
 from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.nn.split_mlp import RanaSplitMLP, join_mlp, split_mlp
 
@@ -27,8 +30,7 @@ from rana_kernels.nn.split_mlp import RanaSplitMLP, join_mlp, split_mlp
 def add(model: nn.Module, config: LoraConfig) -> PeftModel:
     """Call `get_peft_model` for a compressed model. `target_modules` are named as in the dense model.
 
-    Every RanaMLP of `model` is split, in place. `merge` joins it again. Raises ValueError for a model with
-    quantised weights.
+    Every RanaMLP of `model` is split, in place. `merge` joins it again.
     """
     _prepare(model, config)
     return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
@@ -44,8 +46,12 @@ def load(model: nn.Module, directory: str | os.PathLike, *, is_trainable: bool =
 def merge(tuned: PeftModel) -> nn.Module:
     """Return the compressed model with its active LoRAs merged, ready for `rana.save`.
 
-    Raises ValueError if a merged adapter would have more ranks than a full-rank layer.
+    Raises ValueError if a merged adapter would have more ranks than a full-rank layer. Raises it before
+    anything is merged if an adapter with a LoRA is quantised.
     """
+    for module in tuned.modules():
+        if isinstance(module, _Lora):
+            module.require_floats()
     model: Any = tuned.merge_and_unload()
     for name, module in list(model.named_modules()):
         if isinstance(module, RanaSplitMLP):
@@ -57,9 +63,6 @@ def merge(tuned: PeftModel) -> nn.Module:
 def _prepare(model: nn.Module, config: Any) -> None:
     if not isinstance(config, LoraConfig):
         raise ValueError(f"config is a {type(config).__name__}, wanted peft.LoraConfig")
-    for module in model.modules():
-        if isinstance(module, AdapterModule):
-            require_floats(module)
     for name, module in list(model.named_modules()):
         if isinstance(module, RanaMLP):
             model.set_submodule(name, split_mlp(module))
@@ -69,7 +72,10 @@ def _prepare(model: nn.Module, config: Any) -> None:
         if isinstance(module, RanaReceiver):
             # set in __dict__, because the owner must not become a submodule of its receiver
             module.__dict__["owner"] = owners[id(module.handoff)]
-    layers = {RanaLinear: LoraRank, RanaReceiver: _lora_of_receiver, RanaNeuronLinear: LoraNeuron}
+    layers = {
+        RanaLinear: LoraRank, RanaReceiver: _lora_of_receiver, RanaNeuronLinear: LoraNeuron,
+        QuantizedLinear: _Lora,
+    }  # fmt: skip
     config._register_custom_module(layers)
 
 
@@ -102,6 +108,7 @@ class _Lora(LoraLinear):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
+            self.require_floats()
             if self.lora_bias[name]:
                 raise ValueError("LoRA with lora_bias=True is not merged: train without, or keep it unmerged")
             down, up = self.lora_A[name].weight, self.lora_B[name].weight * self.scaling[name]
@@ -109,6 +116,15 @@ class _Lora(LoraLinear):
                 raise ValueError(f"the LoRA {name!r} holds values that are not finite")
             self._merge(down.detach(), up.detach())
             self.merged_adapters.append(name)
+
+    def require_floats(self) -> None:
+        """Raise ValueError if the weights that the LoRA would be merged into are quantised."""
+        owner, _ = _owner_of(self.get_base_layer())
+        if any(getattr(owner, f"{name}_scale") is not None for name in owner.matrices):
+            raise ValueError(
+                f"merging wants floats, and this {type(owner).__name__} is quantised: the sum would be "
+                "rounded, and part of the LoRA lost. Keep it unmerged"
+            )
 
     def unmerge(self) -> None:
         raise ValueError("a LoRA that was merged stays so: load the compressed model again")

@@ -65,8 +65,13 @@ FLOAT = Format()
 
 
 def format_of(weight: Tensor, scale: Tensor | None, columns: int) -> Format:
-    """Return the format of a weight with so many columns. The shape of its scale tells the group."""
+    """Return the format of a weight with so many columns. The shape of its scale tells the group.
+
+    One step a row is a group of None, whatever the group that it was rounded with.
+    """
     if weight.is_floating_point():
         return FLOAT
-    group = None if scale is None or scale.dim() != 2 else group_size(columns, scale.shape[1])
+    group = None
+    if scale is not None and scale.dim() == 2 and scale.shape[1] > 1:
+        group = group_size(columns, scale.shape[1])
     return Format(4 if weight.dtype == torch.uint8 else 8, group if group in GROUPS else None)

@@ -1,6 +1,7 @@
 """LoRA on compressed models: trained, saved, loaded and merged, each the same function as the last."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ import rana_kernels as rana
 from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.model.plan import Plan
 from rana_kernels.nn.adapters import RanaLinear
+from rana_kernels.nn.dense import QuantizedLinear
+from rana_kernels.nn.format import Format
 from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.nn.split_mlp import join_mlp, split_mlp
+from rana_kernels.ops.quantized import dequantize
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 
 peft = pytest.importorskip("peft")
@@ -170,9 +174,88 @@ def test_an_mlp_taken_apart_and_put_together_is_the_same(name, joint):
     assert torch.equal(again(x), mlp(x))
 
 
-def test_quantised_models_are_refused():
-    model = make_model(num_hidden_layers=1)
-    rana.compress(model, [tokens()], flops_reduction=0.3, method="paper", bits=4, progress=False)
-    with pytest.raises(ValueError, match="is quantised, wanted floats to train or rewrite them"):
-        lora.add(model, peft.LoraConfig(target_modules=["up_proj"]))
-    assert isinstance(model.model.layers[0].mlp, RanaMLP)
+# weights in 8 and 4 bits
+
+
+def in_bits(name: str, bits: int, joint: bool = False, first: str = "rank", o: str = "dense") -> nn.Module:
+    """Everything quantised, lm_head too; the masks of `compressed`."""
+    model = make_model(name)
+    adapters = []
+    for adapter in hand_plan(model, joint, o=o, first=first).adapters:
+        rank = 32 if adapter.kind == "rank" else adapter.rank
+        change = {"rank": rank, "live": 0.6 * rank, "threshold": None} if adapter.kind != "dense" else {}
+        adapters.append(replace(adapter, **change).with_format(Format(bits, 32)))
+    plan = Plan(tuple(adapters), lm_head_bits=bits, lm_head_group=32)
+    rana.compress(model, [tokens()], plan=plan, progress=False)
+    return model
+
+
+QUANTIZED = [
+    ("Llama", 8, False, "rank"), ("Llama", 4, True, "rank"), ("Llama", 4, True, "neuron"),
+    ("Phi3", 4, False, "rank"), ("OPT", 8, False, "rank"), ("GPTNeoX", 4, False, "neuron"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "bits", "joint", "first"), QUANTIZED)
+def test_beside_quantised_adapters_it_is_trained_saved_and_loaded(name, bits, joint, first, tmp_path):
+    plain = in_bits(name, bits, joint, first)
+    before, targets = logits(plain), [*TARGETS[name], *({"Llama": ["o_proj"]}.get(name, []))]
+    config = peft.LoraConfig(r=4, target_modules=sorted({*targets}))
+    model = lora.add(in_bits(name, bits, joint, first), config)
+    torch.testing.assert_close(logits(model.eval()), before, rtol=1e-3, atol=1e-3)
+    packed = {n: b.clone() for n, b in model.named_buffers() if b.dtype in (torch.int8, torch.uint8)}
+    trained = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=2e-2), []
+    for _ in range(12):
+        losses.append(model(input_ids=tokens(), labels=tokens()).loss)
+        losses[-1].backward()
+        assert all(p.grad is not None for p in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.05
+    assert packed and all(torch.equal(b, packed[n]) for n, b in model.named_buffers() if n in packed)
+    wanted = logits(model.eval())
+    assert (wanted - before).norm() > 0.01 * before.norm()
+    model.save_pretrained(tmp_path)
+    again = lora.load(in_bits(name, bits, joint, first), tmp_path).eval()
+    assert torch.equal(logits(again), wanted)
+    with pytest.raises(ValueError, match="merging wants floats, and this Rana.* is quantised: .*unmerged"):
+        lora.merge(again)
+    with pytest.raises(ValueError, match="merging wants floats"):
+        again.merge_adapter()
+    assert torch.equal(logits(again), wanted)
+
+
+def test_lora_on_a_quantised_dense_linear_is_that_on_its_floats():
+    model, config = in_bits("Llama", 4), peft.LoraConfig(r=4, target_modules=["o_proj"])
+    twin = copy.deepcopy(model)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False)
+            linear.weight.data = dequantize(module.qweight, module.qweight_scale, module.in_features)
+            twin.set_submodule(name, linear)
+    models = [lora.add(each, copy.deepcopy(config)).eval() for each in (model, twin)]
+    for each in models:
+        for name, parameter in each.named_parameters():
+            if "lora" in name:
+                torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    torch.testing.assert_close(logits(models[0]), logits(models[1]), rtol=1e-3, atol=2e-3)
+
+
+def test_where_floats_are_beside_quantised_adapters_those_are_merged():
+    """Attention in floats with a LoRA, and a quantised MLP without one."""
+    made = hand_plan(make_model("Llama"), joint=True)
+    fewer = [replace(a, rank=32, live=20.0, threshold=None) if a.kind == "rank" else a for a in made.adapters]
+    mixed = [a.with_format(Format(4, 32)) if ".mlp." in a.names[0] else a for a in fewer]
+    model = make_model("Llama")
+    rana.compress(model, [tokens()], plan=Plan(tuple(mixed)), progress=False)
+    state = {n: t.clone() for n, t in model.state_dict().items() if ".mlp." in n}
+    tuned = lora.add(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).eval()
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    wanted = logits(tuned)
+    merged = lora.merge(tuned)
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-3, atol=1e-3)
+    now = merged.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in state.items())
