@@ -22,6 +22,8 @@ from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.integrations.tensor_parallel import modules, shares
 from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, joint_linears
+from rana_kernels.nn.base import fill_module
+from rana_kernels.nn.dense import QuantizedLinear
 from rana_kernels.nn.format import Format
 from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.quantization import quantize
@@ -35,6 +37,10 @@ pytestmark = pytest.mark.two_processes
 PLACE = Path(os.environ.get("RANA_TEST_MODELS", ""))
 MODELS = ("GPTNeoX-global", "GPTNeoX-paper", "Llama-global", "Llama-neurons", "Llama-paper", "Llama-ranks")
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+QUANTIZED = (
+    "Llama-neurons-4", "Llama-neurons-8", "Llama-ranks-4", "Llama-ranks-8", "Phi3-packed-4", "Phi3-packed-8",
+    "Qwen2-mixed-4", "Qwen2-row-4", "Qwen2-row-8",
+)  # fmt: skip
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -49,6 +55,8 @@ def prepare(folder: Path) -> dict[str, str]:
         asked = {"plan": plan_of(model)} if plan_of else {"flops_reduction": 0.3, "method": method}
         rana.compress(model, [tokens()], progress=False, **asked)
         rana.save(model, place / name)
+    for name in QUANTIZED:
+        rana.save(quantised(*name.split("-")), place / name)
     return {"RANA_TEST_MODELS": str(place)}
 
 
@@ -67,7 +75,35 @@ def neurons_only(model: nn.Module) -> Plan:
     return Plan(tuple(replace(a, live=a.rank / 2, threshold=None) for a in made.adapters))
 
 
-PLANS = {"ranks": ranks_only, "neurons": neurons_only}
+def half_live(adapters: list[AdapterSpec]) -> Plan:
+    return Plan(tuple(replace(a, live=a.rank / 2, threshold=None) if a.rank else a for a in adapters))
+
+
+def packed(model: nn.Module) -> Plan:
+    """Ranks for q, k and v, and for gate and up; neurons for down; o stays dense."""
+    return half_live(hand_plan(model).adapters)
+
+
+def mixed(model: nn.Module) -> Plan:
+    """Dense linears stand where the other layer has adapters, and down is one of ranks in a layer."""
+    first = hand_plan(model, o="dense", down="rank").adapters
+    second = hand_plan(model, joint=True, o="neuron", down="dense", first="neuron").adapters
+    layers = [[a for a in first if ".layers.0." in a.names[0]], [a for a in second if ".1." in a.names[0]]]
+    return half_live([*layers[0], *layers[1]])
+
+
+PLANS = {"ranks": ranks_only, "neurons": neurons_only, "row": ranks_only, "packed": packed, "mixed": mixed}
+ROOMY = {"num_key_value_heads": 4, "intermediate_size": 192}  # half of every width is a multiple of 32
+
+
+def quantised(architecture: str, plan: str, bits: str) -> nn.Module:
+    """Every weight in so many bits, lm_head too."""
+    model, group = make_model(architecture, **ROOMY), None if plan == "row" else 32
+    made = PLANS[plan](model)
+    formatted = tuple(adapter.with_format(Format(int(bits), group)) for adapter in made.adapters)
+    whole = replace(made, adapters=formatted, lm_head_bits=int(bits), lm_head_group=group)
+    rana.compress(model, [tokens()], plan=whole, progress=False)
+    return model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -99,7 +135,7 @@ def test_layers_dealt_out_to_processes_give_the_same_tokens(name):
 
 def held(model: nn.Module) -> int:
     """Values of the adapters, and of the dense linears among them."""
-    kinds = (modules.Piece, RanaLinear, RanaNeuronLinear, RanaMLP, nn.Linear)
+    kinds = (modules.Piece, RanaLinear, RanaNeuronLinear, RanaMLP, QuantizedLinear, nn.Linear)
     tensors = {t for m in model.modules() if isinstance(m, kinds) for t in [*m.parameters(), *m.buffers()]}
     return sum(t.numel() for t in tensors)
 
@@ -113,6 +149,23 @@ def test_the_tokens_are_those_of_one_process(name):
     with torch.no_grad():
         torch.testing.assert_close(share(ids).logits, whole(ids).logits, rtol=1e-5, atol=1e-5)
     assert share.tp_plan and held(share.base_model) < 0.6 * held(whole.base_model)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantised_models_are_shared_and_stay_packed(name):
+    """Kernels round the sums of 4-bit rows by the tokens of a call, so logits differ a little."""
+    whole, share, ids = rana.load(PLACE / name), load(name), tokens(2, 8)
+    assert torch.equal(share.generate(ids, **GREEDY), whole.generate(ids, **GREEDY))
+    with torch.no_grad():
+        wanted, found = whole(ids).logits, share(ids).logits
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()
+    assert held(share.base_model) < 0.6 * held(whole.base_model) and held(share) < 0.6 * held(whole)
+    kinds = {torch.uint8 if name.endswith("4") else torch.int8}
+    pieces = [m for m in share.modules() if isinstance(m, modules.Piece) and m.matrices]
+    matrices = [tensor for m in pieces for n, tensor in m.named_buffers() if n in m.matrices]
+    assert len(matrices) >= 2 * 3 and {tensor.dtype for tensor in matrices} == kinds
+    share.to(torch.bfloat16)
+    assert {m.get_buffer(f"{n}_scale").dtype for m in pieces for n in m.matrices} == {torch.float16}
 
 
 @pytest.mark.parametrize("name", ["Llama-ranks", "Llama-neurons", "GPTNeoX-paper"])
@@ -279,10 +332,25 @@ def test_what_the_processes_cannot_share_is_refused(dimension):
         shared(module, "packed_colwise")
 
 
-def test_quantised_models_are_refused():
-    model = nn.Sequential(RanaLinear(24, 32, 16, format=Format(8, 32)))
-    with pytest.raises(ValueError, match="0: B is quantised, and tensor parallelism wants floats"):
-        shares.SetAside(model)
+@pytest.mark.parametrize(
+    ("format", "width", "wanted"),
+    [(Format(8, 32), 48, 32), (Format(4, 32), 48, 32), (Format(4, None), 48, 32), (Format(8, 128), 192, 128)],
+)
+def test_a_group_of_columns_is_not_divided(format, width, wanted):
+    module = RanaNeuronLinear(24, 2 * width, format=format)
+    message = rf"m: rows is divided into {width} columns a process, wanted a multiple of {wanted}"
+    for style in ("colwise", "colwise_rep"):
+        with pytest.raises(ValueError, match=message):
+            shared(module, style)
+    with pytest.raises(ValueError, match="m: qweight is divided into 48 columns a process, wanted a mult"):
+        shared(QuantizedLinear(96, 32, False, Format(8, 32)), "rowwise")
+
+
+def test_a_row_with_one_step_is_divided_anywhere_in_eight_bits():
+    module, x = RanaNeuronLinear(24, 36, format=Format(8, None)), torch.randn(3, 24)
+    rows, scale = quantize(torch.randn(24, 36), 8, None)
+    fill_module(module, rows=rows, rows_scale=scale, threshold=torch.full((24,), 0.7), norms=torch.ones(24))
+    torch.testing.assert_close(shared(module, "colwise_rep")(x), module(x))
 
 
 def test_heads_that_the_processes_cannot_share_are_refused():

@@ -37,10 +37,14 @@ class Format:
         """Return the format of `rows` with so many columns: an odd number of them is not stored in 4 bits."""
         return Format(8, self.group) if self.bits == 4 and columns % 2 else self
 
+    @property
+    def border(self) -> int:
+        """The columns before and after each multiple of this number are weights of this format themselves."""
+        return max(self.group or 1, BLOCK if self.bits == 4 else 1)
+
     def splits_at(self, column: int) -> bool:
         """Say whether the columns before and after `column` are weights of this format themselves."""
-        whole_blocks = self.bits != 4 or column % BLOCK == 0
-        return whole_blocks and (self.group is None or column % self.group == 0)
+        return column % self.border == 0
 
     def empty(self, rows: int, columns: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
         """Return an empty quantised weight and its scale."""

@@ -153,7 +153,7 @@ class RanaMLP(AdapterModule):
             gate_rows = gate_scale = gate_bias = None
         elif gate == up:
             gate_rows, up_rows = up_rows.chunk(2, dim=1)
-            gate_scale, up_scale = _halves_of_scale(up_scale)
+            gate_scale, up_scale = halves_of_scale(up_scale)
             gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
         else:
             gate_rows, gate_scale, gate_bias = getattr(self, gate)()
@@ -190,7 +190,7 @@ class RanaMLP(AdapterModule):
         return {**masks, self.names[2]: reference.keep(g, a.down_threshold, a.down_norms)}
 
 
-def _halves_of_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def halves_of_scale(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Return the scales of the first and the last half of the columns. Steps of whole rows serve both."""
     if scale is None or scale.shape[1] == 1:
         return scale, scale

@@ -64,8 +64,10 @@ def _sum(partial: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tens
 # the modules that compute one process's share
 
 
-def _project(x: Tensor, B: Tensor) -> Tensor:
+def _project(x: Tensor, B: Tensor, B_scale: Tensor | None) -> Tensor:
     """Return x Bᵀ in float32, for any dtype of both."""
+    if B_scale is not None:
+        return torch.ops.rana.linear(widen(x), B, None, B_scale)
     if x.is_cuda and x.dtype.itemsize < 4:  # this makes no copy of B, but torch has it only for CUDA
         return torch.mm(x.reshape(-1, x.shape[-1]), B.T, out_dtype=torch.float32).view(*x.shape[:-1], -1)
     return wide_product(x, B)
@@ -76,29 +78,39 @@ def _masked(h: Tensor, threshold: Tensor, norms: Tensor | None, dtype: torch.dty
 
 
 class Piece(AdapterModule):
-    """The tensors of this process. They are in no state dict, because a state dict has the whole model."""
+    """The tensors of this process. They are in no state dict, because a state dict has the whole model.
+
+    A matrix is given with its scale, which is None for floats.
+    """
 
     B: Tensor
+    B_scale: Tensor | None
     rows: Tensor
+    rows_scale: Tensor | None
     norms: Tensor
     weight: Tensor
+    weight_scale: Tensor | None
     bias: Tensor | None
 
     def __init__(self, **tensors: Tensor | None) -> None:
         super().__init__()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+            if name.endswith("_scale") and tensor is not None:
+                self.matrices[name.removesuffix("_scale")] = 0  # casts then leave the scale alone
 
 
 class Ranks(Piece):
     """x [..., K] -> z [..., R], both complete. Each process projects and masks its own ranks."""
 
-    def __init__(self, B: Tensor, threshold: Tensor, group: dist.ProcessGroup) -> None:
-        super().__init__(B=B, threshold=threshold)
+    def __init__(
+        self, B: Tensor, threshold: Tensor, group: dist.ProcessGroup, B_scale: Tensor | None = None
+    ) -> None:
+        super().__init__(B=B, B_scale=B_scale, threshold=threshold)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        return _gather(_masked(_project(x, self.B), self.threshold, None, x.dtype), self.group)
+        return _gather(_masked(_project(x, self.B, self.B_scale), self.threshold, None, x.dtype), self.group)
 
 
 class Inputs(Piece):
@@ -114,12 +126,14 @@ class Inputs(Piece):
 class OwnRanks(Piece):
     """x [..., K / P] -> z [..., R / P]. Rank values are summed over processes, then masked by their owner."""
 
-    def __init__(self, B: Tensor, threshold: Tensor, group: dist.ProcessGroup) -> None:
-        super().__init__(B=B, threshold=threshold)
+    def __init__(
+        self, B: Tensor, threshold: Tensor, group: dist.ProcessGroup, B_scale: Tensor | None = None
+    ) -> None:
+        super().__init__(B=B, B_scale=B_scale, threshold=threshold)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        return _masked(_scatter(_project(x, self.B), self.group), self.threshold, None, x.dtype)
+        return _masked(_scatter(_project(x, self.B, self.B_scale), self.group), self.threshold, None, x.dtype)
 
 
 class Neurons(Piece):
@@ -132,26 +146,28 @@ class Neurons(Piece):
 class Rows(Piece):
     """z [..., R], masked already -> z rows + bias. The op skips rows whose z is 0."""
 
-    def __init__(self, rows: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, rows: Tensor, rows_scale: Tensor | None = None, bias: Tensor | None = None) -> None:
         tiny = torch.tensor(torch.finfo(torch.float32).tiny, device=rows.device)
-        super().__init__(rows=rows, bias=bias, threshold=tiny)
+        super().__init__(rows=rows, rows_scale=rows_scale, bias=bias, threshold=tiny)
 
     def forward(self, z: Tensor) -> Tensor:
-        return torch.ops.rana.masked_linear(z, self.rows, self.threshold, None, self.bias)
+        return torch.ops.rana.masked_linear(z, self.rows, self.threshold, None, self.bias, self.rows_scale)
 
 
 class MaskedRows(Piece):
     """A neuron adapter: x [..., I] -> mask(x) rows + bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.rana.masked_linear(x, self.rows, self.threshold, self.norms, self.bias)
+        return torch.ops.rana.masked_linear(
+            x, self.rows, self.threshold, self.norms, self.bias, self.rows_scale
+        )
 
 
 class Dense(Piece):
     """A linear that stays dense, at a place where other layers of the model have an adapter."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.rana.linear(x, self.weight, self.bias)
+        return torch.ops.rana.linear(x, self.weight, self.bias, self.weight_scale)
 
 
 # the modules that take the place of a linear or an MLP

@@ -3,7 +3,8 @@
 The plan says for every linear whether its outputs or its inputs are divided. transformers would divide each
 tensor of an adapter in that way, which is wrong for adapters. They are therefore set aside while transformers
 loads everything else. A line of the plan applies to all layers, so a dense linear is set aside too if another
-layer has an adapter at the same place. Each process then reads only its own shares from the files.
+layer has an adapter at the same place, and so is every quantised dense linear. Each process then reads only
+its own shares from the files. The columns of quantised weights are divided between groups only.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from torch import distributed as dist
 from rana_kernels.integrations.tensor_parallel import modules
 from rana_kernels.model.install import replace_modules
 from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, RanaReceiver
-from rana_kernels.nn.base import AdapterModule
-from rana_kernels.nn.mlp import RanaMLP
+from rana_kernels.nn.dense import QuantizedLinear
+from rana_kernels.nn.format import Format, format_of
+from rana_kernels.nn.mlp import RanaMLP, halves_of_scale
 
 # {style of the plan: whether the outputs are gathered} and {style: whether the inputs arrive complete}
 _COLUMN = {"colwise": False, "colwise_rep": True, "colwise_gather_output": True}
 _ROW = {"rowwise": False, "rowwise_rep": True, "rowwise_split_input": True}
 
-_ADAPTERS = RanaLinear | RanaReceiver | RanaNeuronLinear | RanaMLP
+_ADAPTERS = RanaLinear | RanaReceiver | RanaNeuronLinear | RanaMLP | QuantizedLinear
 
 Read = Callable[[str], Any]  # full name of a tensor -> a tensor, or a view of a file that can be sliced
 
@@ -60,20 +62,58 @@ class Shares:
         widths   widths of the parts along `dim` that are divided one by one (q, k and v, or gate and up);
                  (): there is one part
         """
-        like: Tensor | None = getattr(self.module, tensor)
+        like: Tensor | None = getattr(self.module, tensor, None)
         if like is None:
             return None
-        source = self.read(f"{self.name}.{tensor}")
-        if dim is None:
-            return source[:].to(like.dtype)
-        pieces, start = [], 0
-        for width in widths or (like.shape[dim],):
+        windows = None if dim is None else self._windows(widths or (like.shape[dim],))
+        return self._cut(tensor, dim, windows).to(like.dtype)
+
+    def matrix(self, name: str, dim: int, widths: tuple[int, ...] = ()) -> dict[str, Any]:
+        """Return this process's share of a matrix and of its scale, which is None for floats, by their names.
+
+        Raises ValueError if the columns of a quantised matrix would be divided within a group, or in 4 bits
+        within a block of packed columns.
+        """
+        weight, scale = getattr(self.module, name), getattr(self.module, f"{name}_scale", None)
+        if scale is None or dim == 0:
+            return {name: self(name, dim, widths), f"{name}_scale": self(f"{name}_scale", dim, widths)}
+        columns = self.module.matrices[name]
+        format, windows = format_of(weight, scale, columns), self._windows(widths or (columns,))
+        self._check_borders(name, format, columns, widths or (columns,))
+        a_byte, group = (2 if format.bits == 4 else 1), format.group
+        stored = [slice(w.start // a_byte, -(-w.stop // a_byte)) for w in windows]
+        groups = None if group is None else [slice(w.start // group, -(-w.stop // group)) for w in windows]
+        whole = None if groups is None else 1
+        return {name: self._cut(name, 1, stored), f"{name}_scale": self._cut(f"{name}_scale", whole, groups)}
+
+    def _windows(self, widths: tuple[int, ...]) -> list[slice]:
+        """Return this process's share of each part, as a window of all parts in a row."""
+        windows, start = [], 0
+        for width in widths:
             share = self.part(width)
             first = start + self.group.rank() * share
-            window = slice(first, first + share)
-            pieces.append(source[:, window] if dim == 1 else source[window])
+            windows.append(slice(first, first + share))
             start += width
-        return torch.cat(pieces, dim).to(like.dtype)
+        return windows
+
+    def _cut(self, tensor: str, dim: int | None, windows: list[slice] | None) -> Tensor:
+        source = self.read(f"{self.name}.{tensor}")
+        if dim is None or windows is None:
+            return source[:]
+        return torch.cat([source[:, w] if dim == 1 else source[w] for w in windows], dim)
+
+    def _check_borders(self, name: str, format: Format, columns: int, widths: tuple[int, ...]) -> None:
+        start = 0
+        for width in widths:
+            share = self.part(width)
+            borders = [start + share * i for i in range(self.group.size() + 1)]
+            if any(border != columns and not format.splits_at(border) for border in borders):
+                raise ValueError(
+                    f"{self.name}: {name} is divided into {share} columns a process, wanted a multiple of "
+                    f"{format.border}, because it is quantised in {format.bits} bits: take fewer processes, "
+                    "or compress with a smaller group or more bits"
+                )
+            start += width
 
 
 def form(style: str, own: Shares) -> nn.Module:
@@ -91,14 +131,14 @@ def form(style: str, own: Shares) -> nn.Module:
 def _column(module: Any, own: Shares, gathered: bool) -> nn.Module:
     inner: nn.Module
     if isinstance(module, RanaLinear):
-        rows = modules.Rows(own("rows", 1, module.widths), own("bias", 0, module.widths))
+        rows = modules.Rows(**own.matrix("rows", 1, module.widths), bias=own("bias", 0, module.widths))
         inner = nn.Sequential(_ranks(own), rows)
     elif isinstance(module, RanaNeuronLinear):
         whole = {name: own(name) for name in ("threshold", "norms")}
-        columns = {name: own(name, dim, module.widths) for name, dim in (("rows", 1), ("bias", 0))}
+        columns = {**own.matrix("rows", 1, module.widths), "bias": own("bias", 0, module.widths)}
         inner = modules.MaskedRows(**columns, **whole)
     else:
-        inner = modules.Dense(weight=own("weight", 0), bias=own("bias", 0))
+        inner = _dense(module, own, 0, own("bias", 0))
     widths = tuple(own.part(width) for width in getattr(module, "widths", (module.out_features,)))
     handoff = getattr(module, "handoff", None)
     return modules.ColumnParallel(inner, widths, own.group, handoff=handoff, gathered=gathered)
@@ -107,19 +147,25 @@ def _column(module: Any, own: Shares, gathered: bool) -> nn.Module:
 def _row(module: Any, own: Shares, split: bool) -> nn.Module:
     inner: nn.Module
     if isinstance(module, RanaLinear):
-        ranks = modules.OwnRanks(own("B", 1), own("threshold", 0), own.group)
-        inner = nn.Sequential(ranks, modules.Rows(own("rows", 0), None))
+        ranks = modules.OwnRanks(**own.matrix("B", 1), threshold=own("threshold", 0), group=own.group)
+        inner = nn.Sequential(ranks, modules.Rows(**own.matrix("rows", 0)))
     elif isinstance(module, RanaNeuronLinear):
         inner = modules.MaskedRows(
-            rows=own("rows", 0), threshold=own("threshold", 0), norms=own("norms", 0), bias=None
+            **own.matrix("rows", 0), threshold=own("threshold", 0), norms=own("norms", 0), bias=None
         )
     else:
-        inner = modules.Dense(weight=own("weight", 1), bias=None)
+        inner = _dense(module, own, 1, None)
     return modules.RowParallel(inner, own("bias"), own.group, split=split)
 
 
+def _dense(module: Any, own: Shares, dim: int, bias: Tensor | None) -> modules.Dense:
+    """Return a share of a dense linear, whose weight may be quantised."""
+    weight, scale = own.matrix("qweight" if isinstance(module, QuantizedLinear) else "weight", dim).values()
+    return modules.Dense(weight=weight, weight_scale=scale, bias=bias)
+
+
 def _ranks(own: Shares) -> modules.Ranks:
-    return modules.Ranks(own("B", 0), own("threshold", 0), own.group)
+    return modules.Ranks(**own.matrix("B", 0), threshold=own("threshold", 0), group=own.group)
 
 
 def _mlp(module: Any, own: Shares) -> nn.Module:
@@ -127,32 +173,32 @@ def _mlp(module: Any, own: Shares) -> nn.Module:
     down, gate = own.of(down_name), None
     if module.gate_rank is not None and gate_name == up_name:  # one linear computes both, gate first
         both, halves = own.of(up_name), (module.get_submodule(down_name).in_features,) * 2
-        rows, bias = both("rows", 1, halves).chunk(2, dim=1), both("bias", 0, halves)
+        rows, scale = both.matrix("rows", 1, halves).values()
+        bias = both("bias", 0, halves)
         biases = (None, None) if bias is None else bias.chunk(2)
-        gate, up = (modules.Rows(*pair) for pair in zip(rows, biases, strict=True))
+        parts = zip(rows.chunk(2, dim=1), halves_of_scale(scale), biases, strict=True)
+        gate, up = (modules.Rows(*part) for part in parts)
     else:
         up = _expanding(own.of(up_name))
         gate = None if module.gate_rank is None else _expanding(own.of(gate_name))
     neurons = modules.Neurons(threshold=down("threshold", 0), norms=down("norms", 0))
-    last = modules.Rows(down("rows", 0), None)
+    last = modules.Rows(**down.matrix("rows", 0))
     first = _ranks(own) if module.B is not None else modules.Inputs(own("threshold"), own("norms"))
     bias, activation = down("bias"), module.activation
     return modules.ParallelMLP(first, up, gate, neurons, last, bias, activation, own.group)
 
 
 def _expanding(own: Shares) -> modules.Rows:
-    return modules.Rows(own("rows", 1), own("bias", 0))
+    return modules.Rows(**own.matrix("rows", 1), bias=own("bias", 0))
 
 
 class SetAside:
     """The modules of a model that are divided here, hidden from transformers while it loads the rest.
 
-    The modules are still empty. Raises ValueError if the number of processes does not divide the heads, or
-    if a weight is quantised.
+    The modules are still empty. Raises ValueError if the number of processes does not divide the heads.
     """
 
     def __init__(self, model: Any) -> None:
-        _require_floats(model)
         self.plan: dict[str, str] = model._tp_plan
         found = list(_outermost(model))
         own_lines = {
@@ -182,16 +228,6 @@ class SetAside:
             replace_modules(model, {name: share.to(device)})
         model._tp_plan = self.plan  # transformers needs the plan to count the heads of its caches
         model.requires_grad_(False)
-
-
-def _require_floats(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        for matrix in module.matrices if isinstance(module, AdapterModule) else ():
-            if getattr(module, f"{matrix}_scale") is not None:
-                raise ValueError(
-                    f"{name}: {matrix} is quantised, and tensor parallelism wants floats: compress the model "
-                    "with bits=16, or load it without tp_plan"
-                )
 
 
 def processes(model: Any) -> int:
