@@ -81,7 +81,7 @@ def _parts(
 ) -> list[AdaptedLinear]:
     """Return the adapter of linears with these widths, and the receivers, which are still empty."""
     own = {n: t if t is None else t[ranks] for n, t in _tensors(mlp, "B", "B_scale", "threshold").items()}
-    rank, linear = None if mlp.B is None else len(own["threshold"]), getattr(mlp, mlp.names[0])
+    rank, linear = None if mlp.B is None else len(mlp.threshold[ranks]), getattr(mlp, mlp.names[0])
     bias, dtype = rows["bias"] is not None, linear.weight.dtype
     made = joint_linears(linear.in_features, widths, rank, bias, device="meta", dtype=dtype)
     fill_module(made[0], **own, **rows, norms=mlp.norms)

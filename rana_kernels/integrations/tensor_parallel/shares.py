@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -77,7 +77,8 @@ class Shares:
         weight, scale = getattr(self.module, name), getattr(self.module, f"{name}_scale", None)
         if scale is None or dim == 0:
             return {name: self(name, dim, widths), f"{name}_scale": self(f"{name}_scale", dim, widths)}
-        columns = self.module.matrices[name]
+        matrices = cast(dict[str, int], self.module.matrices)
+        columns = matrices[name]
         format, windows = format_of(weight, scale, columns), self._windows(widths or (columns,))
         self._check_borders(name, format, columns, widths or (columns,))
         a_byte, group = (2 if format.bits == 4 else 1), format.group
