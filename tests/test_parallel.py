@@ -28,5 +28,5 @@ def test_cards_project_without_a_copy_of_the_weights():
     """Their product has an output of its own dtype; without a card its shapes and dtypes are played."""
     with FakeTensorMode():
         x, B = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((2, 3, 8), (16, 8)))
-        h = modules._project(x, B)
+        h = modules._project(x, B, None)
     assert (h.shape, h.dtype) == ((2, 3, 16), torch.float32)
