@@ -23,15 +23,16 @@ class FixedFactors {
     pairs_.resize(kPairsOfRows * blocks_), sum_.resize(blocks_), step_.resize(blocks_);
   }
 
-  // `factors` is [kFarStreams, ld]. Returns false if one of them is not finite.
-  bool set(const float* factors, int64_t ld, int64_t blocks) {
+  // Takes the factors of ten terms. Returns false if one of them is not finite.
+  template <class Term>
+  bool set(const Term (&term)[kFarStreams], int64_t blocks) {
     using namespace integers;
     Ints largest_of_all = {};
     for (int64_t b = 0; b < blocks; b += kLanes) {
       Vec factor[kFarStreams];
       Ints largest = {};
       for (int i = 0; i < kFarStreams; i++) {
-        factor[i] = first_lanes(factors + i * ld + b, blocks - b);
+        factor[i] = first_lanes(term[i].factor + b, blocks - b);
         largest = larger(largest, magnitude(factor[i]));
       }
       largest_of_all = larger(largest_of_all, largest);
@@ -150,7 +151,7 @@ int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, c
   constexpr int64_t kAhead = columns_in<W>(kFarAheadBytes), kSpan = integers::kSpan<kWidth>;
   const int64_t length = h.steps() / kFarStreams, whole = size / kSpan * kSpan;
   const int64_t ld = W::room(size);
-  FixedFactors factors(ld);
+  FixedFactors factors(W::scale_blocks(size));
   std::vector<float> room(kFarStreams * ld), by_integers(whole);
   const auto nothing = [](int, int64_t, int64_t) {};
   for (int64_t s = 0; s < length; s++) {
@@ -166,7 +167,7 @@ int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, c
       next[i] = later.steps;
     }
     int64_t n = 0;
-    if (factors.set(room.data(), ld, W::room(whole)))
+    if (factors.set(term, W::scale_blocks(whole)))
       for (; n < whole; n += kSpan) {
         for (int i = 0; i < kFarStreams; i++)
           __builtin_prefetch(n + kAhead < size ? row[i] + (n + kAhead) * kWidth / 8

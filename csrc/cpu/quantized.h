@@ -117,6 +117,41 @@ inline float to_float(half scale) {
 #endif
 }
 
+constexpr int64_t kMostShared = 4;  // blocks of kScaleColumns that share a scale, unless a whole row does
+
+// The lanes from `first` on of a vector in which each lane of v is repeated 2^kShift times.
+template <int kShift>
+inline Vec repeat_lanes(Vec v, int first) {
+  if constexpr (kShift == 0) return v;
+  int32_t from[kLanes];
+  for (int i = 0; i < kLanes; i++) from[i] = (first + i) >> kShift;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_permutexvar_ps(load_bytes<__m512i>(from), (__m512)v);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_permutevar8x32_ps((__m256)v, load_bytes<__m256i>(from));
+#else
+  Vec repeated;
+  for (int i = 0; i < kLanes; i++) repeated[i] = v[from[i]];
+  return repeated;
+#endif
+}
+
+// Writes value · scale, each 2^kShift times, until there are `count`, and at most kLanes - 1 more.
+template <int kShift>
+inline void write_factors(const half* scale, float value, int64_t count, float* into) {
+  constexpr int kShared = 1 << kShift;
+  for (int64_t i = 0; i < count; i += kChunk * kShared) {
+    const Chunk scales = load_first(scale + (i >> kShift), (count - i + kShared - 1) >> kShift);
+#pragma GCC unroll 8
+    for (int part = 0; part < 2 * kShared; part++) {
+      const int64_t start = i + part * kLanes;
+      if (start >= count) break;
+      const Vec factors = value * repeat_lanes<kShift>(part < kShared ? scales.lo : scales.hi, part % kShared * kLanes);
+      std::memcpy(into + start, &factors, sizeof factors);
+    }
+  }
+}
+
 // Weights of kWidth bits beside inputs of type T.
 template <class T, int kWidth>
 struct Quantized {
@@ -192,23 +227,22 @@ struct Quantized {
       return load(padded);
     }
   };
-  static constexpr int64_t room(int64_t size) { return (size + kScaleColumns - 1) / kScaleColumns; }
+  static constexpr int64_t scale_blocks(int64_t size) { return (size + kScaleColumns - 1) / kScaleColumns; }
+  static constexpr int64_t room(int64_t size) { return scale_blocks(size) + kMostShared - 1 + kLanes - 1; }
   static Term term(const Row& row, float value, int64_t size, float* into) {
-    const int bits = std::min(row.all->group_bits, 30);  // fits an int, and no row is as long
-    static_assert(kScaleColumns == 32);
-    const half* const scale = row.scale + (row.first >> bits);
-    if (bits == 5) {
-      widen(scale, room(size), into);
-      for (int64_t i = 0; i < room(size); i++) into[i] *= value;
-    } else {
-      // A scale covers 2^(bits - 5) factors; the first one may have fewer left.
-      const int64_t covered = int64_t(1) << (bits - 5), first = row.first / kScaleColumns % covered;
-      for (int64_t i = 0, s = 0; i < room(size); s++) {
-        const float factor = value * to_float(scale[s]);
-        const int64_t end = std::min(room(size), (s + 1) * covered - first);
-        for (; i < end; i++) into[i] = factor;
-      }
+    const int64_t blocks = row.first / kScaleColumns, count = scale_blocks(size);
+    const auto write = [&](auto shift) {
+      const int64_t before = blocks % (1 << shift());  // blocks of the first group that lie before this row
+      write_factors<shift()>(row.scale + (blocks >> shift()), value, before + count, into);
+      return Term{row.steps, into + before, row.left()};
+    };
+    static_assert(kScaleColumns == 32 && kMostShared == 4);
+    switch (row.all->group_bits) {
+      case 5: return write(std::integral_constant<int, 0>{});
+      case 6: return write(std::integral_constant<int, 1>{});
+      case 7: return write(std::integral_constant<int, 2>{});
     }
+    std::fill_n(into, count, value * to_float(*row.scale));
     return {row.steps, into, row.left()};
   }
 };
