@@ -36,8 +36,8 @@ ARROWS = {
     "checkpoint": {"nn", "model", "system"},
     "evaluation": {"model"},
     "statistics": {"ops", "model"},
-    "quantization": {"ops", "model", "statistics"},
-    "allocation": {"nn", "model", "checkpoint", "evaluation", "statistics", "system"},
+    "quantization": {"ops", "nn", "model", "statistics"},
+    "allocation": {"nn", "model", "checkpoint", "evaluation", "statistics", "quantization", "system"},
     "compression": {"ops", "nn", "model", "checkpoint", "statistics", "quantization", "allocation", "system"},
     "recovery": {
         "ops", "nn", "model", "checkpoint", "evaluation", "statistics", "allocation", "system",

@@ -1,14 +1,17 @@
-"""The cost of an adapter for one token in the unit of a budget: multiply-adds or microseconds (`latency.py`).
+"""The cost of an adapter for one token in the unit of a budget: multiply-adds, bytes or microseconds.
 
 The cost is linear in the stored rows (a token reads all of B) and in the live rows. One multiply-add reads
-one element of a weight, so a budget of FLOPs also limits the bytes that a token reads.
+one element of a weight, so in one format of weights a budget of FLOPs also limits the bytes that a token
+reads. `latency.py` has the microseconds.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
 from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.nn.format import Format
 
+VECTOR = 4  # bytes of a threshold or a norm
 ROUNDING = 1e-9  # relative: rounding must not put a budget that is exactly at a limit past it
 
 
@@ -48,6 +51,30 @@ class MultiplyAdds:
 
 
 MULTIPLY_ADDS = MultiplyAdds()
+
+
+@dataclass(frozen=True)
+class BytesRead:
+    """The bytes that a token reads of weights in `format`, their scales, and thresholds and norms.
+
+    Biases are left out: a token reads them whatever is chosen. `itemsize` is that of the model's floats.
+    """
+
+    format: Format
+    itemsize: int
+
+    def dense(self, in_features: int, width: int) -> float:
+        return width * self.format.row_bytes(in_features, self.itemsize)
+
+    def rank(self, in_features: int, width: int) -> LinearCost:
+        stored = self.format.row_bytes(in_features, self.itemsize) + VECTOR
+        return LinearCost(0, stored, self._row(width))
+
+    def neuron(self, in_features: int, width: int) -> LinearCost:
+        return LinearCost(2 * VECTOR * in_features, 0, self._row(width))
+
+    def _row(self, width: int) -> float:
+        return self.format.for_rows(width).row_bytes(width, self.itemsize)
 
 
 def cost(model: CostModel, adapter: AdapterSpec) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from rana_kernels.allocation.request import Request
+from rana_kernels.allocation.specs import dense_spec
 from rana_kernels.checkpoint.resume import ResumeDir
 from rana_kernels.model.architectures import Block
 from rana_kernels.model.plan import AdapterSpec, Plan
@@ -24,6 +25,7 @@ class Method(ABC):
     summary        a few words for the help text
     needs          the arguments of `calibrate` that collect its statistics
     any_budget     whether it accepts `time_reduction` and `max_memory` besides `flops_reduction`
+    in_bytes       whether it accepts `bytes_reduction`
     searches       whether it measures plans, and so needs a `Search`
     """
 
@@ -31,6 +33,7 @@ class Method(ABC):
     summary: str
     needs: dict[str, Any]
     any_budget = False
+    in_bytes = False
     searches = False
 
     def check(self, model: nn.Module, blocks: list[Block], request: Request) -> None:
@@ -52,5 +55,11 @@ class Method(ABC):
 
 def chooser_of(plan: Plan) -> Chooser:
     """Return the chooser that looks each block up in a finished plan."""
-    by_name = {name: adapter for adapter in plan.adapters for name in adapter.names}
-    return lambda calibrated: list(dict.fromkeys(by_name[name] for name in calibrated.block.linears))
+    by_name = {name: adapter for adapter in plan.all_adapters for name in adapter.names}
+
+    def choose(calibrated: CalibratedBlock) -> list[AdapterSpec]:
+        if calibrated.block.head and calibrated.block.head not in by_name:
+            return [dense_spec(calibrated, calibrated.block.head)]
+        return list(dict.fromkeys(by_name[name] for name in calibrated.block.linears))
+
+    return choose

@@ -10,9 +10,11 @@ from rana_kernels.allocation.paper import Paper, Static
 from rana_kernels.allocation.rankadaptor import RankAdaptor
 from rana_kernels.allocation.request import Request, formats
 from rana_kernels.allocation.search import Search
+from rana_kernels.allocation.specs import dense_spec
 from rana_kernels.allocation.whole_model import WholeModel
 from rana_kernels.checkpoint.resume import ResumeDir
 from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.quantization.moments import INPUTS
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats
 
@@ -29,9 +31,10 @@ def plan(
     time_reduction: float | None = None,
     times: LatencyTable | None = None,
     max_memory: int | None = None,
-    bits: int = 16,
+    bytes_reduction: float | None = None,
+    bits: int | str = 16,
     group: int | None = 32,
-    lm_head_bits: int | None = None,
+    lm_head_bits: int | str | None = None,
     method: str = DEFAULT,
     search: Search | None = None,
     store: ResumeDir | None = None,
@@ -44,7 +47,10 @@ def plan(
     times            the measured times that `time_reduction` refers to
     max_memory       the bytes that these linears may store (weights, biases, thresholds and norms). A budget
                      of FLOPs alone does not limit them
-    bits             of the weights: 16 (floats of the model's dtype), 8 or 4
+    bytes_reduction  the fraction to save of the bytes that a token reads in these linears and lm_head,
+                     against floats. lm_head may get a mask, too. Only `global`
+    bits             of the weights: 16 (floats of the model's dtype), 8, 4, or "auto" in a budget of bytes:
+                     every linear gets the bits that lose least
     group            columns that share a scale in 8 and 4 bits: 32, 64, 128, or None for a whole row
     lm_head_bits     of the weight of lm_head. None: like `bits`
     method           a name in `METHODS`
@@ -55,25 +61,44 @@ def plan(
     for an unknown method, if statistics are missing, or for a reduction out of reach (the message says
     what is in reach).
     """
-    own, head = formats(stats.model, bits, group, lm_head_bits)
+    own, head_formats = formats(stats.model, bits, group, lm_head_bits)
     request = make_request(
         method, flops_reduction=flops_reduction, time_reduction=time_reduction, times=times,
-        max_memory=max_memory, search=search, format=own, lm_head_format=head,
+        max_memory=max_memory, bytes_reduction=bytes_reduction, search=search, formats=own,
+        lm_head_formats=head_formats,
     )  # fmt: skip
-    chosen = METHODS[method]
-    chosen.check(stats.model, stats.blocks, request)
-    stats.require(chosen.needs["inputs"])
+    METHODS[method].check(stats.model, stats.blocks, request)
+    stats.require(needs(request)["inputs"])
     choose = prepare(stats, request, store, progress)
     adapters: list[AdapterSpec] = []
     for block in track(stats.blocks, "planning", disable=not progress, transient=True):
         adapters += choose(CalibratedBlock(stats.model, block, stats))
-    return request.record(tuple(adapters))
+    head = None
+    if request.changes_head and stats.head is not None:
+        (head,) = choose(CalibratedBlock(stats.model, stats.head, stats))
+    return request.record(tuple(adapters), head if head is not None and head.changes else None)
+
+
+def needs(request: Request) -> dict[str, Any]:
+    """Return the arguments of `calibrate` that collect the statistics for a request."""
+    own = METHODS[request.method].needs
+    more = [*(INPUTS if request.quantized else ()), *(["lm_head"] if request.changes_head else [])]
+    return {**own, "inputs": tuple(sorted({*own["inputs"], *more}))}
 
 
 def prepare(stats: Stats, request: Request, store: ResumeDir | None, progress: bool) -> Chooser:
-    """Do what `Method.prepare` does. The chooser gives every adapter the format of the request."""
+    """Do what `Method.prepare` does, for lm_head too. Formats of which there is no choice are set here."""
     choose = METHODS[request.method].prepare(stats, request, store, progress)
-    return lambda calibrated: [adapter.with_format(request.format) for adapter in choose(calibrated)]
+
+    def choose_formats(calibrated: CalibratedBlock) -> list[AdapterSpec]:
+        head = calibrated.block.head
+        if head and not request.in_bytes:
+            return [dense_spec(calibrated, head).with_format(request.lm_head_formats[0])]
+        asked = request.lm_head_formats if head else request.formats
+        own = choose(calibrated)
+        return own if len(asked) > 1 else [adapter.with_format(asked[0]) for adapter in own]
+
+    return choose_formats
 
 
 def make_request(method: str, *, search: Search | None = None, **asked: Any) -> Request:
@@ -88,6 +113,9 @@ def make_request(method: str, *, search: Search | None = None, **asked: Any) -> 
             f"rana_kernels.allocation.search.Search with method {wanted!r}, and only there"
         )
     request = Request(method, search=search, **asked)
+    if request.in_bytes and not chosen.in_bytes:
+        able = " or ".join(repr(name) for name, other in METHODS.items() if other.in_bytes)
+        raise ValueError(f"method {method!r} does not count bytes: bytes_reduction wants method {able}")
     if not chosen.any_budget and (request.times or request.max_memory):
         able = " or ".join(repr(name) for name, other in METHODS.items() if other.any_budget)
         raise ValueError(

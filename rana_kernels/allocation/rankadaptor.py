@@ -17,17 +17,19 @@ from dataclasses import replace
 from rich.progress import track
 from torch import Tensor, nn
 
+from rana_kernels.allocation.curves import block_curves
 from rana_kernels.allocation.loss_model import InputShare
 from rana_kernels.allocation.method import Chooser, Method, chooser_of
 from rana_kernels.allocation.request import Request
 from rana_kernels.allocation.search import Search, best_allocation
 from rana_kernels.allocation.spending import Ways
-from rana_kernels.allocation.whole_model import block_curves, plan_curves
+from rana_kernels.allocation.whole_model import plan_curves
 from rana_kernels.checkpoint.resume import ResumeDir
 from rana_kernels.evaluation.metrics import perplexity
 from rana_kernels.model.architectures import is_described
 from rana_kernels.model.install import install_block, replace_modules
 from rana_kernels.model.plan import Plan
+from rana_kernels.nn.format import FLOAT
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats
 from rana_kernels.statistics.tensors import block_tensors, with_threshold
@@ -60,7 +62,7 @@ def plan_by_search(
         raise ValueError("method 'rankadaptor' measures perplexity, wanted a model of transformers")
     calibrated = [CalibratedBlock(model, block, stats) for block in stats.blocks]
     curves = [
-        block_curves(block, request.cost_model)
+        block_curves(block, request.pricing)
         for block in track(calibrated, "planning", disable=not progress, transient=True)
     ]
     reference = plan_curves(stats, [ways for block in curves for ways in block], request)
@@ -112,13 +114,14 @@ def _error(ways: Ways, plan: Plan) -> float:
 
 @contextmanager
 def installed(calibrated: list[CalibratedBlock], plan: Plan) -> Iterator[None]:
-    """Replace the model's linears by the modules of `plan`, and put the linears back at the end."""
+    """Replace the linears by the modules of `plan`, in floats, and put the linears back at the end."""
     model, choose = calibrated[0].model, chooser_of(plan)
     dense: dict[str, nn.Module] = {}
     try:
         for own in calibrated:
             # All tensors of a block are made before a linear is replaced: they are made from the linears.
-            block, adapters = own.block, [with_threshold(own, adapter) for adapter in choose(own)]
+            planned = [adapter.with_format(FLOAT) for adapter in choose(own)]
+            block, adapters = own.block, [with_threshold(own, adapter) for adapter in planned]
             tensors = block_tensors(own, adapters)
             names = (*([block.mlp] if block.mlp else []), *block.linears)
             dense |= {name: model.get_submodule(name) for name in names}

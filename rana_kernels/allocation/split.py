@@ -5,6 +5,7 @@ R·K + live·N multiply-adds allows, and takes the pair whose mask captures the 
 ranks. The same holds in any other unit, where a stored rank and a live rank have other costs.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,8 +54,29 @@ class Splits:
         self._energy = float((counts * self._value).sum())
         # ranks after the last multiple of 16 are never stored, but their energy counts as dropped
         self._energy += float(h[:, len(counts) * RANK_STEP :].square().sum(dtype=torch.float64))
+        self._own = counts.double()
         self._counts = counts.cumsum(0).double()
         self._ranks = torch.arange(1, len(counts) + 1, device=h.device, dtype=torch.float64) * RANK_STEP
+
+    def priced(self, line: LinearCost) -> "Splits":
+        """Return the splits of the same sample where rows cost something else."""
+        other = copy(self)
+        other.line = line
+        return other
+
+    def kept(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Return the live rows and the energy that a split keeps of every rank, means over tokens.
+
+        Both have one value for each stored rank, float64 [rank]: the mean over its sixteen.
+        """
+        stored = split.rank // RANK_STEP
+        room = split.live * self.tokens
+        bins = int(torch.searchsorted(self._counts[stored - 1].cumsum(0), room - 0.5)) + 1
+        counts = self._own[:stored, :bins]
+        parts = counts.sum(1), (counts * self._value[:bins]).sum(1)
+        share = max(1, self.tokens) * RANK_STEP
+        rows, energy = (part.div(share).repeat_interleave(RANK_STEP) for part in parts)
+        return rows, energy
 
     def best(self, budget: float) -> Split:
         """Return the split that drops the least energy at a cost of `budget` a token.

@@ -94,6 +94,7 @@ def write_manifest(directory: Path, model: nn.Module, plan: Plan, paths: Iterabl
         "compression": {
             "method": plan.method,
             "flops_reduction": plan.flops_reduction,
+            "bytes_reduction": plan.bytes_reduction,
             "block_flops_reduction": plan.reduction,
             "bits": list(plan.bits),
             "lm_head_bits": plan.lm_head_bits,

@@ -6,6 +6,7 @@ here relies on none of them.
 """
 
 import re
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -45,8 +46,8 @@ def write_card(model: nn.Module) -> str:
     lines.append(f"| bits of the weights | {describe_bits(plan)} |")
     lines += [f"| {name} | {saved} |" for name, saved in _savings(plan, made)]
     lines += ["", "Rows kept of rows stored, mean over the calibration's tokens:", ""]
-    lines += ["| linears | kind | kept / stored | of the dense cost |", "| --- | --- | --- | --- |"]
-    return "\n".join([*lines, *map(_adapter_row, plan.adapters), ""])
+    lines += ["| linears | kind | bits | kept / stored | of the dense cost |", f"|{' --- |' * 5}"]
+    return "\n".join([*lines, *map(_adapter_row, plan.all_adapters), ""])
 
 
 _HOW = """Linear layers of this model are replaced by adapters that skip, for each token, the work that adds
@@ -63,9 +64,18 @@ Without that import transformers refuses to load it."""
 
 
 def describe_bits(plan: Plan) -> str:
-    """Return the bits of a plan's weights in a few words."""
-    linears = dict.fromkeys(adapter.format for adapter in plan.adapters)
-    return f"{' and '.join(map(_words, linears))}; lm_head {_words(plan.lm_head_format)}"
+    """Return the bits of a plan's weights in a few words, with the linears of each width if they differ."""
+    linears = Counter(adapter.format for adapter in plan.adapters for _ in adapter.names)
+    if len(linears) == 1:
+        blocks = _words(next(iter(linears)))
+    else:
+        ordered = sorted(linears.items(), key=lambda item: -item[0].bits)
+        blocks = " and ".join(f"{_words(format)} ({count} linears)" for format, count in ordered)
+    head = plan.lm_head
+    kept = (
+        "" if head is None or head.kind == "dense" else f", {head.kind}s, {head.live:.0f} of {head.rank} kept"
+    )
+    return f"{blocks}; lm_head {_words(plan.lm_head_format)}{kept}"
 
 
 def _words(format: Format) -> str:
@@ -131,6 +141,10 @@ def _savings(plan: Plan, made: dict[str, Any]) -> list[tuple[str, str]]:
     if isinstance(time, float):
         what = "time saved there for one token, expected from measured kernels"
         rows.append((what, f"{time:.1%}{asked(plan.time_reduction)}"))
+    sizes = made.get("read_bytes")
+    if plan.bytes_reduction is not None and isinstance(sizes, dict) and _is_number(sizes, "before"):
+        saved = 1 - sizes["after"] / sizes["before"] if _is_number(sizes, "after") and sizes["before"] else 0
+        rows.append(("bytes saved that a token reads", f"{saved:.1%}{asked(plan.bytes_reduction)}"))
     if plan.max_memory is not None:
         rows.append(("most that these linears may store", f"{plan.max_memory / 1e6:.1f} MB"))
     return rows
@@ -152,4 +166,4 @@ def _plain(text: str) -> str:
 def _adapter_row(adapter: AdapterSpec) -> str:
     names = ", ".join(adapter.names)
     kept = "all" if adapter.kind == "dense" else f"{adapter.live:.0f} / {adapter.rank}"
-    return f"| {names} | {adapter.kind} | {kept} | {adapter.cost_ratio:.0%} |"
+    return f"| {names} | {adapter.kind} | {adapter.bits} | {kept} | {adapter.cost_ratio:.0%} |"

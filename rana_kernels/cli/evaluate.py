@@ -125,8 +125,8 @@ def _density(plan: Plan, counts: dict[str, LiveCount]) -> dict[str, Any]:
 
 def _read_bytes(model: Any, plan: Plan, counts: dict[str, LiveCount]) -> float:
     """Return the mean bytes that a token of this text reads in the linears of the blocks and lm_head."""
-    itemsize, total = model.dtype.itemsize, float(head_bytes(model))
-    for adapter in plan.adapters:
+    itemsize, total = model.dtype.itemsize, 0.0 if plan.lm_head else float(head_bytes(model))
+    for adapter in plan.all_adapters:
         count = counts.get(adapter.names[0])
         measured = adapter if count is None else replace(adapter, live=count.mean)
         total += measured.read_bytes(itemsize)

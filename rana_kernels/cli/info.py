@@ -11,6 +11,7 @@ from rana_kernels.checkpoint.attachment import read_plan
 from rana_kernels.checkpoint.manifest import read_manifest
 from rana_kernels.checkpoint.model_card import describe_bits
 from rana_kernels.cli.options import AsJson, app, print_json
+from rana_kernels.model.plan import Plan
 
 
 @app.command("info")
@@ -37,6 +38,10 @@ def show_info(
         print("\n".join(f"{name}: {value}" for name, value in facts.items()))
 
 
+def _linears(plan: Plan, bits: int) -> int:
+    return sum(len(adapter.names) for adapter in plan.adapters if adapter.bits == bits)
+
+
 def _facts(directory: Path) -> dict[str, Any]:
     manifest, plan = read_manifest(directory), read_plan(directory)
     itemsize = getattr(torch, manifest.facts["base"]["dtype"]).itemsize
@@ -44,7 +49,9 @@ def _facts(directory: Path) -> dict[str, Any]:
         "method": plan.method,
         "block_flops_reduction": plan.reduction,
         "bits": describe_bits(plan),
+        "linears_by_bits": {bits: _linears(plan, bits) for bits in plan.bits},
         "stored_bytes": manifest.facts["stored_bytes"],
         "block_stored_bytes": plan.stored_bytes(itemsize),
         "block_read_bytes": round(plan.read_bytes(itemsize)),
+        "lm_head_read_bytes": None if plan.lm_head is None else round(plan.lm_head.read_bytes(itemsize)),
     }

@@ -42,11 +42,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 
 class Bits(str, Enum):
-    """The bits of a weight. With 16, it has the dtype of the model."""
+    """The bits of a weight. With 16, it has the dtype of the model. auto: a choice for every linear."""
 
     sixteen = "16"
     eight = "8"
     four = "4"
+    auto = "auto"
+
+    @property
+    def number(self) -> int | str:
+        """As in `rana_kernels.compress`: a number, or "auto"."""
+        return self.value if self is Bits.auto else int(self.value)
 
 
 class Group(str, Enum):

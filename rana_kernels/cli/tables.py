@@ -98,12 +98,14 @@ def show_tuning(choices: dict[str, Any], path: Path) -> None:
 def _rank_table(plan: Plan) -> Table:
     """Return the table of kept and stored rows, with one line for each layer."""
     layers: dict[str, dict[str, str]] = {}
-    for adapter in plan.adapters:
+    for adapter in plan.all_adapters:
         layer, column = _layer_and_linears(adapter)
         shown = "dense" if adapter.kind == "dense" else f"{adapter.live:.0f}/{adapter.rank}"
+        shown += f" in {adapter.bits}" if len(plan.bits) > 1 else ""
         layers.setdefault(layer, {})[column] = shown
     columns = list(dict.fromkeys(column for cells in layers.values() for column in cells))
-    table = Table("layer", *columns, title="Rows kept of rows stored, mean over tokens", title_justify="left")
+    title = "Rows kept of rows stored, mean over tokens" + (", and bits" if len(plan.bits) > 1 else "")
+    table = Table("layer", *columns, title=title, title_justify="left")
     for layer, cells in layers.items():
         table.add_row(layer, *(cells.get(column, "") for column in columns))
     return table

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rana_kernels.checkpoint.manifest import versions
 from rana_kernels.model.architectures import Block
-from rana_kernels.model.install import output_head
+from rana_kernels.model.head import output_head
 from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.ops import reference
 from rana_kernels.statistics.block import CalibratedBlock
@@ -135,6 +135,12 @@ def head_bytes(model: nn.Module) -> int:
     return 0 if head is None else model_bytes(head)
 
 
+def read_bytes(model: nn.Module, plan: Plan, itemsize: int) -> int:
+    """Return the bytes that a token reads in the linears of the blocks and lm_head of a compressed model."""
+    head = head_bytes(model) if plan.lm_head is None else plan.lm_head.read_bytes(itemsize)
+    return round(plan.read_bytes(itemsize) + head)
+
+
 def block_bytes(model: nn.Module, blocks: list[Block]) -> int:
     """Return the bytes that `max_memory` limits: the linears of the blocks, or their replacements."""
     total = 0
@@ -148,10 +154,11 @@ def block_bytes(model: nn.Module, blocks: list[Block]) -> int:
 
 def model_flops_reduction(model: nn.Module, blocks: list[Block], plan: Plan) -> float:
     """Return the FLOPs reduction over the blocks' linears, lm_head and the experts that a token uses."""
-    head = output_head(model)
-    flops = 2 * head.in_features * head.out_features if head is not None else 0
-    flops += sum(_expert_flops(model, block.experts) for block in blocks if block.experts)
-    return 1 - (plan.flops + flops) / (plan.dense_flops + flops)
+    head, own = output_head(model), plan.lm_head
+    experts = sum(_expert_flops(model, block.experts) for block in blocks if block.experts)
+    dense = 2 * head.in_features * head.out_features if head is not None else 0
+    kept = dense if own is None else own.flops
+    return 1 - (plan.flops + kept + experts) / (plan.dense_flops + dense + experts)
 
 
 def _expert_flops(model: nn.Module, name: str) -> float:

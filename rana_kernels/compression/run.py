@@ -4,13 +4,13 @@ A method that plans block by block decomposes each linear once. A method with on
 decomposes every linear before it decides, and the chosen ones again for their modules: to keep all factors
 would take the memory of two more models. A block's factors are dropped when its modules are in place, so
 there are never two copies of the model. Only linears are replaced: embeddings and norms stay, and in 16 bits
-so do the weights of lm_head and of linears that are left dense. In 8 and 4 bits, every weight of a block is
-rounded when the block's adapters are computed, and the weight of lm_head at the end.
+so do the weights of linears that are left dense. In 8 and 4 bits, every weight of a block is rounded when the
+block's adapters are computed. lm_head comes last, as a block of its own.
 """
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rana_kernels.allocation.cost import reduction
 from rana_kernels.allocation.latency import LatencyTable
 from rana_kernels.allocation.method import Chooser, chooser_of
-from rana_kernels.allocation.methods import DEFAULT, METHODS, make_request, prepare
+from rana_kernels.allocation.methods import DEFAULT, METHODS, make_request, needs, prepare
 from rana_kernels.allocation.request import formats
 from rana_kernels.allocation.search import Search
 from rana_kernels.checkpoint.attachment import attach_plan
@@ -34,24 +34,17 @@ from rana_kernels.compression.report import (
     measure,
     model_bytes,
     model_flops_reduction,
+    read_bytes,
 )
 from rana_kernels.model.architectures import Block, describe, find_blocks
-from rana_kernels.model.install import (
-    build_head,
-    check_plan,
-    dense_names,
-    install_block,
-    output_head,
-    replace_modules,
-    untie_head,
-)
+from rana_kernels.model.head import require_head, untie_head
+from rana_kernels.model.install import check_adapter, check_plan, dense_names, install_block
 from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
-from rana_kernels.nn.base import fill_module
 from rana_kernels.nn.dense import serve_dense
-from rana_kernels.nn.format import Format
-from rana_kernels.quantization.block import INPUTS, quantize_block
-from rana_kernels.quantization.rounding import quantize
+from rana_kernels.nn.format import FLOAT, Format
+from rana_kernels.quantization.block import quantize_block
+from rana_kernels.quantization.moments import INPUTS
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats, calibrate_blocks
 from rana_kernels.statistics.tensors import block_tensors, with_threshold
@@ -66,9 +59,10 @@ def compress(
     time_reduction: float | None = None,
     times: LatencyTable | None = None,
     max_memory: int | None = None,
-    bits: int = 16,
+    bytes_reduction: float | None = None,
+    bits: int | str = 16,
     group: int | None = 32,
-    lm_head_bits: int | None = None,
+    lm_head_bits: int | str | None = None,
     method: str = DEFAULT,
     search: Search | None = None,
     plan: Plan | None = None,
@@ -81,12 +75,15 @@ def compress(
 
     calibration       as in `calibrate`. Give this or `stats`
     flops_reduction   the fraction to save of the FLOPs of the blocks' linears, by `method`. Give this,
-                      `time_reduction` or a `plan`
+                      `time_reduction`, `bytes_reduction` or a `plan`
     time_reduction    the fraction to save of the time that these linears take for one token
     times             the measured times that `time_reduction` refers to
     max_memory        the bytes that these linears may store (weights, biases, thresholds, norms)
+    bytes_reduction   the fraction to save of the bytes that a token reads in these linears and lm_head,
+                      against the floats of the model. lm_head may then get a mask, too
     bits              of the weights: 16 (floats of the model's dtype), 8 or 4. They are rounded by GPTQ
-                      (arXiv 2210.17323) where the statistics have the moment of the weight's input
+                      (arXiv 2210.17323) under the second moments of the calibration. "auto", with
+                      `bytes_reduction`: every linear gets the bits that lose least, together with its mask
     group             columns of a weight that share a scale in 8 and 4 bits: 32, 64, 128, or None for a whole
                       row
     lm_head_bits      of the weight of lm_head. None: like `bits`. An lm_head that is tied to the embedding
@@ -113,7 +110,7 @@ def compress(
         linear_of(model, name)  # refuses adapters and quantised weights before any work
     asked = {
         "flops_reduction": flops_reduction, "time_reduction": time_reduction, "times": times,
-        "max_memory": max_memory, "search": search,
+        "max_memory": max_memory, "bytes_reduction": bytes_reduction, "search": search,
     }  # fmt: skip
     target = _target(model, blocks, plan, method, asked, formats(model, bits, group, lm_head_bits))
     if stats is None:
@@ -126,9 +123,15 @@ def compress(
     bytes_before, block_bytes_before = model_bytes(model), block_bytes(model, blocks)
     read_bytes_before = block_bytes_before + head_bytes(model)
     itemsize = linear_of(model, blocks[0].linears[0]).weight.element_size()
-    adapters, measured = _compress_blocks(stats, target.prepare(stats, store, progress), store, progress)
+    choose = target.prepare(stats, store, progress)
+    adapters, measured = _compress_blocks(stats, stats.blocks, choose, store, progress)
     done = target.start.with_adapters(tuple(adapters))
-    _serve_the_rest(model, done)
+    if target.head and stats.head is not None:
+        (own,), of_head = _compress_blocks(stats, [stats.head], choose, store, progress=False)
+        done, measured = replace(done, lm_head=own if own.changes else None), measured + of_head
+    if done.lm_head is not None:
+        untie_head(model)
+    serve_dense(model, dense_names(model, done))
     use_huge_pages(model)
     report = CompressReport(
         plan=done,
@@ -140,7 +143,7 @@ def compress(
         block_bytes_before=block_bytes_before,
         block_bytes_after=block_bytes(model, blocks),
         read_bytes_before=read_bytes_before,
-        read_bytes_after=round(done.read_bytes(itemsize)) + head_bytes(model),
+        read_bytes_after=read_bytes(model, done, itemsize),
         block_time_reduction=reduction(times, done) if times else None,
         seconds=time.monotonic() - started,
     )
@@ -156,12 +159,14 @@ class _Target:
     needs         the arguments of `calibrate`
     description   all that the outcome depends on besides the model and the statistics
     start         the plan that gets the finished adapters
+    head          whether lm_head may be replaced
     prepare       makes the chooser from the statistics, the store and whether to show progress
     """
 
     needs: dict[str, Any]
     description: str
     start: Plan
+    head: bool
     prepare: Callable[[Stats, ResumeDir | None, bool], Chooser]
 
 
@@ -171,32 +176,26 @@ def _target(
     plan: Plan | None,
     method: str,
     asked: dict[str, Any],
-    formats: tuple[Format, Format],
+    formats: tuple[tuple[Format, ...], tuple[Format, ...]],
 ) -> _Target:
     """Check what is asked for against the model. Raise ValueError if the two do not fit."""
     own, head = formats
     if plan is None:
-        request = make_request(method, **asked, format=own, lm_head_format=head)
+        request = make_request(method, **asked, formats=own, lm_head_formats=head)
         METHODS[method].check(model, blocks, request)
-        needs = method_needs(method, own.bits)
 
         def prepare_own(stats: Stats, store: ResumeDir | None, progress: bool) -> Chooser:
             return prepare(stats, request, store, progress)
 
-        return _Target(needs, repr(request), request.record(), prepare_own)
+        return _Target(needs(request), repr(request), request.record(), request.changes_head, prepare_own)
     given = [name for name, value in asked.items() if value is not None]
-    given += ["bits"] if own.quantized or head.quantized else []
+    given += ["bits"] if (own, head) != ((FLOAT,), (FLOAT,)) else []
     if given:
         raise ValueError(f"compress: a plan is given, and {', '.join(given)}: wanted exactly one of them")
-    needs = _needs_of(check_plan(model, blocks, plan), plan)
-    return _Target(needs, plan.to_json(), plan, lambda *_: chooser_of(plan))
-
-
-def method_needs(method: str, bits: int = 16) -> dict[str, Any]:
-    """Return the arguments of `calibrate` that collect the statistics for a method and its bits."""
-    needs = METHODS[method].needs
-    more = INPUTS if bits < 16 else ()
-    return {**needs, "inputs": tuple(sorted({*needs["inputs"], *more}))}
+    found = _needs_of(check_plan(model, blocks, plan), plan)
+    if plan.lm_head is not None:
+        check_adapter(model, require_head(model), plan.lm_head)
+    return _Target(found, plan.to_json(), plan, plan.lm_head is not None, lambda *_: chooser_of(plan))
 
 
 def _needs_of(planned: list[tuple[Block, list[AdapterSpec]]], plan: Plan) -> dict[str, Any]:
@@ -210,29 +209,17 @@ def _needs_of(planned: list[tuple[Block, list[AdapterSpec]]], plan: Plan) -> dic
             name = next(key for key, readers in block.inputs.items() if adapter.names[0] in readers)
             if adapter.kind == "rank" or (adapter.kind == "neuron" and name != "down"):
                 needed.add(name)
-    return {"inputs": tuple(sorted(needed)), "gradients": any(a.metric == "loss" for a in plan.adapters)}
-
-
-def _serve_the_rest(model: nn.Module, plan: Plan) -> None:
-    """Replace the linears that stay dense in floats, and lm_head, which may be quantised."""
-    format, head = plan.lm_head_format, output_head(model)
-    if format.quantized:
-        weight, scale = quantize(head.weight, format.bits, format.group)
-        untie_head(model)
-        modules = build_head(model, format)
-        for module in modules.values():
-            fill_module(module, qweight=weight, qweight_scale=scale, bias=head.bias)
-        replace_modules(model, modules)
-    serve_dense(model, dense_names(model, plan))
+    needed |= {"lm_head"} if plan.lm_head is not None else set()
+    return {"inputs": tuple(sorted(needed)), "gradients": any(a.metric == "loss" for a in plan.all_adapters)}
 
 
 def _compress_blocks(
-    stats: Stats, choose: Chooser, store: ResumeDir | None, progress: bool
+    stats: Stats, blocks: list[Block], choose: Chooser, store: ResumeDir | None, progress: bool
 ) -> tuple[list[AdapterSpec], list[AdapterReport]]:
-    """Replace the linears of all blocks. Return the adapters and their measurements."""
+    """Replace the linears of these blocks. Return the adapters and their measurements."""
     adapters: list[AdapterSpec] = []
     measured: list[AdapterReport] = []
-    for block in track(stats.blocks, "compressing", disable=not progress, transient=True):
+    for block in track(blocks, "compressing", disable=not progress, transient=True):
         tensors, found, reports = _compress_block(CalibratedBlock(stats.model, block, stats), choose, store)
         install_block(stats.model, block, found, tensors)
         adapters += found

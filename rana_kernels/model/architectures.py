@@ -105,6 +105,7 @@ class Block:
     act          the module that computes the activation of the MLP
     activation   the name of the activation in `masked_mlp`, or None if no op computes it
     experts      the mixture of experts, which stays dense
+    head         lm_head, in the one block that has nothing else (`head.py`)
 
     With an activation of None or no `mlp`, the MLP module stays and its linears are adapted one by one.
     """
@@ -119,6 +120,7 @@ class Block:
     act: str
     activation: str | None
     experts: str = ""
+    head: str = ""
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -134,6 +136,7 @@ class Block:
     def inputs(self) -> dict[str, tuple[str, ...]]:
         """The distinct inputs of the block's linears, and the linears that read each."""
         readers = {"qkv": self.qkv, "o": (self.o,), "mlp": self.expanding, "down": (self.down,)}
+        readers["lm_head"] = (self.head,)
         return {name: linears for name, linears in readers.items() if any(linears)}
 
 

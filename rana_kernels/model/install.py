@@ -4,18 +4,16 @@ A checkpoint loader calls `install`: it builds every module empty, on the device
 linears that it replaces (the meta device included). The loader then fills it.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from rana_kernels.model.architectures import Block, find_blocks
+from rana_kernels.model.head import head_names, is_tied, require_head
 from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.nn.adapters import joint_linears
 from rana_kernels.nn.base import fill_module
 from rana_kernels.nn.dense import QuantizedLinear, serve_dense
-from rana_kernels.nn.format import Format
 from rana_kernels.nn.mlp import RanaMLP
 
 
@@ -27,51 +25,30 @@ def install(model: nn.Module, plan: Plan) -> None:
     for block, adapters in check_plan(model, find_blocks(model), plan):
         like = linear_of(model, block.linears[0]).weight
         replace_modules(model, build_block(block, adapters, like.device, like.dtype))
-    if plan.lm_head_format.quantized:
-        replace_modules(model, build_head(model, plan.lm_head_format))
+    if plan.lm_head is not None:
+        replace_modules(model, build_head(model, plan.lm_head))
     serve_dense(model, dense_names(model, plan))
 
 
 def dense_names(model: nn.Module, plan: Plan) -> list[str]:
     """Return the dense linears of floats: those in the plan, and lm_head if the model has one."""
     own = [a.names[0] for a in plan.adapters if a.kind == "dense" and not a.format.quantized]
-    return own + ([] if plan.lm_head_format.quantized else head_names(model))
+    return own + (head_names(model) if plan.lm_head is None else [])
 
 
-def head_names(model: nn.Module) -> list[str]:
-    """Return the full name of lm_head, in a list that is empty if the model has none."""
-    head = output_head(model)
-    return [name for name, module in model.named_modules() if module is head]
-
-
-def build_head(model: nn.Module, format: Format) -> dict[str, nn.Module]:
+def build_head(model: nn.Module, adapter: AdapterSpec) -> dict[str, nn.Module]:
     """Return the empty module that replaces lm_head, by full name.
 
-    Raises ValueError unless the model has an lm_head that is a linear with a weight of its own.
+    Raises ValueError unless the model has an lm_head that fits `adapter` and has a weight of its own.
     """
-    names, head = head_names(model), output_head(model)
-    if not names or not isinstance(head, nn.Linear):
-        raise ValueError(f"lm_head is a {type(head).__name__}, wanted torch.nn.Linear: give lm_head_bits=16")
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        raise ValueError(f"{names[0]} is tied to the embedding, wanted one of its own to quantise")
-    sizes, like = (head.in_features, head.out_features, head.bias is not None), head.weight
-    return {names[0]: QuantizedLinear(*sizes, format, device=like.device, dtype=like.dtype)}
-
-
-def untie_head(model: nn.Module) -> None:
-    """Give lm_head a weight of its own in the eyes of transformers. The tensors stay as they are."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
-        tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
-        for name in head_names(model):
-            tied.pop(f"{name}.weight", None)
-
-
-def output_head(model: nn.Module) -> Any:
-    """Return the module that makes logits (lm_head), or None."""
-    find: Any = getattr(model, "get_output_embeddings", lambda: None)
-    return find()
+    block = require_head(model)
+    if adapter.names != (block.head,):
+        raise ValueError(f"the plan has {adapter.names} as lm_head, the model {block.head}")
+    check_adapter(model, block, adapter)
+    if is_tied(model):
+        raise ValueError(f"{block.head} is tied to the embedding, wanted one of its own to replace")
+    like = linear_of(model, block.head).weight
+    return build_block(block, [adapter], like.device, like.dtype)
 
 
 def install_block(
@@ -108,14 +85,15 @@ def check_plan(model: nn.Module, blocks: list[Block], plan: Plan) -> list[tuple[
             )
         adapters = list(dict.fromkeys(left.pop(name) for name in block.linears))
         for adapter in adapters:
-            _check_adapter(model, block, adapter)
+            check_adapter(model, block, adapter)
         pairs.append((block, adapters))
     if left:
         raise ValueError(f"the plan has {', '.join(left)}, which are no linears of this model's blocks")
     return pairs
 
 
-def _check_adapter(model: nn.Module, block: Block, adapter: AdapterSpec) -> None:
+def check_adapter(model: nn.Module, block: Block, adapter: AdapterSpec) -> None:
+    """Raise ValueError if an adapter does not fit the linears of its block."""
     linears = [linear_of(model, name) for name in adapter.names]
     K, widths = linears[0].in_features, tuple(linear.out_features for linear in linears)
     if (adapter.in_features, adapter.out_features) != (K, widths):

@@ -74,6 +74,11 @@ class AdapterSpec:
         """The format of its weights. `rows` with an odd number of columns have 8 bits instead of 4."""
         return Format(self.bits, self.group)
 
+    @property
+    def changes(self) -> bool:
+        """Whether a module takes the place of its linears."""
+        return self.kind != "dense" or self.format.quantized
+
     def with_format(self, format: Format) -> "AdapterSpec":
         return replace(self, bits=format.bits, group=format.group)
 
@@ -114,8 +119,9 @@ class Plan:
     flops_reduction   the requested reduction of FLOPs, or None
     time_reduction    the requested reduction of time, or None
     max_memory        the requested limit of the bytes of these linears, or None
-    lm_head_bits      of the weight of lm_head: 16 (floats of the model's dtype), 8 or 4
-    lm_head_group     columns of that weight that share a scale: 32, 64, 128, or None for a whole row
+    bytes_reduction   the requested reduction of the bytes that a token reads, or None
+    lm_head           the adapter in place of lm_head: masked, or dense in 8 or 4 bits. None: it keeps its
+                      floats
 
     `reduction` is the reduction of FLOPs that the adapters really have.
     """
@@ -125,13 +131,16 @@ class Plan:
     flops_reduction: float | None = None
     time_reduction: float | None = None
     max_memory: int | None = None
-    lm_head_bits: int = 16
-    lm_head_group: int | None = None
+    bytes_reduction: float | None = None
+    lm_head: AdapterSpec | None = None
 
     def __post_init__(self) -> None:
-        _require_format("Plan", "lm_head_", self.lm_head_bits, self.lm_head_group)
+        head = self.lm_head
+        fine = head is None or (isinstance(head, AdapterSpec) and len(head.names) == 1)
+        _require(fine, "Plan", "lm_head", head, "None or an adapter of one linear")
+        _require(head is None or head.changes, "Plan", "lm_head", head, "None, because it stays as it is")
         _require(isinstance(self.method, str), "Plan", "method", self.method, "a string")
-        for unit in ("flops_reduction", "time_reduction"):
+        for unit in ("flops_reduction", "time_reduction", "bytes_reduction"):
             asked = getattr(self, unit)
             fine = asked is None or (_is_number(asked) and 0 <= asked < 1)
             _require(fine, "Plan", unit, asked, "None or a number in [0, 1)")
@@ -139,7 +148,7 @@ class Plan:
         fine = cap is None or (isinstance(cap, int) and not isinstance(cap, bool) and cap > 0)
         _require(fine, "Plan", "max_memory", cap, "None or a positive whole number of bytes")
         seen: set[str] = set()
-        for name in (name for adapter in self.adapters for name in adapter.names):
+        for name in (name for adapter in self.all_adapters for name in adapter.names):
             _require(name not in seen, "Plan", f"the linear {name!r}", "two adapters", "one")
             seen.add(name)
 
@@ -157,8 +166,18 @@ class Plan:
         return 1 - self.flops / self.dense_flops if self.adapters else 0.0
 
     @property
+    def all_adapters(self) -> tuple[AdapterSpec, ...]:
+        """Its adapters, and that of lm_head if it has one."""
+        return self.adapters if self.lm_head is None else (*self.adapters, self.lm_head)
+
+    @property
     def lm_head_format(self) -> Format:
-        return Format(self.lm_head_bits, self.lm_head_group)
+        """The format of the weights of lm_head."""
+        return Format() if self.lm_head is None else self.lm_head.format
+
+    @property
+    def lm_head_bits(self) -> int:
+        return self.lm_head_format.bits
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -196,7 +215,9 @@ class Plan:
         entries = data.get("adapters")
         _require(isinstance(entries, list), "Plan", "adapters", entries, "a list")
         adapters = tuple(_read(AdapterSpec, entry, f"adapters[{i}]") for i, entry in enumerate(entries))
-        return _read(Plan, {**data, "adapters": adapters}, "Plan")
+        head = data.get("lm_head")
+        head = None if head is None else _read(AdapterSpec, head, "lm_head")
+        return _read(Plan, {**data, "adapters": adapters, "lm_head": head}, "Plan")
 
 
 def _read(kind: type, data: Any, where: str):

@@ -24,15 +24,32 @@ def feedback(moment: Tensor) -> Tensor:
     Its row i says how the error of line i is spread over later lines. A line whose input is always 0 gets and
     gives nothing. Raises ValueError for a moment that is not positive semi-definite.
     """
+    factor = _factor(moment)
+    unit = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, unit, upper=True).float()
+
+
+def unexplained(moment: Tensor) -> Tensor:
+    """Return [n] float64: the part of each line's mean squared input that later lines cannot make good.
+
+    GPTQ changes y by the sum of these parts, each times the squared rounding error of its line. They are the
+    squares of 1 / U_ii.
+    """
+    return _factor(moment).diagonal().square()
+
+
+def _factor(moment: Tensor) -> Tensor:
+    """Return the upper triangular V [n, n] float64 with V Vᵀ = moment + damping, which is U⁻¹.
+
+    With the order of lines reversed, it is the lower Cholesky factor.
+    """
     wide = moment.double()
     mean = float(wide.diagonal().mean()) if len(wide) else 0.0
     damped = wide + torch.eye(len(wide), dtype=wide.dtype, device=wide.device) * (DAMPING * mean or 1.0)
-    # With the order of lines reversed, the inverse of the lower Cholesky factor is U itself.
     factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if failed:
         raise ValueError("quantize: the moment is not positive semi-definite: calibrate again")
-    unit = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    return torch.linalg.solve_triangular(factor.flip(0, 1), unit, upper=True).float()
+    return factor.flip(0, 1)
 
 
 def spread_errors(lines: Tensor, U: Tensor, round_line: RoundLine) -> None:

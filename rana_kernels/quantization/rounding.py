@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rana_kernels.ops.quantized import GROUPS, groups_of, pack_int4
-from rana_kernels.quantization.gptq import DAMPING, feedback, spread_errors
+from rana_kernels.quantization.gptq import DAMPING, feedback, spread_errors, unexplained
 from rana_kernels.quantization.steps import BOUNDS, CHUNK, find_steps, grouped, round_to
 
 LARGEST_FLOAT16 = 65504.0
@@ -12,7 +12,13 @@ SMALLEST = 2.0**-20  # the least step that the largest value may have: float16 k
 
 
 def quantize(
-    weight: Tensor, bits: int, group: int | None = 32, moment: Tensor | None = None, *, along: str = "columns"
+    weight: Tensor,
+    bits: int,
+    group: int | None = 32,
+    moment: Tensor | None = None,
+    *,
+    along: str = "columns",
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (quantised weight, scale) of a float weight [R, N], as the ops take them.
 
@@ -24,6 +30,8 @@ def quantize(
              spread by GPTQ (arXiv 2210.17323). None: every value is rounded to nearest
     along    what the input multiplies. "columns": y = weight @ x, moment [N, N], as for B and dense weights.
              "rows": y = h @ weight, moment [R, R], as for `rows`
+    importance  how much the squared error of each column counts where a step is searched for [N], positive.
+             Along the columns, the moment says this
 
     The scale is float16 [R, groups]. In 4 bits, the step of a group is searched for least squared error, and
     it may be negative (`steps.py`). Raises ValueError for arguments that do not fit, for values that are not
@@ -33,63 +41,115 @@ def quantize(
     _check(weight, bits, group, moment, along)
     size = max(1, weight.shape[1] if group is None else group)
     if moment is None:
-        q, steps = _to_nearest(weight, bits, size)
+        pairs = [_to_nearest(part, bits, size, importance) for part in _parts(weight)]
+    elif along == "rows":
+        pairs = [_along_rows(weight.float(), bits, size, moment.to(weight.device), importance)]
     else:
-        spread_out = _along_rows if along == "rows" else _along_columns
-        values, steps = spread_out(weight.float(), bits, size, moment.to(weight.device))
-        q = _whole_numbers(values, steps, bits, size)
+        pairs = _along_columns(weight, bits, size, moment.to(weight.device))
+    q, steps = (torch.cat(each) for each in zip(*pairs, strict=True))
     return (pack_int4(q) if bits == 4 else q), steps.half()
 
 
-def _to_nearest(weight: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
-    """Return the whole numbers int8 [R, N] and their steps. Few rows at a time need little extra memory."""
-    parts = weight.split(max(1, CHUNK // max(1, weight.shape[1])))
-    steps = [find_steps(grouped(part.float(), size), bits) for part in parts]
-    whole = [_whole_numbers(part.float(), own, bits, size) for part, own in zip(parts, steps, strict=True)]
-    return torch.cat(whole), torch.cat(steps)
+def column_errors(weight: Tensor, bits: int, group: int | None, moment: Tensor) -> Tensor:
+    """Estimate E[(δ_r x)²] float64 [R] of the rows of a weight that GPTQ rounds along the columns.
+
+    moment   E[x xᵀ] [N, N]
+    """
+    parts, size = unexplained_inputs(moment), max(1, weight.shape[1] if group is None else group)
+    errors = [_nearest_errors(part, bits, size, _importance(moment)) for part in _parts(weight)]
+    return torch.cat([error.double() @ parts for error in errors])
+
+
+def row_errors(weight: Tensor, bits: int, group: int | None, importance: Tensor) -> Tensor:
+    """Return Σ_n importance_n · δ_rn² float64 [R] of the rows of a weight that is rounded to nearest."""
+    size = max(1, weight.shape[1] if group is None else group)
+    errors = [_nearest_errors(part, bits, size, importance) for part in _parts(weight)]
+    return torch.cat([error.double() @ importance.double() for error in errors])
+
+
+def unexplained_inputs(moment: Tensor) -> Tensor:
+    """Return `gptq.unexplained` [n], in the order of the inputs, of lines in the order of `quantize`."""
+    order = _falling(moment)
+    return unexplained(moment[order][:, order])[order.argsort()]
+
+
+def _parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Return the weight as parts of a few rows, which need little extra memory."""
+    return weight.split(max(1, CHUNK // max(1, weight.shape[1])))
+
+
+def _to_nearest(
+    weight: Tensor, bits: int, size: int, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the whole numbers int8 [R, N] and their steps."""
+    values = weight.float()
+    steps = find_steps(
+        grouped(values, size), bits, None if importance is None else grouped(importance.float(), size)
+    )
+    return _whole_numbers(values, steps, bits, size), steps
+
+
+def _nearest_errors(weight: Tensor, bits: int, size: int, importance: Tensor) -> Tensor:
+    """Return the squared errors [R, N] float32 of rounding to nearest."""
+    q, steps = _to_nearest(weight, bits, size, importance)
+    return (q * _spread(steps, size, weight.shape[1]) - weight.float()).square()
 
 
 def _whole_numbers(values: Tensor, steps: Tensor, bits: int, size: int) -> Tensor:
     return round_to(values, _spread(steps, size, values.shape[1]), bits).to(torch.int8)
 
 
-def _along_rows(values: Tensor, bits: int, size: int, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rounded values and their steps. The steps of a row are chosen when it is reached."""
-    order, U = _falling(moment)
+def _along_rows(
+    values: Tensor, bits: int, size: int, moment: Tensor, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the whole numbers and their steps. The steps of a row are chosen when it is reached."""
+    order = _falling(moment)
     lines, steps = values[order], values.new_zeros(len(values), groups_of(values.shape[1], size))
+    counts = None if importance is None else grouped(importance.float(), size)
 
     def round_line(i: int, lines: Tensor) -> Tensor:
-        steps[i] = find_steps(grouped(lines[i], size), bits)
+        steps[i] = find_steps(grouped(lines[i], size), bits, counts)
         own = _spread(steps[i], size, lines.shape[1])
         return round_to(lines[i], own, bits) * own
 
-    spread_errors(lines, U, round_line)
+    spread_errors(lines, feedback(moment[order][:, order]), round_line)
     back = order.argsort()
-    return lines[back], steps[back]
+    return _whole_numbers(lines[back], steps[back], bits, size), steps[back]
 
 
-def _along_columns(values: Tensor, bits: int, size: int, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rounded values and their steps. The steps come first, because a group has many lines."""
-    order, U = _falling(moment)
-    importance = moment.diagonal() + DAMPING * moment.diagonal().mean()
-    steps = find_steps(grouped(values, size), bits, grouped(importance.float(), size))
-    lines, group_of = values.T[order].contiguous(), (order // size).tolist()
+def _along_columns(weight: Tensor, bits: int, size: int, moment: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the whole numbers and steps of parts of the rows, which do not depend on one another.
 
-    def round_line(i: int, lines: Tensor) -> Tensor:
-        own = steps[:, group_of[i]]
-        return round_to(lines[i], own, bits) * own
+    The steps come first, because a group has many lines.
+    """
+    order = _falling(moment)
+    U, group_of = feedback(moment[order][:, order]), (order // size).tolist()
 
-    spread_errors(lines, U, round_line)
-    return lines.T[:, order.argsort()], steps
+    def rounded(values: Tensor) -> tuple[Tensor, Tensor]:
+        steps = find_steps(grouped(values, size), bits, grouped(_importance(moment), size))
+        lines = values.T[order].contiguous()
+
+        def round_line(i: int, lines: Tensor) -> Tensor:
+            own = steps[:, group_of[i]]
+            return round_to(lines[i], own, bits) * own
+
+        spread_errors(lines, U, round_line)
+        return _whole_numbers(lines.T[:, order.argsort()], steps, bits, size), steps
+
+    return [rounded(part.float()) for part in _parts(weight)]
 
 
-def _falling(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an order of the lines and the feedback in this order.
+def _importance(moment: Tensor) -> Tensor:
+    """Return how much the errors of each column count, float32 [N]."""
+    return (moment.diagonal() + DAMPING * moment.diagonal().mean()).float()
+
+
+def _falling(moment: Tensor) -> Tensor:
+    """Return the order in which lines are rounded.
 
     Lines with large inputs come first, because their errors can be spread over most other lines.
     """
-    order = moment.diagonal().argsort(descending=True, stable=True)
-    return order, feedback(moment[order][:, order])
+    return moment.diagonal().argsort(descending=True, stable=True)
 
 
 def _spread(steps: Tensor, size: int, columns: int) -> Tensor:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from rana_kernels.model.architectures import Block, decoder_name, find_blocks, is_described
+from rana_kernels.model.head import head_block
 from rana_kernels.statistics.fisher import FisherDiagonal
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
 
-INPUTS = ("qkv", "o", "mlp", "down")
+INPUTS = ("qkv", "o", "mlp", "down", "lm_head")
 
 
 @dataclass
@@ -43,10 +44,11 @@ class Stats:
 
     model       the calibrated model, because plans need its weights too
     blocks      the blocks of that model
+    head        its lm_head as a block (`model.head`), if statistics of it were asked for
     tokens      the number of tokens read, without padding
     seed        the seed of the sample
     digest      a digest of the token ids and of the sampler's settings: equal runs have equal digests
-    inputs      InputStats by (index of the block, "qkv" | "o" | "mlp" | "down")
+    inputs      InputStats by (index of the block, "qkv" | "o" | "mlp" | "down" | "lm_head")
     gradients   [N] float64 by full name of a linear: the mean over tokens of the squared derivative of the
                 loss by each output (`fisher.py`). Empty unless `calibrate` was called with gradients=True
     """
@@ -56,21 +58,24 @@ class Stats:
     tokens: int = 0
     seed: int = 0
     digest: str = ""
+    head: Block | None = None
     inputs: dict[tuple[int, str], InputStats] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, index: int, name: str) -> InputStats:
         """Return the statistics of an input of block `index`. Raise ValueError if it was not collected."""
         if (index, name) not in self.inputs:
+            where = "" if name == "lm_head" else f" of layer {index}"
             raise ValueError(
-                f"the statistics have nothing of the input {name!r} of layer {index}: "
+                f"the statistics have nothing of the input {name!r}{where}: "
                 f"calibrate with inputs=(..., {name!r})"
             )
         return self.inputs[index, name]
 
     def require(self, names: Iterable[str]) -> None:
         """Raise ValueError unless each input in `names` was collected for every block that has it."""
-        for block in self.blocks:
+        head = head_block(self.model) if "lm_head" in names else None
+        for block in [*self.blocks, *([head] if head else [])]:
             for name in set(names) & set(block.inputs):
                 self.of(block.index, name)
 
@@ -148,7 +153,7 @@ def calibrate(
     calibration     an iterable, read once, of `input_ids` ([T] or [batch, T], integers) or of dicts
                     of model inputs; tokens whose `attention_mask` is 0 are left out
     sample_tokens   size of the token sample, uniform over all tokens
-    inputs          which distinct inputs to collect: "qkv", "o", "mlp" (up and gate) and "down"
+    inputs          which distinct inputs to collect: "qkv", "o", "mlp" (up and gate), "down" and "lm_head"
     gradients       also collect the squared derivatives of the loss by each output, on the first tokens. This
                     takes one backward pass for each sequence, and a model with a language-model head
     group           processes that share the work. Each of the P processes calls this function with the same
@@ -184,14 +189,16 @@ def calibrate_blocks(
     wanted = _wanted(inputs)
     if sample_tokens < 1:
         raise ValueError(f"calibrate: sample_tokens is {sample_tokens}, wanted at least 1")
-    stats, batch = Stats(model, blocks, seed=seed), _Batch()
+    head = head_block(model) if "lm_head" in wanted else None
+    stats, batch = Stats(model, blocks, seed=seed, head=head), _Batch()
+    read = [*blocks, *([head] if head else [])]
     sampler, digest = _Sampler(sample_tokens, seed), hashlib.sha256(f"{sample_tokens} {seed}".encode())
     decoder = model.get_submodule(decoder_name(model))
     device = next(decoder.parameters()).device
     sums, items = ProcessGroupSums(group, device), 0
     no_cache = {} if is_described(model) else {"use_cache": False}
-    fisher = FisherDiagonal(model, blocks) if gradients else None
-    with _collecting(model, blocks, wanted, batch, stats), torch.no_grad():
+    fisher = FisherDiagonal(model, read) if gradients else None
+    with _collecting(model, read, wanted, batch, stats) as hooks, torch.no_grad():
         for items, kwargs in enumerate(_batches(calibration, progress and sums.rank == 0), 1):
             batch.tokens = _unpadded(kwargs)
             digest.update(_bytes(kwargs["input_ids"].flatten(), batch.tokens))
@@ -200,7 +207,9 @@ def calibrate_blocks(
             if own:
                 batch.keep, batch.take = sampler.select(count)
                 others = {key: value for key, value in kwargs.items() if key != "input_ids"}
-                decoder(kwargs["input_ids"], **others, **no_cache)
+                output = decoder(kwargs["input_ids"], **others, **no_cache)
+                if head and decoder is not model:  # the decoder stops before lm_head
+                    hooks[head.head](None, (output.last_hidden_state,))
             else:
                 sampler.skip(count)
             if fisher:
@@ -292,20 +301,24 @@ def _batch(item: object, i: int) -> dict:
 
 @contextmanager
 def _collecting(model: nn.Module, blocks: list[Block], wanted: tuple[str, ...], batch: _Batch, stats: Stats):
-    """Hold collecting hooks on the first reader of every wanted input, and set the model to eval mode."""
-    hooks, training = [], [module for module in model.modules() if module.training]
+    """Hold collecting hooks on the first reader of every wanted input, and set the model to eval mode.
+
+    Yields the hooks by the names of these readers.
+    """
+    handles, hooks, training = [], {}, [module for module in model.modules() if module.training]
     try:
         for block in blocks:
             for name in (name for name in wanted if name in block.inputs):
                 reader, *others = block.inputs[name]
-                narrows = not others and _narrows(model.get_submodule(reader))
-                hook = _hook((block.index, name), reader, narrows, batch, stats)
-                hooks.append(model.get_submodule(reader).register_forward_pre_hook(hook))
+                module = model.get_submodule(reader)
+                narrows = not others and _narrows(module)
+                hooks[reader] = _hook((block.index, name), reader, module, narrows, batch, stats)
+                handles.append(module.register_forward_pre_hook(hooks[reader]))
         model.eval()
-        yield
+        yield hooks
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
         for module in training:
             module.training = True
 
@@ -315,8 +328,8 @@ def _narrows(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and module.out_features < module.in_features
 
 
-def _hook(key: tuple[int, str], reader: str, narrows: bool, batch: _Batch, stats: Stats):
-    def collect(module: Any, args: tuple[Tensor, ...]) -> None:
+def _hook(key: tuple[int, str], reader: str, module: Any, narrows: bool, batch: _Batch, stats: Stats):
+    def collect(_module: Any, args: tuple[Tensor, ...]) -> None:
         if batch.paused:
             return
         x = args[0].reshape(-1, args[0].shape[-1])

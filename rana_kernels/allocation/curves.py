@@ -1,0 +1,120 @@
+"""The choices for the linears of a block, in all kinds and formats, each with its cost, bytes and loss.
+
+The loss of a choice is the squared error of its outputs, each output weighted by how strongly the loss
+depends on it. It has two parts: what the mask drops, and what rounding changes (`quantization/loss.py`).
+What a rank adapter drops is exactly the energy of its dropped ranks. What a neuron adapter drops is measured,
+because the errors of dropped neurons add up: a sum of their scores leaves out the cross terms.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rana_kernels.allocation.cost import cost
+from rana_kernels.allocation.pricing import Pricing
+from rana_kernels.allocation.specs import dense_spec, make_spec
+from rana_kernels.allocation.spending import Choice, Curve, Ways
+from rana_kernels.allocation.split import RANK_STEP, Splits, smallest_budget
+from rana_kernels.model.plan import AdapterSpec
+from rana_kernels.nn.format import Format
+from rana_kernels.quantization.loss import RoundingLoss
+from rana_kernels.statistics.block import CalibratedBlock
+from rana_kernels.statistics.thresholds import evenly
+
+SHARES = tuple(i / 48 for i in range(1, 48))  # cost ratios at which a curve has its choices
+ERROR_TOKENS = 1024  # of the sample, to measure the errors of neuron adapters
+# The errors of joint neurons count this many times. A sample of ERROR_TOKENS does not settle a difference of
+# 1 %, and one call is faster than several.
+JOINT = 1 / 1.01
+
+
+def block_curves(calibrated: CalibratedBlock, pricing: Pricing | None = None) -> list[Ways]:
+    """Return the ways to adapt each input's linears: each linear alone, or all of them jointly."""
+    offers = BlockOffers(calibrated, pricing or Pricing())
+    curves: list[Ways] = []
+    for names in calibrated.block.inputs.values():
+        apart = [offers.of_linear(name) for name in names]
+        joint = [[*offers.ranks(names), *offers.neurons(names)]]
+        curves.append([apart, joint] if len(names) > 1 else [apart])
+    return curves
+
+
+class BlockOffers:
+    """The choices for linears of one block. `names` are linears that read one input."""
+
+    def __init__(self, calibrated: CalibratedBlock, pricing: Pricing) -> None:
+        self.calibrated, self.rounding = calibrated, RoundingLoss(calibrated)
+        self.formats = pricing.formats
+        self.itemsize = calibrated.linear(calibrated.block.linears[0]).weight.element_size()
+        self.costs = {format: pricing.in_format(format, self.itemsize) for format in pricing.formats}
+
+    def of_linear(self, name: str) -> Curve:
+        """Return all choices for one linear alone."""
+        return [*self.dense(name), *self.ranks((name,)), *self.neurons((name,))]
+
+    def dense(self, name: str) -> Iterator[Choice]:
+        """Yield the dense linear in each format."""
+        for format in self.formats:
+            loss = self.rounding.dense(name, format) if format.quantized else 0.0
+            yield self._choice(dense_spec(self.calibrated, name).with_format(format), loss)
+
+    def ranks(self, names: tuple[str, ...]) -> Iterator[Choice]:
+        """Yield rank adapters of each cost that pays for one: some that store little, then the best."""
+        N, K = self.calibrated.weight(names).shape
+        if min(K, N) < RANK_STEP:
+            return
+        scored = Splits(self.calibrated.rank_scores(names, "loss"), self.costs[self.formats[0]].rank(K, N))
+        for format in self.formats:
+            splits = scored.priced(self.costs[format].rank(K, N))
+            rounding = self.rounding.ranks(names, format) if format.quantized else None
+            like = make_spec(self.calibrated, "rank", names, RANK_STEP, 1.0, None, "loss").with_format(format)
+            for split in self._splits(names, format, splits):
+                rounded = rounding.at(*splits.kept(split)) if rounding else 0.0
+                adapter = replace(like, rank=split.rank, live=split.live)
+                yield self._choice(adapter, split.dropped + rounded)
+
+    def _splits(self, names: tuple[str, ...], format: Format, splits: Splits) -> Iterator:
+        for budget in self._budgets(names, format):
+            if budget >= smallest_budget(splits.line):
+                yield from splits.frontier(budget)
+
+    def neurons(self, names: tuple[str, ...]) -> Iterator[Choice]:
+        """Yield neuron adapters of each cost. The errors of their masks are measured on some tokens."""
+        x, norms = self._sample(names), self.calibrated.joint_norms(names, "loss")
+        weight, counted = _narrowed(self.calibrated.weighted(names, "loss")), JOINT if len(names) > 1 else 1.0
+        scores = x.abs() * norms
+        ordered = scores.flatten().sort(descending=True).values
+
+        def threshold_at(share: float) -> float:
+            return float(ordered[min(round(share * len(ordered)), len(ordered) - 1)])
+
+        rounding = self.rounding.neurons(names, self.formats, threshold_at)
+        spec = make_spec(self.calibrated, "neuron", names, x.shape[1], 1.0, None, "loss")
+        specs = {format: spec.with_format(format) for format in self.formats}
+        for share in SHARES:
+            error = torch.where(scores < threshold_at(share), x, 0) @ weight.T
+            dropped = float(error.square().sum(dtype=torch.float64)) / len(x)
+            for format, like in specs.items():
+                rounded = rounding[format].at(share) if format.quantized else 0.0
+                adapter = replace(like, live=share * like.rank)
+                yield self._choice(adapter, counted * (dropped + rounded))
+
+    def _sample(self, names: tuple[str, ...]) -> Tensor:
+        x = self.calibrated.sample(self.calibrated.input_of(names))
+        return x[evenly(len(x), ERROR_TOKENS)]
+
+    def _budgets(self, names: tuple[str, ...], format: Format) -> list[float]:
+        linears = [self.calibrated.linear(name) for name in names]
+        dense = sum(self.costs[format].dense(x.in_features, x.out_features) for x in linears)
+        return [share * dense for share in SHARES]
+
+    def _choice(self, adapter: AdapterSpec, loss: float) -> Choice:
+        costs = self.costs[adapter.format]
+        return Choice(cost(costs, adapter), adapter.stored_bytes(self.itemsize), loss, adapter)
+
+
+def _narrowed(weight: Tensor) -> Tensor:
+    """Return [min(N, K), K]: its outputs have the same norms as those of `weight` [N, K]."""
+    return torch.linalg.qr(weight, mode="r").R if len(weight) > weight.shape[1] else weight

@@ -1,0 +1,93 @@
+"""Estimates of the loss by rounding, before anything is rounded: means over tokens, in the metric "loss".
+
+GPTQ leaves of every line (`gptq.py`) its squared rounding error, times the part of its input that later lines
+cannot make good. Both are known without running GPTQ: the first from rounding to nearest, the second from one
+Cholesky factor, which serves all widths.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rana_kernels.nn.format import Format
+from rana_kernels.quantization.moments import Moments
+from rana_kernels.quantization.rounding import column_errors, row_errors, unexplained_inputs
+from rana_kernels.statistics.block import CalibratedBlock
+
+# The loss of neurons is computed where the mask keeps these shares, and between them on straight lines.
+SHARES = (0.0, 0.15, 0.4, 0.7, 1.0)
+
+
+@dataclass(frozen=True)
+class RankLoss:
+    """The loss by rounding of each rank [F] float64, in the metric.
+
+    of_B      where the rank is live, by the error of its value
+    of_rows   for a rank value of 1 in the metric, by the error of its row
+    """
+
+    of_B: Tensor
+    of_rows: Tensor
+
+    def at(self, live: Tensor, energy: Tensor) -> float:
+        """Return the loss of the first R ranks, which are live and keep energy so often [R]."""
+        R = len(live)
+        return float(live @ self.of_B[:R] + energy @ self.of_rows[:R])
+
+
+@dataclass(frozen=True)
+class NeuronLoss:
+    """The loss by rounding of neuron adapters of all costs: at SHARES of the live neurons."""
+
+    points: tuple[float, ...]
+
+    def at(self, share: float) -> float:
+        """Return the loss where this share of the neurons is live."""
+        i = next(i for i in range(1, len(SHARES)) if share <= SHARES[i] or i == len(SHARES) - 1)
+        part = (share - SHARES[i - 1]) / (SHARES[i] - SHARES[i - 1])
+        return self.points[i - 1] + part * (self.points[i] - self.points[i - 1])
+
+
+class RoundingLoss:
+    """The loss by rounding of one block's weights. `names` are linears that read one input."""
+
+    def __init__(self, calibrated: CalibratedBlock) -> None:
+        self.calibrated, self.moments = calibrated, Moments(calibrated)
+
+    def dense(self, name: str, format: Format) -> float:
+        """Return the loss of a dense linear in a quantised format."""
+        weight, moment = self.calibrated.weight((name,)), self.moments.of_input((name,))
+        return float(self._importance((name,)) @ column_errors(weight, format.bits, format.group, moment))
+
+    def ranks(self, names: tuple[str, ...], format: Format) -> RankLoss:
+        """Return the loss of rank adapters in a quantised format."""
+        factors, moment = self.calibrated.factors(names, "loss"), self.moments.of_input(names)
+        squares, of_rows = factors.norms.double().square(), format.for_rows(factors.rows.shape[1])
+        return RankLoss(
+            column_errors(factors.B, format.bits, format.group, moment) / squares,
+            row_errors(factors.rows, of_rows.bits, of_rows.group, self._importance(names)) * squares,
+        )
+
+    def neurons(
+        self, names: tuple[str, ...], formats: Iterable[Format], threshold_at: Callable[[float], float]
+    ) -> dict[Format, NeuronLoss]:
+        """Return the loss of neuron adapters in each of these quantised formats.
+
+        threshold_at   the threshold where a share of the neurons is live, in the metric of the loss
+        """
+        wanted = [format for format in formats if format.quantized]
+        if not wanted:
+            return {}
+        norms, inputs = self.calibrated.joint_norms(names, "loss"), [self.moments.of_input(names)]
+        inputs += [self.moments.of_masked(names, threshold_at(share), norms) for share in SHARES[-2:0:-1]]
+        parts = [unexplained_inputs(moment) for moment in reversed(inputs)]
+        rows, losses = self.calibrated.weight(names).T, {}
+        for format in wanted:
+            own = format.for_rows(rows.shape[1])
+            errors = row_errors(rows, own.bits, own.group, self._importance(names))
+            losses[format] = NeuronLoss((0.0, *(float(part @ errors) for part in parts)))
+        return losses
+
+    def _importance(self, names: tuple[str, ...]) -> Tensor:
+        return self.calibrated.output_weights(names).square()

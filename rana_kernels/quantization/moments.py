@@ -1,0 +1,50 @@
+"""The second moments of the inputs of a block's weights, with and without a mask: means over tokens."""
+
+import torch
+from torch import Tensor
+
+from rana_kernels.ops import reference
+from rana_kernels.statistics.block import CalibratedBlock
+
+INPUTS = ("qkv", "o", "mlp")  # whose statistics rounding needs; the input of down is computed from "mlp"
+MASKED_TOKENS = 2  # times the inputs: a smaller sample gives a worse moment than all tokens without a mask
+
+
+class Moments:
+    """The moments of a block's inputs, each computed once. `names` are linears that read one input."""
+
+    def __init__(self, calibrated: CalibratedBlock) -> None:
+        self.calibrated = calibrated
+        self._inputs: dict[str, Tensor] = {}
+
+    def of_input(self, names: tuple[str, ...]) -> Tensor:
+        """Return the moment [K, K] float64 of the input: of all tokens, or of the sample if need be."""
+        name = self.calibrated.input_of(names)
+        if name not in self._inputs:
+            found = self._of_all_tokens(name)
+            self._inputs[name] = moment_of(self.calibrated.sample(name)) if found is None else found
+        return self._inputs[name]
+
+    def of_masked(self, names: tuple[str, ...], threshold: float | Tensor, norms: Tensor) -> Tensor:
+        """Return the moment [K, K] float64 of the input after a mask of neurons, from the sample.
+
+        If the sample is small and there is a moment of all tokens, return that one without the mask.
+        """
+        name = self.calibrated.input_of(names)
+        x = self.calibrated.sample(name)
+        if len(x) < MASKED_TOKENS * x.shape[1] and self._of_all_tokens(name) is not None:
+            return self.of_input(names)
+        limit = torch.as_tensor(threshold, dtype=torch.float32, device=x.device)
+        return moment_of(torch.where(reference.keep(x, limit, norms), x, 0))
+
+    def _of_all_tokens(self, name: str) -> Tensor | None:
+        """Return the moment that the calibration summed, or None if it is that of the outputs."""
+        block, stats = self.calibrated.block, self.calibrated.stats
+        found = stats.inputs.get((block.index, name))
+        (reader, *_) = block.inputs[name]
+        K = self.calibrated.linear(reader).in_features
+        return found.moment / stats.tokens if found is not None and len(found.moment) == K else None
+
+
+def moment_of(x: Tensor) -> Tensor:
+    return (x.T @ x).double() / max(1, len(x))
