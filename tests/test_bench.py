@@ -35,7 +35,7 @@ from bench.report import full
 from bench.report.fits import fit
 from bench.report.page import PAGE, page
 from bench.report.results import RESULTS, ROOT, machine, read_csv, write_csv, write_json
-from rana_kernels.allocation.whole_model import block_curves
+from rana_kernels.allocation.curves import block_curves
 from rana_kernels.cli import bench as handover
 from rana_kernels.model.architectures import find_blocks
 from rana_kernels.statistics.block import CalibratedBlock

@@ -32,8 +32,10 @@ every_width = pytest.mark.parametrize("bits", [8, 4])
 
 def in_bits(plan: Plan, bits: int, group: int | None = 32, lm_head_bits: int = 16) -> Plan:
     adapters = tuple(adapter.with_format(Format(bits, group)) for adapter in plan.adapters)
-    head_group = None if lm_head_bits == 16 else group
-    return replace(plan, adapters=adapters, lm_head_bits=lm_head_bits, lm_head_group=head_group)
+    head = None
+    if lm_head_bits < 16:
+        head = AdapterSpec("dense", ("lm_head",), 64, (128,), bits=lm_head_bits, group=group)
+    return replace(plan, adapters=adapters, lm_head=head)
 
 
 def compressed(architecture: str = "Llama", bits: int = 4, sizes: dict | None = None, **options) -> nn.Module:
@@ -61,10 +63,22 @@ def test_a_plan_keeps_its_bits_in_json():
     assert again.adapters[0].format == Format(4, 64)
 
 
-@pytest.mark.parametrize("change", [{"lm_head_bits": 3}, {"lm_head_bits": 4, "lm_head_group": 7}])
-def test_a_plan_refuses_an_lm_head_of_no_format(change):
-    data = json.loads(hand_plan(make_model()).to_json()) | change
-    with pytest.raises(ValueError, match="Plan: lm_head_(bits is 3|group is 7), wanted"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 3}, "bits is 3, wanted"),
+        ({"group": 7}, "group is 7, wanted"),
+        ({"bits": 16, "group": None}, "lm_head has .* wanted None, because it stays"),
+        (
+            {"names": ["a", "b"], "out_features": [64, 64], "kind": "neuron", "rank": 64},
+            "an adapter of one linear",
+        ),
+    ],
+)
+def test_a_plan_refuses_an_lm_head_that_is_none(change, message):
+    data = json.loads(in_bits(hand_plan(make_model()), 8, lm_head_bits=8).to_json())
+    data["lm_head"] |= change
+    with pytest.raises(ValueError, match=message):
         Plan.from_json(json.dumps(data))
 
 
@@ -73,8 +87,9 @@ def test_bytes_follow_the_bits():
     assert spec.stored_bytes(2) == 2 * (16 * (64 + 96) + 96) + 4 * 16
     assert spec.read_bytes(2) == 2 * (16 * 64 + 4 * 96 + 96) + 4 * 16
     four = spec.with_format(Format(4, 32))
-    assert four.stored_bytes(2) == 16 * (32 + 4) + 16 * (48 + 6) + 2 * 96 + 4 * 16
-    assert four.read_bytes(2) == 16 * (32 + 4) + 4 * (48 + 6) + 2 * 96 + 4 * 16
+    # rows of ranks stay in 8 bits
+    assert four.stored_bytes(2) == 16 * (32 + 4) + 16 * (96 + 6) + 2 * 96 + 4 * 16
+    assert four.read_bytes(2) == 16 * (32 + 4) + 4 * (96 + 6) + 2 * 96 + 4 * 16
     odd = AdapterSpec("neuron", ("a",), 8, (33,), rank=8, live=8, threshold=0.0, bits=4)
     assert odd.stored_bytes(2) == 8 * (33 + 2) + 2 * 4 * 8  # such rows stay in 8 bits
     dense = AdapterSpec("dense", ("a",), 33, (8,), bits=4, group=32)

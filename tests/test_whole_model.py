@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rana_kernels import load, save
-from rana_kernels.allocation import whole_model
-from rana_kernels.allocation.cost import MULTIPLY_ADDS
+from rana_kernels.allocation.curves import BlockOffers
 from rana_kernels.allocation.methods import plan
+from rana_kernels.allocation.pricing import Pricing
 from rana_kernels.allocation.spending import Choice, least_cost, least_memory, spend
 from rana_kernels.compression.run import compress
 from rana_kernels.model.architectures import find_blocks
@@ -61,7 +61,7 @@ def test_gradients_are_those_of_the_loss_of_drawn_tokens():
         total += slope[0].double().square().sum(0)
         handle.remove()
     torch.testing.assert_close(found[name], total / ids.numel(), rtol=1e-5, atol=0)
-    assert set(found) == {n for block in find_blocks(model) for n in block.linears}
+    assert set(found) == {"lm_head", *(n for block in find_blocks(model) for n in block.linears)}
 
 
 def test_gradients_leave_the_model_and_the_other_statistics_as_they_are():
@@ -223,8 +223,8 @@ def test_errors_of_the_curves_are_what_the_modules_do():
     for names in (block.qkv, (block.down,), (block.o,)):
         x = layer.sample(layer.input_of(names))
         y = x @ layer.weight(names).T
-        curve = list(whole_model._ranks(layer, names, MULTIPLY_ADDS))
-        curve += whole_model._neurons(layer, names, MULTIPLY_ADDS)
+        offers = BlockOffers(layer, Pricing())
+        curve = [*offers.ranks(names), *offers.neurons(names)]
         for point in curve[::7]:
             adapter = point.adapter
             metric = layer.output_weights(names).float()

@@ -7,26 +7,19 @@ import rana_kernels as rana
 from bench.decode.measure import Setting, take_turns
 from bench.quality.subject import BATCH, Candidate, Subject
 from examples.demo.results import InBits
-from rana_kernels.allocation.request import Request
-from rana_kernels.allocation.whole_model import plan_curves
 from rana_kernels.compression.report import head_bytes
 from rana_kernels.evaluation.metrics import perplexity
-from rana_kernels.model.plan import Format
 
-FORMAT = Format(4, 32)
 PROMPT, ROUNDS, TURN = 32, 9, 8  # tokens before, rounds, and tokens that each model writes in a round
 
 
 def measure_bits(subject: Subject, sixteen: Candidate, dense: float, budget: float) -> list[InBits]:
     """Compress to 4 bits and compare with the dense model, whose perplexity is `dense`, and with `sixteen`.
 
-    `sixteen` is the model at the same budget in 16 bits. The curves of its compression serve again.
+    `sixteen` is the model at the same budget in 16 bits.
     """
     model, stats = subject.copy()
-    request = Request("global", flops_reduction=budget, format=FORMAT, lm_head_format=FORMAT)
-    plan = plan_curves(stats, subject.curves, request)
-    plan = plan.with_adapters(tuple(adapter.with_format(FORMAT) for adapter in plan.adapters))
-    four = rana.compress(model, plan=plan, stats=stats, progress=False)
+    four = rana.compress(model, stats=stats, flops_reduction=budget, bits=4, progress=False)
     models = {"dense": subject.dense, "16 bits": sixteen.model, "4 bits": model}
     speed = _tokens_a_second(models)
     before = four.read_bytes_before  # a dense model reads all that its linears store

@@ -68,13 +68,11 @@ class BytesRead:
 
     def rank(self, in_features: int, width: int) -> LinearCost:
         stored = self.format.row_bytes(in_features, self.itemsize) + VECTOR
-        return LinearCost(0, stored, self._row(width))
+        return LinearCost(0, stored, self.format.for_ranks.row_bytes(width, self.itemsize))
 
     def neuron(self, in_features: int, width: int) -> LinearCost:
-        return LinearCost(2 * VECTOR * in_features, 0, self._row(width))
-
-    def _row(self, width: int) -> float:
-        return self.format.for_rows(width).row_bytes(width, self.itemsize)
+        row = self.format.for_rows(width).row_bytes(width, self.itemsize)
+        return LinearCost(2 * VECTOR * in_features, 0, row)
 
 
 def cost(model: CostModel, adapter: AdapterSpec) -> float:

@@ -33,7 +33,7 @@ class AdapterSpec:
     bias          whether any of `names` has a bias
     metric        the unit of its errors, scores and thresholds: "output", or "loss", where every output is
                   weighted by how strongly the loss depends on it
-    bits          of its weights: 16 (floats of the model's dtype), 8 or 4
+    bits          of its weights: 16 (floats of the model's dtype), 8 or 4. With 4, `rows` of ranks have 8
     group         columns of a weight that share a scale: 32, 64, 128, or None for a whole row
     """
 
@@ -71,8 +71,12 @@ class AdapterSpec:
 
     @property
     def format(self) -> Format:
-        """The format of its weights. `rows` with an odd number of columns have 8 bits instead of 4."""
+        """The format of its weights. Some `rows` have 8 bits instead of 4 (`rows_format`)."""
         return Format(self.bits, self.group)
+
+    def rows_format(self, columns: int) -> Format:
+        """Return the format of `rows` with so many columns."""
+        return self.format.for_ranks if self.kind == "rank" else self.format.for_rows(columns)
 
     @property
     def changes(self) -> bool:
@@ -101,7 +105,7 @@ class AdapterSpec:
             return biases + self.width * self.format.row_bytes(self.in_features, itemsize)
         of_B = self.format.row_bytes(self.in_features, itemsize) if self.kind == "rank" else 0
         vectors = 4 * self.rank * (2 if self.kind == "neuron" else 1)
-        row = sum(self.format.for_rows(width).row_bytes(width, itemsize) for width in self.out_features)
+        row = sum(self.rows_format(width).row_bytes(width, itemsize) for width in self.out_features)
         return biases + vectors + self.rank * of_B + rows * row
 
     @property

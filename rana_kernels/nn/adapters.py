@@ -96,7 +96,7 @@ class RanaLinear(JointLinear):
     """A rank adapter in place of one linear, or of several that read the same input.
 
     B [R, K] · rows [R, N] (A transposed: one contiguous row a rank) · threshold [R] float32 · bias [N] ·
-    B_scale, rows_scale [R, groups] float16 if `format` is quantised.
+    B_scale, rows_scale [R, groups] float16 if `format` is quantised. With 4 bits, `rows` have 8.
     For a joint decomposition, `others` lists the widths of the other outputs, and N is the sum of
     `out_features` and these widths. `forward` then returns the first output and hands over the others.
     """
@@ -120,7 +120,7 @@ class RanaLinear(JointLinear):
         super().__init__(in_features, out_features, bias, others, handoff, device, dtype)
         width = sum(self.widths)
         self.register_matrix("B", rank, in_features, format, device, dtype)
-        self.register_matrix("rows", rank, width, format.for_rows(width), device, dtype)
+        self.register_matrix("rows", rank, width, format.for_ranks, device, dtype)
         self.register_float32("threshold", rank, device)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -42,6 +42,14 @@ class Format:
         """The columns before and after each multiple of this number are weights of this format themselves."""
         return max(self.group or 1, BLOCK if self.bits == 4 else 1)
 
+    @property
+    def for_ranks(self) -> "Format":
+        """Return the format of `rows` of a rank adapter: 8 bits where B has 4.
+
+        Ranks are not correlated, so no row can make good the error of another (docs/quantization.md).
+        """
+        return Format(8, self.group) if self.bits == 4 else self
+
     def splits_at(self, column: int) -> bool:
         """Say whether the columns before and after `column` are weights of this format themselves."""
         return column % self.border == 0

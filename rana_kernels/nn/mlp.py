@@ -25,7 +25,7 @@ class _Rows(AdaptedLinear):
     def __init__(self, in_features, out_features, rank, bias, packed, format, device, dtype) -> None:
         super().__init__(in_features, out_features, out_features if bias else 0, device, dtype)
         self.packed = packed
-        self.register_matrix("rows", rank, out_features, format.for_rows(out_features), device, dtype)
+        self.register_matrix("rows", rank, out_features, format, device, dtype)
 
     def register_matrix(self, name, rows, columns, format, device, dtype) -> None:
         if self.packed and not format.splits_at(columns // 2):
@@ -86,7 +86,8 @@ class RanaMLP(AdapterModule):
     The children keep the names of the linears (`names`: up, gate, down) and hold `rows`, `bias` and, for
     down, `norms` and `threshold`. An ungated MLP has `gate_rank=None`. If one linear computed both up and
     gate (gate's outputs first), both have its name, and `joint` is True.
-    `format` is that of B and of the rows of up and gate, `down_format` that of down.
+    `format` is that of B and of the rows of up and gate (rows of ranks have 8 bits instead of 4),
+    `down_format` that of down.
     Raises ValueError for an unknown activation, joint ranks that differ, neuron adapters with ranks or masks
     of their own, or a format that cannot be split between gate and up where one linear computed both.
     """
@@ -138,11 +139,11 @@ class RanaMLP(AdapterModule):
             self.register_float32("norms", stacked, device)
         self.register_float32("threshold", stacked, device)
         up, gate, down = names
-        self.add_module(
-            up, _Rows(in_features, neurons * (1 + packed), up_rank, bias[0], packed, format, **place)
-        )
+        width = neurons * (1 + packed)
+        rows = format.for_ranks if kind == "rank" else format.for_rows(width)
+        self.add_module(up, _Rows(in_features, width, up_rank, bias[0], packed, rows, **place))
         if gate_rank is not None and not packed:
-            self.add_module(gate, _Rows(in_features, neurons, gate_rank, bias[1], False, format, **place))
+            self.add_module(gate, _Rows(in_features, neurons, gate_rank, bias[1], False, rows, **place))
         self.add_module(down, _NeuronRows(neurons, out_features, bias[2], down_format, **place))
 
     def op_arguments(self) -> MLPArguments:

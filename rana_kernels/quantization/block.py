@@ -2,7 +2,7 @@
 
 B and dense weights   GPTQ along the columns, under the moment of the linear's input
 rows of neurons       GPTQ along the rows, under the moment of the masked input
-rows of ranks         to nearest: the calibration's rank values are not correlated
+rows of ranks         to nearest, 8 bits even where B has 4: the calibration's rank values are not correlated
 """
 
 from torch import Tensor
@@ -52,7 +52,7 @@ def _masked_moment(moments: Moments, adapter: AdapterSpec, tensors: dict[str, Te
 def _rounded(
     name: str, adapter: AdapterSpec, weight: Tensor, moment: Tensor | None, along: str = "columns"
 ) -> dict[str, Tensor]:
-    format = adapter.format.for_rows(weight.shape[1]) if along == "rows" else adapter.format
+    format = adapter.rows_format(weight.shape[1]) if along == "rows" else adapter.format
     try:
         q, scale = quantize(weight, format.bits, format.group, moment, along=along)
     except ValueError as error:

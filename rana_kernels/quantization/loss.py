@@ -63,7 +63,7 @@ class RoundingLoss:
     def ranks(self, names: tuple[str, ...], format: Format) -> RankLoss:
         """Return the loss of rank adapters in a quantised format."""
         factors, moment = self.calibrated.factors(names, "loss"), self.moments.of_input(names)
-        squares, of_rows = factors.norms.double().square(), format.for_rows(factors.rows.shape[1])
+        squares, of_rows = factors.norms.double().square(), format.for_ranks
         return RankLoss(
             column_errors(factors.B, format.bits, format.group, moment) / squares,
             row_errors(factors.rows, of_rows.bits, of_rows.group, self._importance(names)) * squares,

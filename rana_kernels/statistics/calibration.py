@@ -23,7 +23,8 @@ from rana_kernels.model.head import head_block
 from rana_kernels.statistics.fisher import FisherDiagonal
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
 
-INPUTS = ("qkv", "o", "mlp", "down", "lm_head")
+INPUTS = ("qkv", "o", "mlp", "down")  # of the blocks
+ALL_INPUTS = (*INPUTS, "lm_head")
 
 
 @dataclass
@@ -143,7 +144,7 @@ def calibrate(
     *,
     sample_tokens: int = 4096,
     seed: int = 0,
-    inputs: Iterable[str] = INPUTS,
+    inputs: Iterable[str] = ALL_INPUTS,
     gradients: bool = True,
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
@@ -160,8 +161,7 @@ def calibrate(
                     model and calibration, runs every P-th item, and returns the statistics of all items, the
                     same bits as one process alone
 
-    The defaults serve every method. `rana_kernels.allocation.methods.METHODS[method].needs` has the arguments
-    that one method needs.
+    The defaults serve every request. `rana_kernels.allocation.methods.needs` has what one request needs.
 
     The model is unchanged afterwards. Raises ValueError for an unknown architecture, an empty or ill-typed
     calibration, activations that are not finite (the message names the linear that reads them), or a group
@@ -180,7 +180,7 @@ def calibrate_blocks(
     *,
     sample_tokens: int = 4096,
     seed: int = 0,
-    inputs: Iterable[str] = INPUTS,
+    inputs: Iterable[str] = ALL_INPUTS,
     gradients: bool = True,
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
@@ -253,9 +253,10 @@ def _sum_over_processes(stats: Stats, sampler: _Sampler, sums: ProcessGroupSums)
 
 def _wanted(inputs: Iterable[str]) -> tuple[str, ...]:
     wanted = tuple(inputs)
-    unknown = [name for name in wanted if name not in INPUTS]
+    unknown = [name for name in wanted if name not in ALL_INPUTS]
     if unknown or not wanted:
-        raise ValueError(f"calibrate: inputs has {unknown or 'nothing'}, wanted some of {', '.join(INPUTS)}")
+        known = ", ".join(ALL_INPUTS)
+        raise ValueError(f"calibrate: inputs has {unknown or 'nothing'}, wanted some of {known}")
     return wanted
 
 
@@ -301,10 +302,7 @@ def _batch(item: object, i: int) -> dict:
 
 @contextmanager
 def _collecting(model: nn.Module, blocks: list[Block], wanted: tuple[str, ...], batch: _Batch, stats: Stats):
-    """Hold collecting hooks on the first reader of every wanted input, and set the model to eval mode.
-
-    Yields the hooks by the names of these readers.
-    """
+    """Hold collecting hooks, which it yields by the first readers of every wanted input, in eval mode."""
     handles, hooks, training = [], {}, [module for module in model.modules() if module.training]
     try:
         for block in blocks:
