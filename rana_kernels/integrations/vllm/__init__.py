@@ -35,6 +35,11 @@ class RanaConfig(QuantizationConfig):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
+        if plan.lm_head is not None and plan.lm_head.kind != "dense":
+            raise ValueError(
+                "the model has a mask on lm_head, which vLLM has not: compress the original model again, "
+                "with flops_reduction"
+            )
         widths = {*plan.bits, plan.lm_head_bits}
         if widths != {16}:
             raise ValueError(
