@@ -105,10 +105,11 @@ def test_bytes_follow_the_bits():
 )
 def test_every_architecture_compresses_saves_and_loads(architecture, method, bits, tmp_path):
     model, exact = (make_model(architecture, num_hidden_layers=1) for _ in range(2))
-    asked = {"flops_reduction": 0.3, "method": method, "progress": False}
+    dense, asked = logits(model), {"flops_reduction": 0.3, "method": method, "progress": False}
     report = rana.compress(model, [tokens()], bits=bits, **asked)
     rana.compress(exact, [tokens()], **asked)
-    assert distance(logits(model), logits(exact)) < (0.02 if bits == 8 else 0.25)
+    lost_by_masks = distance(logits(exact), dense)
+    assert distance(logits(model), dense) < 1.5 * lost_by_masks + (0.001 if bits == 8 else 0.03)
     assert report.plan.bits == (bits,) and report.plan.lm_head_bits == bits
     assert report.block_bytes_after <= report.plan.stored_bytes(4) <= 1.01 * report.block_bytes_after
     assert report.read_bytes_after < report.read_bytes_before * (0.3 if bits == 8 else 0.2)
@@ -153,9 +154,9 @@ def test_joint_neurons_are_rounded_under_their_mask(monkeypatch):
     made = in_bits(hand_plan(model, joint=True, first="neuron"), 4)
     halved = tuple(replace(a, threshold=None, live=a.rank / 2) if a.rank else a for a in made.adapters)
 
-    def rounded(w, bits, group, moment, along):
+    def rounded(w, bits, group, moment, **options):
         moments[tuple(w.shape)] = moment
-        return quantize(w, bits, group, moment, along=along)
+        return quantize(w, bits, group, moment, **options)
 
     monkeypatch.setattr(quantization_block, "quantize", rounded)
     rana.compress(model, [tokens()], plan=replace(made, adapters=halved), progress=False)
@@ -182,7 +183,7 @@ def test_rounding_with_the_statistics_errs_less(monkeypatch):
     rana.compress(model, [tokens()], plan=plan, progress=False)
     nearest = make_model(num_hidden_layers=1)
     monkeypatch.setattr(
-        quantization_block, "quantize", lambda w, bits, group, moment, along: quantize(w, bits, group)
+        quantization_block, "quantize", lambda w, bits, group, moment, **_: quantize(w, bits, group)
     )
     rana.compress(nearest, [tokens()], plan=plan, progress=False)
     assert distance(logits(model), dense) < 0.9 * distance(logits(nearest), dense)
