@@ -274,3 +274,10 @@ def test_the_pattern_for_unsafe_loading_finds(line):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
 def test_nothing_is_loaded_that_can_run_code(path):
     assert not UNSAFE.search(path.read_text())
+
+
+def test_tests_skip_for_packages_of_others_only():
+    """A skip for a module of our own would hide the tests of a module that was moved."""
+    own = re.compile(r"importorskip\(\s*[\"']rana_kernels")
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert len(files) > 20 and not [path.name for path in files if own.search(path.read_text())]

@@ -1,6 +1,7 @@
 """The ops as ONNX operators, run by onnxruntime: the same numbers, the same masks, NaN kept."""
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tests.cases import DTYPES, FORMS, QUANTIZED_FORMS, assert_close, exact_resu
 from tests.test_compress import hand_plan, make_model, tokens
 
 onnxruntime = pytest.importorskip("onnxruntime")
-translation_table = pytest.importorskip("rana_kernels.integrations.onnx").translation_table
+translation_table = import_module("rana_kernels.integrations.onnx").translation_table
 CASES = {name: replace(case, lead=(5,)) for name, case in (FORMS | QUANTIZED_FORMS).items()}
 ODD = {"lowrank": {"K": 47}, "dense": {"K": 33}}  # a 4-bit weight with an odd width along the sum
 CASES |= {

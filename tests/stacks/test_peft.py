@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from rana_kernels.ops.quantized import dequantize
 from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
 
 peft = pytest.importorskip("peft")
-lora = pytest.importorskip("rana_kernels.integrations.peft")
+lora = import_module("rana_kernels.integrations.peft")
 
 TARGETS = {
     "Llama": ["q_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"],

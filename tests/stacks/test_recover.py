@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.test_cli import compressed, folder, run  # noqa: F401 - fixtures
 from tests.test_compress import assert_equal_states, logits, make_model, tokens
 
 pytest.importorskip("peft")
-recovery = pytest.importorskip("rana_kernels.integrations.recovery")
+recovery = import_module("rana_kernels.recovery.run")
 
 HOW, LORA = Training(steps=12, batch=2, learning_rate=5e-3), recovery.Lora(rank=4, search_steps=3)
 MODELS = ("Llama", "Phi3", "GPTNeoX", "OPT", "GPT2")
