@@ -27,7 +27,7 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq -U pip "setuptools>=77" wheel
 	$(BIN)/pip install -qq "torch==2.13.0"
-	$(BIN)/pip install -qq ninja pybind11 rich safetensors typer transformers accelerate matplotlib \
+	$(BIN)/pip install -qq ninja pybind11 rich safetensors typer transformers accelerate gguf matplotlib \
 	    hypothesis pytest pytest-benchmark pytest-xdist "numpy<2.4"
 	$(BIN)/pip install -qq --no-deps "triton==3.6.0"
 	touch $@
@@ -95,7 +95,8 @@ test-transformers: build
 	    test -d build/transformers-$$version || \
 	    $(BIN)/pip install -qq --target build/transformers-$$version "transformers==$$version" "numpy<2.4" || exit 1; \
 	    PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest -q -m "not slow" \
-	    tests/test_transformers.py tests/test_hub.py tests/test_architectures.py tests/test_checkpoint.py || exit 1; \
+	    tests/test_transformers.py tests/test_hub.py tests/test_architectures.py tests/test_checkpoint.py \
+	    tests/test_original_models.py || exit 1; \
 	done
 
 bench: build

@@ -9,10 +9,10 @@ from torch import nn
 
 from rana_kernels.checkpoint.headers import CheckpointError, strict_json
 from rana_kernels.model.plan import Plan
+from rana_kernels.model.quantized import QUANT_METHOD
 from rana_kernels.version import __version__
 
 CHECKPOINT_FORMAT = 3  # of the directory: raise it when names or dtypes of stored tensors change
-QUANT_METHOD = "rana"  # our name in transformers' field "quant_method"
 
 
 def attach_plan(model: nn.Module, plan: Plan, made: dict[str, Any] | None = None) -> None:

@@ -14,7 +14,6 @@ from rana_kernels.allocation.latency_measurement import measure_latency
 from rana_kernels.allocation.methods import DEFAULT, METHODS, make_request, needs
 from rana_kernels.allocation.request import formats
 from rana_kernels.allocation.search import Search, own_history
-from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.checkpoint.manifest import read_manifest
 from rana_kernels.checkpoint.model_card import note
 from rana_kernels.checkpoint.replacement import check_target
@@ -30,6 +29,7 @@ from rana_kernels.cli.options import (
     open_model,
     open_tokenizer,
     print_json,
+    refuse_compressed,
     unfinished_work,
 )
 from rana_kernels.cli.tables import show_compression
@@ -52,13 +52,18 @@ Examples:
   rana compress ./model --calibration tokens.safetensors --flops-reduction 0.3 -o out --json
   rana compress ./model --calibration text.txt --flops-reduction 0.2 --bits 4 -o out
   rana compress ./model --calibration text.txt --bytes-reduction 0.7 --bits auto -o out
+  rana compress ./model.Q8_0.gguf --calibration text.txt --bits 4 -o out
   rana compress ./model --calibration text.txt --method rankadaptor --evaluations 50 -o out
   rana compress ./model --calibration text.txt --time-reduction 0.3 --times here.json -o out
 After an interruption, the same command continues after the last finished block or evaluation."""
 )
 def compress(
     model: Annotated[
-        str, typer.Argument(help="The model: a directory, or its name on the Hugging Face hub.")
+        str,
+        typer.Argument(
+            help="The model: a directory, a GGUF file, or its name on the Hugging Face hub. The weights of a "
+            "GGUF file become floats first."
+        ),
     ],
     calibration: Annotated[
         Path,
@@ -163,9 +168,8 @@ def compress(
 ) -> None:
     """Replace the linears of a model by adapters that skip work, and write the compressed model."""
     check_target(output)
+    refuse_compressed(model)
     original, tokenizer = open_model(model, dtype), open_tokenizer(model)
-    if attached_plan(original) is not None:
-        raise ValueError(f"{model} is compressed already, wanted the original model")
     vocabulary, progress = original.config.vocab_size, sys.stderr.isatty()
     token_ids = read_token_ids(calibration, tokenizer, vocabulary, length=sequence_length, tokens=tokens)
     evaluated = None

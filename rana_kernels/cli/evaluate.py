@@ -56,7 +56,9 @@ def evaluate_model(
     ],
     against: Annotated[
         str | None,
-        typer.Option(help="The dense model, a directory or hub name. It is measured too, for comparison."),
+        typer.Option(
+            help="The dense model: a directory, GGUF file or hub name. It is measured too, for comparison."
+        ),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Use at most this many tokens of the text. Default: all.")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,10 @@ import transformers
 import typer
 from torch import Tensor
 
+from rana_kernels.model.quantized import QUANT_METHOD, quantization_of, refuse_quantized_config
+
 HELD_OUT = 8  # one sequence of so many is held out for measurements
+GGUF_PACKAGES = ("gguf", "accelerate")  # what transformers needs to read a GGUF file
 
 app = typer.Typer(
     help="Faster transformer inference: compress a model with RaNA, then evaluate and run it.",
@@ -97,13 +101,57 @@ def dtype_name(model: Any) -> str:
 
 
 def open_model(name: str, dtype: Dtype) -> Any:
-    """Load a dense model from a directory or the hub. Raise FileNotFoundError for a missing directory."""
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise FileNotFoundError(f"{name}: there is no such directory, wanted a model's")
+    """Load a dense model from a directory, a GGUF file or the hub, in floats.
+
+    Raises FileNotFoundError for a missing directory or file, and ImportError for a GGUF file if the packages
+    that read it are missing.
+    """
+    source = source_of(name)
+    if "gguf_file" in source:
+        source |= _dequantizing()
+    else:
+        source["use_safetensors"] = True
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype.value, use_safetensors=True, trust_remote_code=False
+        **source, dtype=dtype.value, trust_remote_code=False
     )
     return model.to(device())  # type: ignore[arg-type]
+
+
+def refuse_compressed(name: str) -> None:
+    """Raise ValueError, before any weight is read, if the config of a model says that it is no original."""
+    source = source_of(name)
+    if "gguf_file" in source:  # it is read in floats, whatever it stores
+        return
+    config = transformers.AutoConfig.from_pretrained(**source, trust_remote_code=False)
+    if quantization_of(config).get("quant_method") == QUANT_METHOD:
+        raise ValueError(f"{name} is compressed already, wanted the original model")
+    refuse_quantized_config(name, config)
+
+
+def source_of(name: str | Path) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that say where a model is.
+
+    Raises FileNotFoundError and ImportError like `open_model`.
+    """
+    path = Path(name)
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: there is no such file, wanted a model in GGUF")
+        missing = [package for package in GGUF_PACKAGES if find_spec(package) is None]
+        if missing:
+            raise ImportError(
+                f"{name}: a GGUF file needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+            )
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if str(name).startswith((".", "/", "~")) and not path.is_dir():
+        raise FileNotFoundError(f"{name}: there is no such directory, wanted a model's")
+    return {"pretrained_model_name_or_path": str(name)}
+
+
+def _dequantizing() -> dict[str, Any]:
+    """Return the arguments that make transformers read a GGUF file as floats. Older versions always do."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}
 
 
 def hold_out(token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,12 +182,28 @@ def unfinished_work(output: Path) -> Iterator[Path]:
 
 def open_tokenizer(name: str | Path) -> Any:
     """Load the tokenizer of a model. Return None if the model has none."""
+    source = source_of(name)
+    if "gguf_file" in source:
+        return _open_gguf_tokenizer(source)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         return None
     # for some architectures transformers makes an empty tokenizer if the model has none
     return tokenizer if tokenizer("a", add_special_tokens=False).input_ids else None
+
+
+def _open_gguf_tokenizer(source: dict[str, Any]) -> Any:
+    """Load the tokenizer in a GGUF file. If it cannot be read, say why on stderr and return None."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    except Exception as error:  # each version of transformers has errors of its own for what it does not know
+        version, reason = transformers.__version__, f"{type(error).__name__}: {error}"
+        print(
+            f"rana: warning: transformers {version} reads no tokenizer from {source['gguf_file']} ({reason})",
+            file=sys.stderr,
+        )
+        return None
 
 
 def print_json(data: dict[str, Any]) -> None:

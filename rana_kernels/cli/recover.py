@@ -50,8 +50,8 @@ def recover_model(
     dense: Annotated[
         str | None,
         typer.Option(
-            help="The dense model, a directory or hub name. Training then learns its predictions instead of "
-            "the tokens of the text."
+            help="The dense model: a directory, GGUF file or hub name. Training then learns its predictions "
+            "instead of the tokens of the text."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Train for this many steps of the optimizer.")] = 300,

@@ -41,6 +41,7 @@ from rana_kernels.model.head import require_head, untie_head
 from rana_kernels.model.install import check_adapter, check_plan, dense_names, install_block
 from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.model.quantized import forget_quantizer, refuse_quantized
 from rana_kernels.nn.dense import serve_dense
 from rana_kernels.nn.format import FLOAT, Format
 from rana_kernels.quantization.block import quantize_block
@@ -106,8 +107,7 @@ def compress(
     if stats is not None and stats.model is not model:
         raise ValueError("compress: the statistics are of another model object than the one given")
     blocks = stats.blocks if stats is not None else find_blocks(model)
-    for name in (name for block in blocks for name in block.linears):
-        linear_of(model, name)  # refuses adapters and quantised weights before any work
+    refuse_quantized(model, (name for block in blocks for name in block.linears))
     asked = {
         "flops_reduction": flops_reduction, "time_reduction": time_reduction, "times": times,
         "max_memory": max_memory, "bytes_reduction": bytes_reduction, "search": search,
@@ -148,6 +148,7 @@ def compress(
         seconds=time.monotonic() - started,
     )
     if hasattr(model, "config"):  # model.save_pretrained then writes a checkpoint that can be loaded
+        forget_quantizer(model)
         attach_plan(model, done, facts_of(model, stats, report))
     return report
 

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rana_kernels.checkpoint.attachment import QUANT_METHOD, attached_plan, plan_from_config, read_plan
+from rana_kernels.checkpoint.attachment import attached_plan, plan_from_config, read_plan
 from rana_kernels.checkpoint.headers import CheckpointError, check_tensors, read_header
 from rana_kernels.checkpoint.manifest import CARD, MANIFEST, read_manifest, write_manifest
 from rana_kernels.checkpoint.model_card import write_card
@@ -28,6 +28,7 @@ from rana_kernels.checkpoint.replacement import replacing
 from rana_kernels.integrations import hub  # noqa: F401  (what transformers uploads)
 from rana_kernels.integrations.tensor_parallel.shares import SetAside, processes
 from rana_kernels.model.install import install
+from rana_kernels.model.quantized import QUANT_METHOD
 from rana_kernels.nn.base import check_values
 from rana_kernels.system.huge_pages import use_huge_pages
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from rana_kernels.nn.base import AdapterModule
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -33,13 +35,15 @@ def linear_of(model: nn.Module, name: str) -> Linear:
         weight: Tensor = module.weight  # type: ignore[assignment]
         return Linear(weight.T, module.bias)  # type: ignore[arg-type]
     if not isinstance(module, nn.Linear):
+        what = "an adapted" if isinstance(module, AdapterModule) else "a quantised or wrapped"
         raise ValueError(
-            f"{name} is a {type(module).__name__}, wanted torch.nn.Linear: an adapted model cannot be "
+            f"{name} is a {type(module).__name__}, wanted torch.nn.Linear: {what} model cannot be "
             "compressed again, start from the original"
         )
-    if not module.weight.is_floating_point() or module.weight.dtype.itemsize < 2:
+    dtype = getattr(getattr(module, "weight", None), "dtype", None)  # it may be packed under other names
+    if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(
-            f"{name} has a weight of {module.weight.dtype}, wanted float32, bfloat16 or float16: a quantised "
+            f"{name} has a weight of {dtype}, wanted float32, bfloat16 or float16: a quantised "
             "model cannot be compressed, start from the original"
         )
     return Linear(module.weight, module.bias)

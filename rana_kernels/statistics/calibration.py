@@ -20,6 +20,7 @@ from torch import distributed as dist
 
 from rana_kernels.model.architectures import Block, decoder_name, find_blocks, is_described
 from rana_kernels.model.head import head_block
+from rana_kernels.model.quantized import refuse_quantized
 from rana_kernels.statistics.fisher import FisherDiagonal
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
 
@@ -164,8 +165,8 @@ def calibrate(
     The defaults serve every request. `rana_kernels.allocation.methods.needs` has what one request needs.
 
     The model is unchanged afterwards. Raises ValueError for an unknown architecture, an empty or ill-typed
-    calibration, activations that are not finite (the message names the linear that reads them), or a group
-    whose processes have different calibrations.
+    calibration, a model that is quantised or adapted, activations that are not finite (the message names the
+    linear that reads them), or a group whose processes have different calibrations.
     """
     return calibrate_blocks(
         model, find_blocks(model), calibration, sample_tokens=sample_tokens, seed=seed, inputs=inputs,
@@ -187,6 +188,7 @@ def calibrate_blocks(
 ) -> Stats:
     """Do what `calibrate` does, for a model whose blocks are already known."""
     wanted = _wanted(inputs)
+    refuse_quantized(model, (name for block in blocks for name in block.linears))
     if sample_tokens < 1:
         raise ValueError(f"calibrate: sample_tokens is {sample_tokens}, wanted at least 1")
     head = head_block(model) if "lm_head" in wanted else None
@@ -203,7 +205,7 @@ def calibrate_blocks(
             batch.tokens = _unpadded(kwargs)
             digest.update(_bytes(kwargs["input_ids"].flatten(), batch.tokens))
             count, own = int(batch.tokens.sum()), sums.owns(items - 1)
-            kwargs = {key: _to(value, device) for key, value in kwargs.items()}
+            kwargs = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in kwargs.items()}
             if own:
                 batch.keep, batch.take = sampler.select(count)
                 others = {key: value for key, value in kwargs.items() if key != "input_ids"}
@@ -258,10 +260,6 @@ def _wanted(inputs: Iterable[str]) -> tuple[str, ...]:
         known = ", ".join(ALL_INPUTS)
         raise ValueError(f"calibrate: inputs has {unknown or 'nothing'}, wanted some of {known}")
     return wanted
-
-
-def _to(value: object, device: torch.device) -> object:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _batches(calibration: Iterable, progress: bool) -> Iterator[dict]:

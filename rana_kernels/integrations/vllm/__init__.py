@@ -18,11 +18,12 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.models.utils import WeightsMapper
 
-from rana_kernels.checkpoint.attachment import QUANT_METHOD, plan_from_config
+from rana_kernels.checkpoint.attachment import plan_from_config
 from rana_kernels.checkpoint.headers import CheckpointError, read_header
 from rana_kernels.checkpoint.manifest import MANIFEST, read_manifest
 from rana_kernels.integrations.vllm.method import RanaLinearMethod
 from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.model.quantized import QUANT_METHOD
 
 
 def register() -> None:
