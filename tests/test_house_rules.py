@@ -40,7 +40,8 @@ ARROWS = {
     "allocation": {"nn", "model", "checkpoint", "evaluation", "statistics", "quantization", "system"},
     "compression": {"ops", "nn", "model", "checkpoint", "statistics", "quantization", "allocation", "system"},
     "recovery": {
-        "ops", "nn", "model", "checkpoint", "evaluation", "statistics", "allocation", "system",
+        "ops", "nn", "model", "checkpoint", "evaluation", "statistics", "quantization", "allocation",
+        "system",
     },
     "integrations": {"ops", "nn", "model", "checkpoint", "system"},
     "cli": {

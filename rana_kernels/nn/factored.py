@@ -5,7 +5,7 @@ A rank adapter becomes two linears, `B` (K → R) and `rows` (R → N). A neuron
 same sizes, cost and format as before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -87,18 +87,22 @@ class FactoredNeurons(nn.Module):
 Factored = FactoredLinear | FactoredNeurons
 
 
-def to_linears(model: nn.Module) -> None:
+def to_linears(model: nn.Module, skip: Container[str] = ()) -> None:
     """Replace the adapters of `model` by factored modules, which share memory with the adapters.
+
+    skip   the full names of modules that stay as they are
 
     Raises ValueError for quantised adapters, before anything is replaced.
     """
-    for module in model.modules():
-        if isinstance(module, AdapterModule):
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterModule) and name not in skip:
             require_floats(module)
     for name, module in list(model.named_modules()):
         if isinstance(module, RanaMLP):
             model.set_submodule(name, split_mlp(module))
     for name, module in list(model.named_modules()):
+        if name in skip:
+            continue
         if isinstance(module, RanaLinear):
             model.set_submodule(name, FactoredLinear(module))
         elif isinstance(module, RanaNeuronLinear):

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from rana_kernels.allocation.search import Search, best_allocation
 from rana_kernels.checkpoint.resume import ResumeDir, digest
 from rana_kernels.evaluation.metrics import perplexity
+from rana_kernels.model.head import head_names
 from rana_kernels.nn.factored import from_linears, to_linears
+from rana_kernels.nn.floats import to_floats
 from rana_kernels.recovery import lora_ranks
 from rana_kernels.recovery.refit import refit
+from rana_kernels.recovery.rounding import install_rounded, rounding_of, tokens_for_rounding
 from rana_kernels.recovery.training import Training, train
 
 ALPHA = 16  # rsLoRA multiplies by ALPHA / √rank
@@ -63,20 +66,27 @@ def recover(
     search       chooses the ranks of the inputs by measuring. Its `baseline_loss` is the loss before recovery
     resume_dir   keeps the state of search and training, so that the same call continues after an interruption
 
-    Thresholds are refitted at the end, so that every adapter keeps its planned live rows.
+    Thresholds are refitted at the end, so that every adapter keeps its planned live rows. Quantised weights
+    are trained as floats and rounded at the end (`recovery/rounding.py`). lm_head stays as it is.
     Raises ValueError as `train` does.
     """
     store = (
         ResumeDir(resume_dir, _facts(model, token_ids, training, lora, dense, search)) if resume_dir else None
     )
-    to_linears(model)
+    rounding, count = rounding_of(model), REFIT_TOKENS
+    if rounding is not None:
+        count = max(count, tokens_for_rounding(rounding.plan))
+        to_floats(model, rounding.names, rounding.dtype)
+    to_linears(model, skip=head_names(model))
     pattern = _ranks(model, token_ids, training, lora, dense, search, store, progress)
     tuned = _with_lora(model, pattern, training.seed)
     state = store.file("training.safetensors") if store else None
     train(tuned, token_ids, training, dense=dense, state=state, progress=progress)
     tuned.merge_and_unload()
-    refit(model, token_ids[: max(1, REFIT_TOKENS // token_ids.shape[1])])
+    refit(model, token_ids[: max(1, count // token_ids.shape[1])], rounding)
     from_linears(model)
+    if rounding is not None:
+        install_rounded(model, rounding)
 
 
 def _ranks(
@@ -142,9 +152,9 @@ def _facts(
 
 
 def _weights(model: nn.Module) -> str:
-    """Return a digest of the sizes and of a few values of every weight."""
+    """Return a digest of the sizes and of a few values of every weight, quantised ones included."""
     found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        some = digest(parameter.flatten()[:256])
-        found.update(f"{name} {list(parameter.shape)} {some}".encode())
+    for name, tensor in model.state_dict().items():
+        some = digest(tensor.flatten()[:256])
+        found.update(f"{name} {list(tensor.shape)} {some}".encode())
     return found.hexdigest()

@@ -57,6 +57,40 @@ def test_the_loss_falls_and_nothing_else_changes(name, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize(
+    ("method", "bits", "group"), [("global", 8, None), ("paper", 4, 32)], ids=["int8", "int4"]
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_quantised_model_is_trained_in_floats_and_rounded(name, method, bits, group, tmp_path):
+    """Weights, formats, plan and live rows stay; what is saved is what was trained."""
+    model = make_model(name)
+    how = {"flops_reduction": 0.3, "method": method, "bits": bits, "group": group, "lm_head_bits": 8}
+    rana.compress(model, [tokens()], progress=False, **how)
+    plan, shapes, before = attached_plan(model), sizes(model), perplexity(model, tokens(), progress=False).nll
+    head = {name: t.clone() for name, t in model.get_output_embeddings().state_dict().items()}
+    recovery.recover(model, tokens(), HOW, LORA, progress=False)
+    assert perplexity(model, tokens(), progress=False).nll < before - 0.05
+    assert sizes(model) == shapes
+    assert all(torch.equal(t, head[name]) for name, t in model.get_output_embeddings().state_dict().items())
+    after = attached_plan(model)
+    assert plan.reduction - 0.002 < after.reduction < plan.reduction + 0.05  # the zeros of ReLU cost nothing
+    assert after == plan.with_adapters(
+        tuple(
+            replace(old, threshold=new.threshold, live=new.live)
+            for old, new in zip(plan.adapters, after.adapters, strict=True)
+        )
+    )
+    with count_live(model) as counts, torch.no_grad():
+        model(input_ids=tokens())
+    for adapter in after.adapters:
+        if adapter.kind != "dense":
+            assert counts[adapter.names[0]].mean == pytest.approx(adapter.live, rel=0.02, abs=0.1)
+    rana.save(model, tmp_path / "out")
+    loaded = rana.load(tmp_path / "out")
+    assert_equal_states(model, loaded)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_what_is_trained_is_what_is_merged():
     """The model with its LoRA, and without it but merged, before thresholds are fitted."""
     model = adapted()
