@@ -34,9 +34,9 @@ def run_in(folder: Path, *command: object) -> subprocess.CompletedProcess:
     return subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def small(architecture: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def small(architecture: str, dtype: torch.dtype = torch.float32, bits: int = 16) -> nn.Module:
     model = make_model(architecture, num_hidden_layers=1)
-    rana.compress(model, [tokens()], flops_reduction=0.3, method="paper", progress=False)
+    rana.compress(model, [tokens()], flops_reduction=0.3, method="paper", bits=bits, progress=False)
     return nn.Module.to(model, dtype)
 
 
@@ -61,9 +61,9 @@ def test_modules_export_with_any_batch(make, dtype, strict):
 
 
 @every_dtype
-@pytest.mark.parametrize("architecture", ["Llama", "OPT"])
-def test_a_model_exports_with_its_cache(architecture, dtype):
-    model = small(architecture, dtype)
+@pytest.mark.parametrize(("architecture", "bits"), [("Llama", 16), ("OPT", 16), ("Llama", 4)])
+def test_a_model_exports_with_its_cache(architecture, bits, dtype):
+    model = small(architecture, dtype, bits)
     program = export(model, 32).module()
     for prompt in (PROMPT, PROMPT[:1], PROMPT[2:]):
         assert continuation(program, prompt, 8) == generated(model, prompt)
@@ -104,13 +104,14 @@ def program(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def packaged(program, tmp_path_factory) -> tuple[nn.Module, Path]:
-    """A model of one layer, and its package."""
-    path, model = tmp_path_factory.mktemp("package") / "model.pt2", small("Llama")
+def packaged(program, tmp_path_factory, request) -> tuple[nn.Module, Path]:
+    """A model of one layer in 16 or 4 bits, and its package."""
+    path, model = tmp_path_factory.mktemp("package") / "model.pt2", small("Llama", bits=request.param)
     package(model, 32, path)
     return model, path
 
 
+@pytest.mark.parametrize("packaged", [16, 4], indirect=True)
 def test_a_package_runs_from_python_and_from_c(program, packaged, tmp_path):
     model, file = packaged
     wanted = generated(model, PROMPT)
@@ -120,6 +121,7 @@ def test_a_package_runs_from_python_and_from_c(program, packaged, tmp_path):
     assert [int(token) for token in done.stdout.split()] == wanted, done.stderr
 
 
+@pytest.mark.parametrize("packaged", [16], indirect=True)
 def test_the_c_program_says_what_is_wrong(program, packaged, tmp_path):
     _, file = packaged
     (tmp_path / "prompt.txt").write_text("5 6 seven")
@@ -135,6 +137,7 @@ def test_the_c_program_says_what_is_wrong(program, packaged, tmp_path):
         assert re.match(rf"run: .*{re.escape(words)}", done.stderr), done.stderr
 
 
+@pytest.mark.parametrize("packaged", [16], indirect=True)
 def test_more_tokens_than_the_cache_holds_are_refused(program, packaged, tmp_path):
     _, file = packaged
     (tmp_path / "prompt.txt").write_text(" ".join(map(str, PROMPT)))

@@ -198,3 +198,15 @@ def test_the_command_line(folder, compressed, tmp_path, run):  # noqa: F811
     assert code == 0 and float(after) < float(before)
     code, _, err = run(*asked, "-o", compressed)
     assert code == 1 and "wanted another directory to write" in err
+
+
+def test_the_command_line_with_weights_in_four_bits(folder, tmp_path, run):  # noqa: F811
+    text, sizes = ["--text", folder / "text.txt"], ["--sequence-length", 64]
+    asked = ["compress", folder, "--calibration", text[1], "-o", tmp_path / "four", "--tokens", 1024, *sizes]
+    code, _, err = run(*asked, "--method", "paper", "--bits", 4)
+    assert code == 0, err
+    rest = ["--steps", 4, "--rank", 2, "--learning-rate", 0.003, "-o", tmp_path / "out", "--json"]
+    code, out, err = run("recover", tmp_path / "four", *text, *sizes, *rest)
+    found = json.loads(out)["perplexity"]
+    assert code == 0 and found["compressed"] < found["unrecovered"], err
+    assert attached_plan(rana.load(tmp_path / "out")).bits == (4,)
