@@ -9,10 +9,10 @@ from tests.test_compress import make_model, tokens
 from tests.test_transformers import EVERY, by_hand, prompt
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    model = make_model("Llama", num_hidden_layers=4)
-    rana.compress(model, [tokens()], flops_reduction=0.3, method="paper", progress=False)
+@pytest.fixture(scope="module", params=[16, 4], ids=["floats", "int4"])
+def place(tmp_path_factory, request):
+    model, bits = make_model("Llama", num_hidden_layers=4), request.param
+    rana.compress(model, [tokens()], flops_reduction=0.3, method="paper", bits=bits, progress=False)
     rana.save(model, place := tmp_path_factory.mktemp("model") / "out")
     return place
 
