@@ -68,23 +68,24 @@ def test_in_floats_it_computes_the_same_and_rounded_again_nearly(name, plan):
     assert away(made, wanted) < 1e-5
     again = rounded_again(made, rounding_of(model))
     assert {n: (t.shape, t.dtype) for n, t in again.state_dict().items()} == shapes
-    assert away(again, wanted) < 0.05
+    assert away(again, wanted) < (0.01 if "neuron" in plan else 0.05)  # the rows of ranks are refitted
     assert attached_plan(again).bits == (4,)
 
 
 def test_new_weights_are_rounded_with_the_inputs_that_they_meet(monkeypatch):
     """Errors of rounding are spread (GPTQ): the model loses less than by rounding to nearest."""
-    made = in_floats(quantised("Llama", "neurons"))
+    model = quantised("Llama", "neurons")
+    made = in_floats(model)
     with torch.no_grad():
         for _, module in factored(made):
             module.rows.weight += 0.02 * torch.randn_like(module.rows.weight)
     wanted, plain = logits(made), copy.deepcopy(made)
-    good = away(rounded_again(made, rounding_of(plain)), wanted)
+    good = away(rounded_again(made, rounding_of(model)), wanted)
     quantize = rounding_module.quantize
     monkeypatch.setattr(
         rounding_module,
         "quantize",
         lambda w, bits, group, moment, **how: quantize(w, bits, group, None, **how),
     )
-    nearest = away(rounded_again(plain, rounding_of(plain)), wanted)
+    nearest = away(rounded_again(plain, rounding_of(model)), wanted)
     assert 0 < good < 0.9 * nearest

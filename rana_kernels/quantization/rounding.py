@@ -19,6 +19,7 @@ def quantize(
     *,
     along: str = "columns",
     importance: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (quantised weight, scale) of a float weight [R, N], as the ops take them.
 
@@ -32,6 +33,7 @@ def quantize(
              "rows": y = h @ weight, moment [R, R], as for `rows`
     importance  how much the squared error of each column counts where a step is searched for [N], positive.
              Along the columns, the moment says this
+    scale    steps to use [R, groups], as they are returned. None: they are searched
 
     The scale is float16 [R, groups]. In 4 bits, the step of a group is searched for least squared error, and
     it may be negative (`steps.py`). Raises ValueError for arguments that do not fit, for values that are not
@@ -40,12 +42,15 @@ def quantize(
     weight = weight.detach()
     _check(weight, bits, group, moment, along)
     size = max(1, weight.shape[1] if group is None else group)
-    if moment is None:
+    given = None if scale is None else scale.float()
+    if moment is None and given is not None:
+        pairs = [(_whole_numbers(weight.float(), given, bits, size), given)]
+    elif moment is None:
         pairs = [_to_nearest(part, bits, size, importance) for part in _parts(weight)]
     elif along == "rows":
-        pairs = [_along_rows(weight.float(), bits, size, moment.to(weight.device), importance)]
+        pairs = [_along_rows(weight.float(), bits, size, moment.to(weight.device), importance, given)]
     else:
-        pairs = _along_columns(weight, bits, size, moment.to(weight.device))
+        pairs = _along_columns(weight, bits, size, moment.to(weight.device), given)
     q, steps = (torch.cat(each) for each in zip(*pairs, strict=True))
     return (pack_int4(q) if bits == 4 else q), steps.half()
 
@@ -100,15 +105,18 @@ def _whole_numbers(values: Tensor, steps: Tensor, bits: int, size: int) -> Tenso
 
 
 def _along_rows(
-    values: Tensor, bits: int, size: int, moment: Tensor, importance: Tensor | None
+    values: Tensor, bits: int, size: int, moment: Tensor, importance: Tensor | None, given: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the whole numbers and their steps. The steps of a row are chosen when it is reached."""
     order = _falling(moment)
     lines, steps = values[order], values.new_zeros(len(values), groups_of(values.shape[1], size))
+    if given is not None:
+        steps.copy_(given[order])
     counts = None if importance is None else grouped(importance.float(), size)
 
     def round_line(i: int, lines: Tensor) -> Tensor:
-        steps[i] = find_steps(grouped(lines[i], size), bits, counts)
+        if given is None:
+            steps[i] = find_steps(grouped(lines[i], size), bits, counts)
         own = _spread(steps[i], size, lines.shape[1])
         return round_to(lines[i], own, bits) * own
 
@@ -117,7 +125,9 @@ def _along_rows(
     return _whole_numbers(lines[back], steps[back], bits, size), steps[back]
 
 
-def _along_columns(weight: Tensor, bits: int, size: int, moment: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _along_columns(
+    weight: Tensor, bits: int, size: int, moment: Tensor, given: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
     """Return the whole numbers and steps of parts of the rows, which do not depend on one another.
 
     The steps come first, because a group has many lines.
@@ -125,8 +135,9 @@ def _along_columns(weight: Tensor, bits: int, size: int, moment: Tensor) -> list
     order = _falling(moment)
     U, group_of = feedback(moment[order][:, order]), (order // size).tolist()
 
-    def rounded(values: Tensor) -> tuple[Tensor, Tensor]:
-        steps = find_steps(grouped(values, size), bits, grouped(_importance(moment), size))
+    def rounded(values: Tensor, steps: Tensor | None) -> tuple[Tensor, Tensor]:
+        if steps is None:
+            steps = find_steps(grouped(values, size), bits, grouped(_importance(moment), size))
         lines = values.T[order].contiguous()
 
         def round_line(i: int, lines: Tensor) -> Tensor:
@@ -136,7 +147,9 @@ def _along_columns(weight: Tensor, bits: int, size: int, moment: Tensor) -> list
         spread_errors(lines, U, round_line)
         return _whole_numbers(lines.T[:, order.argsort()], steps, bits, size), steps
 
-    return [rounded(part.float()) for part in _parts(weight)]
+    parts = _parts(weight)
+    kept = [None] * len(parts) if given is None else given.split(len(parts[0]))
+    return [rounded(part.float(), own) for part, own in zip(parts, kept, strict=True)]
 
 
 def _importance(moment: Tensor) -> Tensor:

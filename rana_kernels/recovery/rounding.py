@@ -32,6 +32,8 @@ class Rounding:
     names   the modules with quantised weights
     dtype   the dtype of the floats of these modules
     apart   the linears of a RanaMLP: the rows of joint linears are apart there
+    scales  of the model before its recovery. They are kept: with new ones, values that training has hardly
+            changed would be rounded a second time
     tensors B, rows, qweight and their scales, by the names of their linears
     """
 
@@ -39,6 +41,7 @@ class Rounding:
     names: list[str]
     dtype: torch.dtype
     apart: set[str]
+    scales: dict[str, Tensor]
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def round_B(self, module: FactoredLinear, spec: AdapterSpec, x: Tensor) -> None:
@@ -74,7 +77,8 @@ class Rounding:
         self, name: str, weight: Tensor, format: Format, moment: Tensor | None, along: str = "columns"
     ) -> Tensor:
         """Keep the rounded weight, and return its floats."""
-        q, scale = quantize(weight, format.bits, format.group, moment, along=along)
+        kept = self.scales[f"{name}_scale"]
+        q, scale = quantize(weight, format.bits, format.group, moment, along=along, scale=kept)
         self.tensors |= {name: q, f"{name}_scale": scale}
         return dequantize(q, scale, weight.shape[1])
 
@@ -91,13 +95,18 @@ def rounding_of(model: nn.Module) -> Rounding | None:
     if plan is None or not any(adapter.format.quantized for adapter in plan.adapters):
         return None
     names, apart = [], set[str]()
+    scales = {name: t for name, t in model.state_dict().items() if name.endswith("_scale")}
     for block, adapters in _adapters(model, plan):
         fused = {*block.expanding, block.down} if is_fused(block, adapters) else set()
         names += [block.mlp] if fused else []
         names += [a.names[0] for a in adapters if a.format.quantized and a.names[0] not in fused]
         apart |= fused
+        if f"{block.mlp}.B_scale" in scales:
+            stack = _stacked(block, adapters)
+            parts = scales[f"{block.mlp}.B_scale"].split([adapter.rank for adapter in stack])
+            scales |= {f"{a.names[0]}.B_scale": part for a, part in zip(stack, parts, strict=True)}
     embedding: Any = getattr(model, "get_input_embeddings", None)
-    return Rounding(plan, names, embedding().weight.dtype, apart)
+    return Rounding(plan, names, embedding().weight.dtype, apart, scales)
 
 
 def tokens_for_rounding(plan: Plan) -> int:
@@ -114,8 +123,7 @@ def install_rounded(model: nn.Module, rounding: Rounding) -> None:
     for block, adapters in _adapters(model, plan):
         tensors = dict(rounding.tensors)
         if is_fused(block, adapters):
-            by_name = {name: adapter for adapter in adapters for name in adapter.names}
-            stack = list(dict.fromkeys(by_name[name] for name in reversed(block.expanding)))  # up first
+            stack = _stacked(block, adapters)
             for kind in ("B", "B_scale"):
                 parts = [tensors[key] for a in stack if (key := f"{a.names[0]}.{kind}") in tensors]
                 tensors |= {f"{block.mlp}.{kind}": torch.cat(parts)} if parts else {}
@@ -127,6 +135,12 @@ def install_rounded(model: nn.Module, rounding: Rounding) -> None:
             kept = {k: t for k, t in model.get_submodule(name).state_dict().items() if k in names}
             fill_module(module, **{k: t for k, t in {**kept, **own}.items() if k in names})
         replace_modules(model, modules)
+
+
+def _stacked(block: Block, adapters: list[AdapterSpec]) -> list[AdapterSpec]:
+    """Return the adapters of up and gate in the order of B of a RanaMLP: up first."""
+    by_name = {name: adapter for adapter in adapters for name in adapter.names}
+    return list(dict.fromkeys(by_name[name] for name in reversed(block.expanding)))
 
 
 def _adapters(model: nn.Module, plan: Plan) -> list[tuple[Block, list[AdapterSpec]]]:
