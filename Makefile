@@ -23,13 +23,17 @@ help:
 # may trade it for another one. Triton is pinned because the tests compare what it compiles to; its
 # interpreter does not know numpy 2.4. With -qq pip still shows errors, but not its warnings: a line for every
 # folder of wheels in the machine's settings that does not exist.
+# --no-compile: Python compiles a module when it first imports it, and most of those installed are never imported.
+# It keeps what it compiled, even where the machine says otherwise, because the tests start many processes.
+INSTALL := pip install -qq --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -qq -U pip "setuptools>=77" wheel
-	$(BIN)/pip install -qq "torch==2.13.0"
-	$(BIN)/pip install -qq ninja pybind11 rich safetensors typer transformers accelerate gguf matplotlib \
+	$(BIN)/$(INSTALL) -U pip "setuptools>=77" wheel
+	$(BIN)/$(INSTALL) "torch==2.13.0"
+	$(BIN)/$(INSTALL) ninja pybind11 rich safetensors typer transformers accelerate gguf matplotlib \
 	    hypothesis pytest pytest-benchmark pytest-xdist "numpy<2.4"
-	$(BIN)/pip install -qq --no-deps "triton==3.6.0"
+	$(BIN)/$(INSTALL) --no-deps "triton==3.6.0"
 	touch $@
 
 # pip would hide what the build says, so setup.py compiles first and pip only makes the package importable.
@@ -39,7 +43,7 @@ $(VENV)/built: $(VENV)/ready $(SOURCES)
 	touch $@
 
 $(VENV)/lint: $(VENV)/ready
-	$(BIN)/pip install -qq "ruff==0.17.5" "mypy==2.4.1" "clang-format==23.1.5"
+	$(BIN)/$(INSTALL) "ruff==0.17.5" "mypy==2.4.1" "clang-format==23.1.5"
 	touch $@
 
 build: $(VENV)/built
