@@ -190,6 +190,23 @@ QUANTIZED_CASES += HALF_BLOCKS
 CASES += QUANTIZED_CASES
 # enough for each instruction set
 FEW_CASES = [c for c in CASES if zlib.crc32(c.id.encode()) % 6 == 0 or c in HALF_BLOCKS]
+LONG_CASES = [c for c in CASES if max(c.N, c.K, c.I) >= 4200]
+# past the tiles, tables and lists of the GPU backends, and small enough for an interpreter
+_WIDE = [
+    Case("masked_linear", R=30, N=700),
+    Case("masked_lowrank_linear", R=30, N=70, K=700),
+    Case("masked_mlp", R=17, N=32, K=33, I=300, gate=10),
+    Case("masked_mlp", R=None, N=32, K=33, I=300, gate="joint"),
+    Case("linear", N=70, K=700),
+    Case("linear", N=700, K=30),
+]
+TILED_CASES = [replace(c, lead=(M,)) for M in (1, 5, 40) for c in _WIDE] + [
+    Case("masked_linear", R=13000, N=24, density=1.0),
+    Case("masked_linear", R=1300, N=24, lead=(5,)),
+    Case("masked_linear", R=1300, N=24, lead=(40,)),
+    Case("masked_mlp", R=17, N=32, K=33, I=1100, gate=10, lead=(5,)),
+]
+CASES += TILED_CASES
 REAL_CASES = _cases(REAL_LINEAR, REAL_LOWRANK, REAL_MLP, REAL_DENSE, REAL_LEADS)
 # one plain problem an op, for tests about something else than shapes, and the same in other forms
 SMALL = {

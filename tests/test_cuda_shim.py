@@ -61,7 +61,7 @@ def test_ops_are_exact_and_close(sanitized, schedule, processors, select):
     """A part of the shared cases; under "forward" NaN, equal scores and the like too."""
     chance = {"RANA_SHIM_SCHEDULE": schedule, "RANA_SHIM_PROCESSORS": processors}
     select = f"registered and not range and not number{select and ' and ' + select}"
-    assert passed(run_ops(select=select, marks="isa", **sanitized, **chance)) > 130
+    assert passed(run_ops(select=select, marks="(isa or tiled) and not long", **sanitized, **chance)) > 120
 
 
 MEMORY = "strides or expanded or left_alone or row_does_not_depend or infinity or argument"

@@ -16,9 +16,11 @@ from tests.cases import (
     DTYPES,
     FEW_CASES,
     FORMS,
+    LONG_CASES,
     QUANTIZED_FORMS,
     REAL_CASES,
     SMALL,
+    TILED_CASES,
     Case,
     assert_close,
     dense,
@@ -34,8 +36,9 @@ MASKED = ("threshold", "norms", "down_norms", "down_threshold")
 
 
 def grid(cases):
-    marks = {**dict.fromkeys(FEW_CASES, [pytest.mark.isa]), **dict.fromkeys(REAL_CASES, [pytest.mark.slow])}
-    return pytest.mark.parametrize("case", [pytest.param(c, id=c.id, marks=marks.get(c, [])) for c in cases])
+    kinds = {"isa": {*FEW_CASES}, "long": {*LONG_CASES}, "tiled": {*TILED_CASES}, "slow": {*REAL_CASES}}
+    marks = {c: [getattr(pytest.mark, name) for name, some in kinds.items() if c in some] for c in cases}
+    return pytest.mark.parametrize("case", [pytest.param(c, id=c.id, marks=marks[c]) for c in cases])
 
 
 def named(values: dict):

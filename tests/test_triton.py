@@ -67,20 +67,24 @@ def test_the_environment_chooses_triton_for_the_cpu():
 
 
 # what of tests/test_ops.py is interpreted: (marker, expression). All of it would take half an hour
+CASES = "(isa or tiled) and not long"
 SLOW = "not whole_range and not every_number"
 # of quantised weights a few: they become float weights before a kernel runs
 FEW = "(not bits or g64 and not 300)"
 FLOAT = "not _int8 and not _int4 and not _mixed"
+FLOAT16 = "float16 and not bfloat16"  # bfloat16 moves through the same code
 SELECTIONS = {
-    "all phases in one program": ("isa", f"triton_whole and {SLOW} and {FEW}"),
-    "phase by phase in several": ("isa", f"triton_phases and {SLOW} and {FEW}"),
+    # Both run the same code, this one in one launch with barriers between the phases: exact results show that.
+    # Activations and small errors are left to the other one, which leaves the extremes to this one.
+    "all phases in one program": (CASES, f"triton_whole and {SLOW} and {FEW} and not close"),
+    "phase by phase in several": (CASES, f"triton_phases and {SLOW} and {FEW} and not extremes"),
     "one token among others": (
         "not slow",
-        f"triton_phases and float16 and depend_on and (5 or 33) and {FLOAT}",
+        f"triton_phases and {FLOAT16} and depend_on and (5 or 33) and {FLOAT}",
     ),
     "layouts": (
         "not slow",
-        f"triton_phases and float16 and any_strides and not 40 and ({FLOAT} or lowrank_mixed)",
+        f"triton_phases and {FLOAT16} and any_strides and not 40 and ({FLOAT} or lowrank_mixed)",
     ),
     "infinities": ("not slow", "triton_whole and infinity"),
 }
