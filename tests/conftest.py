@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,6 +22,10 @@ LONGEST_FILES = (
     "test_cuda_shim", "test_triton", "test_isa", "test_export", "test_two_processes", "test_cuda_build",
     "test_cli", "test_compress", "test_architectures", "test_demo", "test_bench", "test_whole_model",
 )  # fmt: skip
+# Tests that compile kernels or start a process of their own, and share nothing that takes long to make.
+ONE_BY_ONE = re.compile(
+    r"test_a_mutant_is_found_out|test_interpreted|test_ops_are_exact_and_close_on|test_kernels_fit_the_card"
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the files that take longest first, so that no core is idle while the last of them runs."""
     rank = {name: i for i, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Deal out files, but the tests `ONE_BY_ONE` singly: a file of them would end long after the rest."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, test = nodeid.split("::", 1)
+            return nodeid if ONE_BY_ONE.match(test) else file
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)

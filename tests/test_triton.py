@@ -74,7 +74,7 @@ FEW = "(not bits or g64 and not 300)"
 FLOAT = "not _int8 and not _int4 and not _mixed"
 FLOAT16 = "float16 and not bfloat16"  # bfloat16 moves through the same code
 SELECTIONS = {
-    # Both run the same code, this one in one launch with barriers between the phases: exact results show that.
+    # Both run the same code, this one in one launch with barriers between phases: exact results show that.
     # Activations and small errors are left to the other one, which leaves the extremes to this one.
     "all phases in one program": (CASES, f"triton_whole and {SLOW} and {FEW} and not close"),
     "phase by phase in several": (CASES, f"triton_phases and {SLOW} and {FEW} and not extremes"),
