@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
+from bench.decode import __main__ as command
 from bench.decode import measure, steps
-from bench.decode.__main__ import main
 from bench.decode.measure import Setting, measure_drafts, share_rows, take_turns, where_time_goes
 from bench.decode.models import NAMES, SHAPES, from_random, random_model
 from bench.decode.steps import Decoder, compiled
@@ -223,13 +223,15 @@ def test_shapes_have_the_weights_of_their_names():
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
-def test_the_command_on_a_directory(tmp_path, capsys):
+def test_the_command_on_a_directory(tmp_path, capsys, monkeypatch):
     """A directory is compressed on its own tokens. Without the tests of the ops nothing is written."""
     random_model(TINY, torch.float32, "cpu").save_pretrained(tmp_path)
     tokens = torch.arange(8 * 96).reshape(8, 96).int() * 37 % TINY.vocab_size
     for name in ("calibration", "evaluation"):
         save_file({"input_ids": tokens}, tmp_path / f"{name}.safetensors")
-    main(
+    monkeypatch.setattr(command, "DRAFT_PROMPTS", 2)
+    monkeypatch.setattr(command, "DRAFT_TOKENS", 8)
+    command.main(
         str(tmp_path), prompt=[8, 999], batch=[1], threads=[1], cost_ratio=COST_RATIO, dtype="fp32",
         device="cpu", compile=False, rounds=3, turn=1, read=2048, tokens=999, tests=False,
         output=tmp_path / "rows.csv",
