@@ -1,6 +1,7 @@
 """The benchmark of a card, on tiny problems in Triton's interpreter, with made-up times."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -147,31 +148,43 @@ def test_stages_come_in_the_order_of_their_worth(monkeypatch, tmp_path):
     assert child.returncode == 1 and "Usage" not in child.stderr, child.stderr
 
 
-def selected(words: list[str]) -> str:
-    """Return the tests that pytest would run."""
-    child = python(*words[1:], "--collect-only")
+COLLECT = """
+import json, sys
+import pytest
+for arguments in json.loads(sys.argv[1]):
+    print("BEGIN", flush=True)
+    assert pytest.main([*arguments, "--collect-only"]) == 0, arguments
+"""
+
+
+def selected(*commands: list[str]) -> list[str]:
+    """Return the tests that each command of pytest would run. One process lists them all."""
+    assert all(words[:3] == [sys.executable, "-m", "pytest"] for words in commands)
+    child = python("-c", COLLECT, json.dumps([words[3:] for words in commands]))
     assert child.returncode == 0, child.stdout + child.stderr
-    return child.stdout
+    return child.stdout.split("BEGIN\n")[1:]
 
 
 def test_the_tests_of_a_card_are_found(monkeypatch):
     """Without a card, look for the names of the same tests on the CPU."""
     monkeypatch.setattr(tests, "served", lambda: ["cuda", "triton"])
     monkeypatch.setattr(tests, "IMPLEMENTATIONS", {"cuda": "registered", "triton": "reference"})
-    gates = tests.gates()
+    gates, everything, sanitizers = tests.gates(), tests.everything(), tests.sanitizer()
     assert set(gates) == {f"{backend}:{op}" for backend in ("cuda", "triton") for op in ops.SCHEMAS}
-    found = selected([word.replace("gpu and ", "") for word in gates["cuda:linear"]])
-    assert len(re.findall(r"\[registered-linear-M", found)) == found.count("[") > 50, "masked_linear too"
-    assert "test_integers_are_exact" in found and "test_gaussians_are_close" in found
-    everything = tests.everything()
     assert {"cuda on the card", "cuda, the ops"} < set(everything)
-    found = [selected(everything[f"triton on the card, {third}"]) for third in tests.THIRDS]
-    names = [name for part in found for name in re.findall(r"^tests/.*$", part, re.MULTILINE)]
-    whole = selected(everything["cuda on the card"]).replace("[cuda", "[triton")
+    gate, raced, whole, *thirds = selected(
+        [word.replace("gpu and ", "") for word in gates["cuda:linear"]],
+        sanitizers["cuda, racecheck"],
+        everything["cuda on the card"],
+        *(everything[f"triton on the card, {third}"] for third in tests.THIRDS),
+    )
+    assert len(re.findall(r"\[registered-linear-M", gate)) == gate.count("[") > 50, "masked_linear too"
+    assert "test_integers_are_exact" in gate and "test_gaussians_are_close" in gate
+    names = [name for part in thirds for name in re.findall(r"^tests/.*$", part, re.MULTILINE)]
+    whole = whole.replace("[cuda", "[triton")
     assert sorted(names) == sorted(re.findall(r"^tests/.*$", whole, re.MULTILINE)), "each in one part"
-    assert "test_two_streams_at_once[triton-" in found[0] and not any("sanitizer" in part for part in found)
-    sanitizers = tests.sanitizer()
-    assert "test_compute_sanitizer[cuda-racecheck]" in selected(sanitizers["cuda, racecheck"])
+    assert "test_two_streams_at_once[triton-" in thirds[0] and not any("sanitizer" in part for part in thirds)
+    assert "test_compute_sanitizer[cuda-racecheck]" in raced
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
