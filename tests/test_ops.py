@@ -1,5 +1,6 @@
 """Each op on each implementation: exact, close, memory, framework, meaning, errors."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 
@@ -229,24 +230,34 @@ def is_cast(name: str, argument) -> bool:
     return floats and name not in MASKED and not name.endswith("_scale")
 
 
-def dtypes_in_turns(forms: dict) -> dict:
-    """A dtype for every form: every op and every width of quantised weights meets all dtypes."""
-    return {case: DTYPES[(i + i // 3) % 3] for i, case in enumerate(forms.values())}
+def traced_dtypes(forms: Iterable[Case]) -> dict[Case, list[torch.dtype]]:
+    """Return the dtypes to trace a form in. The forms of an op in the same widths share all dtypes."""
+    alike: dict[tuple, list[Case]] = {}
+    for case in forms:
+        alike.setdefault((case.op, case.bits), []).append(case)
+    traced: dict[Case, list[torch.dtype]] = {}
+    for turn, cases in enumerate(alike.values()):
+        for i in range(max(len(DTYPES), len(cases))):
+            traced.setdefault(cases[i % len(cases)], []).append(DTYPES[(turn + i) % len(DTYPES)])
+    return traced
 
 
-TRACED_DTYPES = dtypes_in_turns(FORMS) | dtypes_in_turns(QUANTIZED_FORMS)
+TRACED = traced_dtypes((FORMS | QUANTIZED_FORMS).values())
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @every_dtype
 @every_form
 def test_opcheck(case, dtype, grad):
-    """All checks, except that AOTAutograd, which takes most of the time, traces a form in one dtype."""
+    """All checks, except that AOTAutograd, which takes most of the time, traces some.
+
+    With gradients every op in all widths and dtypes, without them every form in one dtype.
+    """
     args = make_inputs(case, dtype)
     if grad:
         args = requiring_grad(args)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    checks += ["test_aot_dispatch_dynamic"] * (TRACED_DTYPES[case] == dtype)
+    checks += ["test_aot_dispatch_dynamic"] * (dtype in TRACED[case][: None if grad else 1])
     torch.library.opcheck(getattr(torch.ops.rana, case.op).default, tuple(args.values()), test_utils=checks)
 
 
