@@ -17,10 +17,10 @@ from rana_kernels.ops import reference
 from tests import two_processes
 
 OUTCOMES = pytest.StashKey[dict]()
-# Few tests that take long each. pytest-xdist would start files with many tests first.
+# Those that take most, the longest first. pytest-xdist would start files with many tests first.
 LONGEST_FILES = (
-    "test_cuda_shim", "test_triton", "test_isa", "test_export", "test_two_processes", "test_cuda_build",
-    "test_cli", "test_compress", "test_architectures", "test_demo", "test_bench", "test_whole_model",
+    "test_cuda_shim", "test_triton", "test_ops", "test_export", "test_two_processes", "test_cuda_build",
+    "test_isa", "test_compress", "test_architectures", "test_whole_model", "test_bench_decode", "test_bench",
 )  # fmt: skip
 # Tests that compile kernels or start a process of their own, and share nothing that takes long to make.
 ONE_BY_ONE = re.compile(
@@ -107,8 +107,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Deal out files, but the tests `ONE_BY_ONE` singly: a file of them would end long after the rest."""
+    """With --dist loadfile, deal out the tests `ONE_BY_ONE` singly: files of them would end last."""
     from xdist.scheduler import LoadFileScheduling
+
+    if config.getvalue("dist") != "loadfile":
+        return None
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
