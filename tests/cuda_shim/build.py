@@ -25,8 +25,16 @@ FLAGS = (
 )
 # Kernels are compiled for the CPU's dispatch key.
 CPU = {"(rana, CUDA, m)": "(rana, CPU, m)"}
-# Mutants are not run in float16, and a third of the compiler's work is for it.
-NO_FLOAT16 = {"else f(half{});": ""}
+# Most of the compiler's work is done again for each dtype. These changes leave one.
+_FLOAT, _BFLOAT16 = (
+    "if (dtype == ScalarType::Float) f(float{});",
+    "if (dtype == ScalarType::BFloat16) f(bfloat16{});",
+)
+_HALF = {"else f(half{});": ""}
+ONE_DTYPE = {
+    torch.float32: {f"else {_BFLOAT16}": "", **_HALF},
+    torch.bfloat16: {f"{_FLOAT}\n  else {_BFLOAT16}": _BFLOAT16, **_HALF},
+}
 Mutation = tuple[str, str, str]
 
 
