@@ -108,9 +108,8 @@ class _BlockRounding:
         importance: Tensor | None = None,
     ) -> None:
         format = adapter.rows_format(weight.shape[1]) if along == "rows" else adapter.format
-        options = {"along": along, "importance": importance}
         try:
-            q, scale = quantize(weight, format.bits, format.group, moment, **options)
+            q, scale = quantize(weight, format.bits, format.group, moment, along=along, importance=importance)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         self.rounded |= {name: q, f"{name}_scale": scale}
