@@ -62,8 +62,6 @@ class _BlockRounding:
             return
         # a RanaMLP has the rows of joint linears apart
         names = adapter.names if rows.shape[1] == adapter.width else (owner,)
-        loss = adapter.metric == "loss"
-        importance = self.calibrated.output_weights(names).square() if loss else None
         moment = None
         if adapter.kind == "neuron":
             mask = self._owner_of(adapter, "norms")
@@ -71,7 +69,7 @@ class _BlockRounding:
             moment = self.moments.of_masked(adapter.names, threshold, norms)
         else:
             rows = self._refitted(adapter, names, rows)
-        self._round(name, adapter, rows, moment, "rows", importance)
+        self._round(name, adapter, rows, moment, "rows")
 
     def round_dense(self, adapter: AdapterSpec) -> None:
         if not adapter.format.quantized:
@@ -99,17 +97,11 @@ class _BlockRounding:
         return refit(x, dequantize(B, scale, x.shape[1]), threshold, rows, wanted)
 
     def _round(
-        self,
-        name: str,
-        adapter: AdapterSpec,
-        weight: Tensor,
-        moment: Tensor | None,
-        along: str = "columns",
-        importance: Tensor | None = None,
+        self, name: str, adapter: AdapterSpec, weight: Tensor, moment: Tensor | None, along: str = "columns"
     ) -> None:
         format = adapter.rows_format(weight.shape[1]) if along == "rows" else adapter.format
         try:
-            q, scale = quantize(weight, format.bits, format.group, moment, along=along, importance=importance)
+            q, scale = quantize(weight, format.bits, format.group, moment, along=along)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         self.rounded |= {name: q, f"{name}_scale": scale}

@@ -18,7 +18,6 @@ def quantize(
     moment: Tensor | None = None,
     *,
     along: str = "columns",
-    importance: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (quantised weight, scale) of a float weight [R, N], as the ops take them.
@@ -31,8 +30,6 @@ def quantize(
              spread by GPTQ (arXiv 2210.17323). None: every value is rounded to nearest
     along    what the input multiplies. "columns": y = weight @ x, moment [N, N], as for B and dense weights.
              "rows": y = h @ weight, moment [R, R], as for `rows`
-    importance  how much the squared error of each column counts where a step is searched for [N], positive.
-             Along the columns, the moment says this
     scale    steps to use [R, groups], as they are returned. None: they are searched
 
     The scale is float16 [R, groups]. In 4 bits, the step of a group is searched for least squared error, and
@@ -46,9 +43,9 @@ def quantize(
     if moment is None and given is not None:
         pairs = [(_whole_numbers(weight.float(), given, bits, size), given)]
     elif moment is None:
-        pairs = [_to_nearest(part, bits, size, importance) for part in _parts(weight)]
+        pairs = [_to_nearest(part, bits, size) for part in _parts(weight)]
     elif along == "rows":
-        pairs = [_along_rows(weight.float(), bits, size, moment.to(weight.device), importance, given)]
+        pairs = [_along_rows(weight.float(), bits, size, moment.to(weight.device), given)]
     else:
         pairs = _along_columns(weight, bits, size, moment.to(weight.device), given)
     q, steps = (torch.cat(each) for each in zip(*pairs, strict=True))
@@ -68,7 +65,7 @@ def column_errors(weight: Tensor, bits: int, group: int | None, moment: Tensor) 
 def row_errors(weight: Tensor, bits: int, group: int | None, importance: Tensor) -> Tensor:
     """Return Σ_n importance_n · δ_rn² float64 [R] of the rows of a weight that is rounded to nearest."""
     size = max(1, weight.shape[1] if group is None else group)
-    errors = [_nearest_errors(part, bits, size, importance) for part in _parts(weight)]
+    errors = [_nearest_errors(part, bits, size) for part in _parts(weight)]
     return torch.cat([error.double() @ importance.double() for error in errors])
 
 
@@ -94,7 +91,7 @@ def _to_nearest(
     return _whole_numbers(values, steps, bits, size), steps
 
 
-def _nearest_errors(weight: Tensor, bits: int, size: int, importance: Tensor) -> Tensor:
+def _nearest_errors(weight: Tensor, bits: int, size: int, importance: Tensor | None = None) -> Tensor:
     """Return the squared errors [R, N] float32 of rounding to nearest."""
     q, steps = _to_nearest(weight, bits, size, importance)
     return (q * _spread(steps, size, weight.shape[1]) - weight.float()).square()
@@ -105,18 +102,17 @@ def _whole_numbers(values: Tensor, steps: Tensor, bits: int, size: int) -> Tenso
 
 
 def _along_rows(
-    values: Tensor, bits: int, size: int, moment: Tensor, importance: Tensor | None, given: Tensor | None
+    values: Tensor, bits: int, size: int, moment: Tensor, given: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the whole numbers and their steps. The steps of a row are chosen when it is reached."""
     order = _falling(moment)
     lines, steps = values[order], values.new_zeros(len(values), groups_of(values.shape[1], size))
     if given is not None:
         steps.copy_(given[order])
-    counts = None if importance is None else grouped(importance.float(), size)
 
     def round_line(i: int, lines: Tensor) -> Tensor:
         if given is None:
-            steps[i] = find_steps(grouped(lines[i], size), bits, counts)
+            steps[i] = find_steps(grouped(lines[i], size), bits)
         own = _spread(steps[i], size, lines.shape[1])
         return round_to(lines[i], own, bits) * own
 
