@@ -51,8 +51,13 @@ class BlockOffers:
         self.costs = {format: pricing.in_format(format, self.itemsize) for format in pricing.formats}
 
     def of_linear(self, name: str) -> Curve:
-        """Return all choices for one linear alone."""
-        return [*self.dense(name), *self.ranks((name,)), *self.neurons((name,))]
+        """Return all choices for one linear alone.
+
+        lm_head gets no ranks. By the weights of the loss they give up rare tokens, and lose twice what the
+        estimate says (docs/quantization.md).
+        """
+        ranks = () if name == self.calibrated.block.head else self.ranks((name,))
+        return [*self.dense(name), *ranks, *self.neurons((name,))]
 
     def dense(self, name: str) -> Iterator[Choice]:
         """Yield the dense linear in each format."""
