@@ -18,6 +18,7 @@ from rana_kernels.compression.run import compress
 from rana_kernels.evaluation.live import count_live
 from rana_kernels.model import architectures
 from rana_kernels.model.architectures import find_blocks
+from rana_kernels.model.head import head_names, output_head
 from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.nn.adapters import RanaReceiver
@@ -37,6 +38,13 @@ def make_model(architecture: str = "Llama", **sizes) -> nn.Module:
         if name.endswith("bias"):
             nn.init.normal_(parameter)
     return model
+
+
+def quantised_head(model: nn.Module, bits: int, group: int | None) -> AdapterSpec:
+    """Return the spec of a dense lm_head in so many bits."""
+    (name,), head = head_names(model), output_head(model)
+    sizes = (head.in_features, (head.out_features,))
+    return AdapterSpec("dense", (name,), *sizes, bias=head.bias is not None, bits=bits, group=group)
 
 
 def tokens(rows: int = 6, length: int = 40) -> torch.Tensor:

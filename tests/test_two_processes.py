@@ -30,7 +30,7 @@ from rana_kernels.quantization import quantize
 from rana_kernels.statistics import fisher
 from tests import two_processes
 from tests.cases import scale_of
-from tests.test_compress import hand_plan, make_model, tokens
+from tests.test_compress import hand_plan, make_model, quantised_head, tokens
 
 pytest.importorskip("accelerate", reason="transformers shares models among devices with accelerate")
 pytestmark = pytest.mark.two_processes
@@ -96,12 +96,15 @@ PLANS = {"ranks": ranks_only, "neurons": neurons_only, "row": ranks_only, "packe
 ROOMY = {"num_key_value_heads": 4, "intermediate_size": 192}  # half of every width is a multiple of 32
 
 
+IN_RANKS = ("Llama-ranks-4", "Phi3-packed-4", "Qwen2-mixed-4", "Qwen2-row-4")
+
+
 def quantised(architecture: str, plan: str, bits: str) -> nn.Module:
     """Every weight in so many bits, lm_head too."""
     model, group = make_model(architecture, **ROOMY), None if plan == "row" else 32
     made = PLANS[plan](model)
     formatted = tuple(adapter.with_format(Format(int(bits), group)) for adapter in made.adapters)
-    whole = replace(made, adapters=formatted, lm_head_bits=int(bits), lm_head_group=group)
+    whole = replace(made, adapters=formatted, lm_head=quantised_head(model, int(bits), group))
     rana.compress(model, [tokens()], plan=whole, progress=False)
     return model
 
@@ -160,7 +163,8 @@ def test_quantised_models_are_shared_and_stay_packed(name):
         wanted, found = whole(ids).logits, share(ids).logits
     assert (found - wanted).norm() < 1e-3 * wanted.norm()
     assert held(share.base_model) < 0.6 * held(whole.base_model) and held(share) < 0.6 * held(whole)
-    kinds = {torch.uint8 if name.endswith("4") else torch.int8}
+    rows = {torch.int8} if name in IN_RANKS or name.endswith("8") else set()  # of ranks they stay in 8 bits
+    kinds = rows | ({torch.uint8} if name.endswith("4") else set())
     pieces = [m for m in share.modules() if isinstance(m, modules.Piece) and m.matrices]
     matrices = [tensor for m in pieces for n, tensor in m.named_buffers() if n in m.matrices]
     assert len(matrices) >= 2 * 3 and {tensor.dtype for tensor in matrices} == kinds

@@ -17,7 +17,7 @@ from rana_kernels.nn.format import Format
 from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.nn.split_mlp import join_mlp, split_mlp
 from rana_kernels.ops.quantized import dequantize
-from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, tokens
+from tests.test_compress import assert_equal_states, hand_plan, logits, make_model, quantised_head, tokens
 
 peft = pytest.importorskip("peft")
 lora = import_module("rana_kernels.integrations.peft")
@@ -186,7 +186,7 @@ def in_bits(name: str, bits: int, joint: bool = False, first: str = "rank", o: s
         rank = 32 if adapter.kind == "rank" else adapter.rank
         change = {"rank": rank, "live": 0.6 * rank, "threshold": None} if adapter.kind != "dense" else {}
         adapters.append(replace(adapter, **change).with_format(Format(bits, 32)))
-    plan = Plan(tuple(adapters), lm_head_bits=bits, lm_head_group=32)
+    plan = Plan(tuple(adapters), lm_head=quantised_head(model, bits, 32))
     rana.compress(model, [tokens()], plan=plan, progress=False)
     return model
 
