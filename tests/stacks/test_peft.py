@@ -203,7 +203,8 @@ def test_beside_quantised_adapters_it_is_trained_saved_and_loaded(name, bits, jo
     before, targets = logits(plain), [*TARGETS[name], *({"Llama": ["o_proj"]}.get(name, []))]
     config = peft.LoraConfig(r=4, target_modules=sorted({*targets}))
     model = lora.add(in_bits(name, bits, joint, first), config)
-    torch.testing.assert_close(logits(model.eval()), before, rtol=1e-3, atol=1e-3)
+    # A threshold is a score of one of these tokens, and the sums of an MLP taken apart have another order.
+    assert (logits(model.eval()) - before).norm() < 1e-3 * before.norm()
     packed = {n: b.clone() for n, b in model.named_buffers() if b.dtype in (torch.int8, torch.uint8)}
     trained = [p for p in model.train().parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=2e-2), []
