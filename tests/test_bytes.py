@@ -179,7 +179,7 @@ def test_the_loss_of_gptq_is_known_before(bits):
         q, scale = quantize(weight, bits, 32, moment, along=along)
         return dequantize(q, scale, 128)
 
-    expected = float(column_errors(weight, bits, 32, moment).sum())
+    expected = float(column_errors(weight, bits, 32, moment, unexplained_inputs(moment)).sum())
     assert 0.8 < expected / lost(rounded(moment, "columns"), "columns") < 1.5
     moment = correlated(96) / 400
     expected = float(unexplained_inputs(moment) @ row_errors(weight, bits, 32, torch.ones(128)))

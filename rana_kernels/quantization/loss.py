@@ -54,18 +54,19 @@ class RoundingLoss:
 
     def __init__(self, calibrated: CalibratedBlock) -> None:
         self.calibrated, self.moments = calibrated, Moments(calibrated)
+        self._unexplained: dict[str, Tensor] = {}
 
     def dense(self, name: str, format: Format) -> float:
         """Return the loss of a dense linear in a quantised format."""
-        weight, moment = self.calibrated.weight((name,)), self.moments.of_input((name,))
-        return float(self._importance((name,)) @ column_errors(weight, format.bits, format.group, moment))
+        errors = self._column_errors(self.calibrated.weight((name,)), (name,), format)
+        return float(self._importance((name,)) @ errors)
 
     def ranks(self, names: tuple[str, ...], format: Format) -> RankLoss:
         """Return the loss of rank adapters in a quantised format."""
-        factors, moment = self.calibrated.factors(names, "loss"), self.moments.of_input(names)
+        factors = self.calibrated.factors(names, "loss")
         squares, of_rows = factors.norms.double().square(), format.for_ranks
         return RankLoss(
-            column_errors(factors.B, format.bits, format.group, moment) / squares,
+            self._column_errors(factors.B, names, format) / squares,
             row_errors(factors.rows, of_rows.bits, of_rows.group, self._importance(names)) * squares,
         )
 
@@ -79,15 +80,26 @@ class RoundingLoss:
         wanted = [format for format in formats if format.quantized]
         if not wanted:
             return {}
-        norms, inputs = self.calibrated.joint_norms(names, "loss"), [self.moments.of_input(names)]
-        inputs += [self.moments.of_masked(names, threshold_at(share), norms) for share in SHARES[-2:0:-1]]
-        parts = [unexplained_inputs(moment) for moment in reversed(inputs)]
+        norms = self.calibrated.joint_norms(names, "loss")
+        masked = [self.moments.of_masked(names, threshold_at(share), norms) for share in SHARES[1:-1]]
+        parts = [*map(unexplained_inputs, masked), self._unexplained_of(names)]
         rows, losses = self.calibrated.weight(names).T, {}
         for format in wanted:
             own = format.for_rows(rows.shape[1])
             errors = row_errors(rows, own.bits, own.group, self._importance(names))
             losses[format] = NeuronLoss((0.0, *(float(part @ errors) for part in parts)))
         return losses
+
+    def _column_errors(self, weight: Tensor, names: tuple[str, ...], format: Format) -> Tensor:
+        moment, parts = self.moments.of_input(names), self._unexplained_of(names)
+        return column_errors(weight, format.bits, format.group, moment, parts)
+
+    def _unexplained_of(self, names: tuple[str, ...]) -> Tensor:
+        """Return `unexplained_inputs` of the input without a mask, computed once for each input."""
+        name = self.calibrated.input_of(names)
+        if name not in self._unexplained:
+            self._unexplained[name] = unexplained_inputs(self.moments.of_input(names))
+        return self._unexplained[name]
 
     def _importance(self, names: tuple[str, ...]) -> Tensor:
         return self.calibrated.output_weights(names).square()

@@ -52,12 +52,13 @@ def quantize(
     return (pack_int4(q) if bits == 4 else q), steps.half()
 
 
-def column_errors(weight: Tensor, bits: int, group: int | None, moment: Tensor) -> Tensor:
+def column_errors(weight: Tensor, bits: int, group: int | None, moment: Tensor, parts: Tensor) -> Tensor:
     """Estimate E[(δ_r x)²] float64 [R] of the rows of a weight that GPTQ rounds along the columns.
 
     moment   E[x xᵀ] [N, N]
+    parts    `unexplained_inputs(moment)` [N], which takes long and serves all weights and bits
     """
-    parts, size = unexplained_inputs(moment), max(1, weight.shape[1] if group is None else group)
+    size = max(1, weight.shape[1] if group is None else group)
     errors = [_nearest_errors(part, bits, size, _importance(moment)) for part in _parts(weight)]
     return torch.cat([error.double() @ parts for error in errors])
 
