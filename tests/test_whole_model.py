@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rana_kernels import load, save
-from rana_kernels.allocation.curves import BlockOffers
+from rana_kernels.allocation.curves import JOINT, BlockOffers
 from rana_kernels.allocation.methods import plan
 from rana_kernels.allocation.pricing import Pricing
 from rana_kernels.allocation.spending import Choice, least_cost, least_memory, spend
@@ -75,6 +75,31 @@ def test_gradients_leave_the_model_and_the_other_statistics_as_they_are():
     for key, found in b.inputs.items():
         assert torch.equal(found.moment, a.inputs[key].moment)
         assert torch.equal(found.sample, a.inputs[key].sample)
+
+
+def test_slopes_are_derivatives_by_inputs_through_one_linear_alone():
+    """The slopes of all readers of one input add up to the derivative by it. Its tokens are the paired ones."""
+    model, ids = make_model(), tokens(1, 30)
+    stats = calibrate(model, [ids], progress=False)
+    held = []
+
+    def hold(_module, args):
+        args[0].retain_grad()
+        held.append(args[0])
+
+    layer = model.model.layers[1]
+    hooks = [module.register_forward_pre_hook(hold) for module in (layer.mlp.up_proj, layer.mlp.down_proj)]
+    logits = model(ids).logits[0, :-1]
+    F.cross_entropy(logits, drawn(logits.detach(), 0), reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    calibrated = CalibratedBlock(model, find_blocks(model)[1], stats)
+    both = sum(calibrated.slopes(f"model.layers.1.mlp.{name}_proj") for name in ("up", "gate"))
+    close = {"rtol": 2e-2, "atol": 1e-4}
+    torch.testing.assert_close(both, held[0].grad[0], **close)
+    torch.testing.assert_close(calibrated.slopes("model.layers.1.mlp.down_proj"), held[1].grad[0], **close)
+    torch.testing.assert_close(calibrated.paired("mlp"), held[0].detach()[0])
+    torch.testing.assert_close(calibrated.paired("down"), held[1].detach()[0])
 
 
 def test_padding_has_no_gradients():
@@ -209,13 +234,14 @@ def test_a_linear_that_the_loss_does_not_see_gets_little():
     """Which layer a budget goes to follows the gradients, not the size of the outputs."""
     stats = calibrate(make_model(), [tokens()], progress=False)
     blind = {n: g * (1e-8 if ".0." in n else 1) for n, g in stats.gradients.items()}
-    made = plan(replace(stats, gradients=blind), flops_reduction=0.5, progress=False)
+    flat = {n: v * (1e-4 if ".0." in n else 1) for n, v in stats.slopes.items()}
+    made = plan(replace(stats, gradients=blind, slopes=flat), flops_reduction=0.5, progress=False)
     spent = [sum(a.flops for a in made.adapters if f".{i}." in a.names[0]) for i in (0, 1)]
     assert spent[0] < 0.2 * spent[1]
 
 
 def test_errors_of_the_curves_are_what_the_modules_do():
-    """A choice's error is the weighted error that its adapter makes on the sample."""
+    """A choice's error is what its adapter makes on the sample: weighted outputs, or rises of the loss."""
     model = make_model()
     stats = calibrate(model, [tokens()], progress=False)
     block = find_blocks(model)[0]
@@ -227,16 +253,19 @@ def test_errors_of_the_curves_are_what_the_modules_do():
         curve = [*offers.ranks(names), *offers.neurons(names)]
         for point in curve[::7]:
             adapter = point.adapter
-            metric = layer.output_weights(names).float()
             if adapter.kind == "rank":
                 factors = layer.factors(names, "loss")
                 h, rows = x @ factors.B[: adapter.rank].T, factors.rows[: adapter.rank]
                 score = h.abs() / factors.norms[: adapter.rank]
+                threshold, _ = threshold_for(score, adapter.live)
+                approximate = torch.where(score < threshold, 0, h) @ rows
+                error = ((y - approximate) * layer.output_weights(names).float()).square().sum(1).mean()
             else:
-                h, rows, score = x, layer.weight(names).T, x.abs() * layer.joint_norms(names, "loss")
-            threshold, _ = threshold_for(score, adapter.live)
-            approximate = torch.where(score < threshold, 0, h) @ rows
-            error = ((y - approximate) * metric).square().sum(1).mean()
+                seen = layer.paired(layer.input_of(names))
+                score = seen.abs() * layer.joint_norms(names, "loss")
+                dropped = torch.where(score < threshold_for(score, adapter.live)[0], seen, 0)
+                rises = [(layer.slopes(name) * dropped).sum(1).square().mean() for name in names]
+                error = sum(rises) * (JOINT if len(names) > 1 else 1)
             assert point.error == pytest.approx(float(error), rel=0.05, abs=2e-3 * curve[0].error), adapter
 
 
@@ -247,9 +276,10 @@ def test_linears_that_lose_the_same_share_one_mask(factor):
     mlp = model.model.layers[0].mlp
     mlp.up_proj.weight.data.copy_(mlp.gate_proj.weight)
     stats = calibrate(model, [tokens()], progress=False)
-    gate = stats.gradients["model.layers.0.mlp.gate_proj"]
-    found = stats.gradients | {"model.layers.0.mlp.up_proj": factor * gate}
-    made = plan(replace(stats, gradients=found), flops_reduction=0.3, progress=False)
+    gate, up = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"
+    squares = stats.gradients | {up: factor * stats.gradients[gate]}
+    slopes = stats.slopes | {up: factor**0.5 * stats.slopes[gate]}
+    made = plan(replace(stats, gradients=squares, slopes=slopes), flops_reduction=0.3, progress=False)
     of_mlp = [a for a in made.adapters if "mlp.gate" in a.names[0] or "mlp.up" in a.names[0]]
     assert [(a.kind, len(a.names)) for a in of_mlp] == [("neuron", 2)] if factor == 1 else len(of_mlp) == 2
 

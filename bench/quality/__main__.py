@@ -8,19 +8,24 @@ from rich.console import Console
 from rich.markup import escape
 from transformers.utils import logging
 
+from bench.quality import smollm2
 from bench.quality.plots import draw
 from bench.quality.run import Settings, run
 from bench.quality.store import Store
 from bench.quality.subject import open_subject
 from bench.quality.tables import page
 from bench.report.results import RESULTS, ROOT, conditions, write
+from rana_kernels.cli.options import Dtype
 
 DEFAULT = Settings()
 
 
 def main(
     model: Annotated[
-        str, typer.Argument(help="A model's directory or hub id.", show_default="examples/demo_model")
+        str, typer.Argument(
+            help="A model's directory or hub id, or smollm2: a real model, which is downloaded into build/.",
+            show_default="examples/demo_model",
+        ),
     ] = str(ROOT / "examples" / "demo_model"),
     calibration: Annotated[
         Path | None, typer.Option(help="Text or .safetensors; default: calibration.safetensors of the model.")
@@ -51,11 +56,16 @@ def main(
         int, typer.Option(min=0, help="Steps to train each model with PEFT; 0: none.")
     ] = DEFAULT.recovery_steps,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a row, if a file is text.")] = 512,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights. float32 is fastest on a processor without bfloat16.")
+    ] = Dtype.auto,
     output: Annotated[
         Path | None, typer.Option(help="JSON file; default bench/results/quality-<model>.json.")
     ] = None,
 ) -> None:
-    """Measure what skipping work costs in perplexity, for every method at equal cost.
+    """Measure what skipping work costs in quality, for every method at equal cost.
+
+    Quality is faithfulness to the dense model (KL and equal first choices), and perplexity.
 
     The cost of each method, measured in multiply-adds on the evaluation text, is fitted to the budget. B and
     linears left dense count. Then only the MLPs or only attention are compressed. Last, live rows are
@@ -70,7 +80,8 @@ def main(
     logging.disable_progress_bar()
     console = Console()
     try:
-        subject = open_subject(model, calibration, evaluation, tokens, sequence_length)
+        place = str(smollm2.fetch()) if model == smollm2.NAME else model
+        subject = open_subject(place, calibration, evaluation, tokens, sequence_length, dtype)
         path = output or RESULTS / f"quality-{subject.name}.json"
         store = Store(path, subject, conditions())
         settings = Settings(

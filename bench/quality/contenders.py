@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import rana_kernels as rana
-from bench.quality.masks import mask_gates, mask_inputs
+from bench.quality.masks import mask_gates, mask_greedily, mask_inputs
 from bench.quality.subject import Candidate, Subject, scoped
 from rana_kernels.allocation.methods import METHODS
 from rana_kernels.allocation.request import Request
@@ -62,6 +62,7 @@ def by_search(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
 CONTENDERS: dict[str, Callable[[Subject, str, float], Candidate]] = {
     "static": partial(uniform, method="static"),
     "teal": partial(mask_inputs, weighted=False),
+    "teal-greedy": mask_greedily,
     "wina": partial(mask_inputs, weighted=True),
     "cats": mask_gates,
     "paper": partial(uniform, method="paper"),
@@ -70,7 +71,7 @@ CONTENDERS: dict[str, Callable[[Subject, str, float], Candidate]] = {
     "rankadaptor": by_search,
 }
 
-WHOLE = ("rankadaptor",)  # these measure the loss of a whole model, so their only scope is "both"
+WHOLE = ("teal-greedy", "rankadaptor")  # these choose shares for whole blocks, so their only scope is "both"
 
 
 def _compressed(subject: Subject, scope: str, plan: Plan) -> Candidate:

@@ -51,6 +51,7 @@ def _layers(part: str) -> Callable[[Data], str]:
 TABLES: dict[str, Callable[[Data], str]] = {
     "conditions": lambda data: fill("Measured on: " + "; ".join(data["conditions"]) + ".", 120),
     **{scope: _of(scope, tables.quality) for scope in tables.TITLES},
+    **{f"{scope}, faithfulness": _of(scope, tables.faithfulness) for scope in tables.TITLES},
     "gaps": _of("both", tables.gaps),
     "recovered": _of("both", tables.recovered),
     "layers of qkv": _layers("qkv"),

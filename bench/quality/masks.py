@@ -5,21 +5,25 @@ WINA   (arXiv 2505.19427) by |x_i|·‖W_:,i‖₂
 CATS   (arXiv 2404.08763) zeroes the gate's activations by size; up and down skip those neurons, and the gate
        and attention stay dense
 
-Thresholds are quantiles of a sample of the calibration text, with the same share for every linear. We leave
-out TEAL's search for a share of each linear, WINA's top k of each token, and WINA's rotation of the weights.
-This code measures what the masks lose. It is not fast.
+Thresholds are quantiles of a sample of the calibration text, with the same share for every linear; TEAL is also
+measured with its search for a share of each linear (`greedy.py`). We leave out WINA's top k of each token, and WINA's
+rotation of the weights. This code measures what the masks lose. It is not fast.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.quality import greedy
 from bench.quality.subject import Candidate, Subject, scoped
 from rana_kernels.evaluation.density import Costs
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.thresholds import threshold_for
+
+
+LEAST = 0.2  # the lowest cost of TEAL's search
 
 
 class Masked(nn.Module):
@@ -68,19 +72,54 @@ class MaskedActivation(Masked):
 
 def mask_inputs(subject: Subject, scope: str, cost_ratio: float, *, weighted: bool) -> Candidate:
     """Return TEAL, or `weighted` WINA: a copy whose linears in `scope` read `cost_ratio` of their inputs."""
+    return _masked(subject, dict.fromkeys(subject.linears(scope), cost_ratio), weighted)
+
+
+def mask_greedily(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
+    """Return TEAL with its search for a share of each linear. `scope` must be "both": see `WHOLE`."""
+    shares: greedy.Shares = {}
+    for block, path in zip(subject.blocks, _paths(subject), strict=True):
+        cost = {name: subject.dense.get_submodule(name).weight.numel() for name in scoped(block, scope)}
+        shares |= greedy.shares_at(path, cost, cost_ratio)
+    return _masked(subject, shares, weighted=False)
+
+
+@lru_cache(maxsize=1)
+def _paths(subject: Subject) -> list[list[greedy.Shares]]:
+    """Return the steps of every block, which serve all budgets."""
+    model, _ = subject.copy()
+    arguments, found = greedy.arguments_of(subject), []
+    for block in subject.blocks:
+        calibrated = CalibratedBlock(subject.dense, block, subject.stats)
+        names = scoped(block, "both")
+        inputs = {name: calibrated.sample(calibrated.input_of((name,))) for name in names}
+        masked = {name: _mask(model, name, torch.ones(inputs[name].shape[1])) for name in names}
+        name = greedy.layer_name(block)
+        path = greedy.GreedyPath(model.get_submodule(name), masked, inputs)
+        found.append(path.steps(arguments[name], until=LEAST))
+    return found
+
+
+def _masked(subject: Subject, shares: greedy.Shares, weighted: bool) -> Candidate:
+    """Return a copy whose linears read these shares of their inputs."""
     model, _ = subject.copy()
     rows, dense = {}, 0
     for block in subject.blocks:
         calibrated = CalibratedBlock(subject.dense, block, subject.stats)
-        for name in scoped(block, scope):
+        for name in (name for name in scoped(block, "both") if name in shares):
             x, weight = calibrated.sample(calibrated.input_of((name,))), calibrated.linear(name).weight
             norms = calibrated.neuron_norms(name) if weighted else torch.ones(x.shape[1], device=x.device)
-            masked = MaskedLinear(model.get_submodule(name), norms)
-            masked.fit(x, cost_ratio * x.shape[1])
-            model.set_submodule(name, masked)
+            _mask(model, name, norms).fit(x, shares[name] * x.shape[1])
             rows[name] = len(weight)
             dense += weight.numel()
     return Candidate(model, Costs(dense, 0, rows))
+
+
+def _mask(model: nn.Module, name: str, norms: Tensor) -> MaskedLinear:
+    """Put a mask before a linear, in place."""
+    masked = MaskedLinear(model.get_submodule(name), norms)
+    model.set_submodule(name, masked)
+    return masked
 
 
 def mask_gates(subject: Subject, scope: str, cost_ratio: float) -> Candidate:

@@ -1,4 +1,4 @@
-"""Perplexity, cost and kept energy of a candidate, and candidates of equal cost.
+"""Faithfulness, perplexity, cost and kept energy of a candidate, and candidates of equal cost.
 
 Thresholds come from the calibration text, and on other text they keep a little more or less; methods differ
 in how much. So the cost of a candidate is measured, and another one with a corrected budget is built, until
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from bench.quality.subject import BATCH, Candidate, Subject, some_rows
 from rana_kernels.evaluation.density import Costs
+from rana_kernels.evaluation.divergence import divergence
 from rana_kernels.evaluation.live import LiveCount, count_live
 from rana_kernels.evaluation.metrics import count_live_rows, token_losses
 
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 TOLERANCE = 0.005  # of the dense cost
+COMPARED = 16_384  # tokens of the text on which predictions are compared with the dense model's
 FIT_ROWS = 16  # rows of the evaluation text, spread over it, that measure the cost for `fit`
 TRIES = 4
 
@@ -31,6 +33,7 @@ class Row:
     budget      the wanted cost, as a fraction of the dense cost of the linears in `scope`
     asked       the budget that the method was given, so that it comes to that cost
     cost_ratio  the cost measured on the evaluation text; `tokens` has its quantiles over tokens
+    kl, agreed  the divergence from the dense model's predictions (`rana_kernels.evaluation.divergence`)
     layers      the share of its energy that each layer's output keeps (`kept_energy`)
     over_dense  the fraction by which its perplexity exceeds that of the dense model
     failed      why there is no candidate; the numbers are then missing
@@ -42,6 +45,8 @@ class Row:
     budget: float
     asked: float | None = None
     cost_ratio: float | None = None
+    kl: float | None = None
+    agreed: float | None = None
     perplexity: float | None = None
     over_dense: float | None = None
     tokens: dict[str, float] = field(default_factory=dict)
@@ -79,8 +84,11 @@ def measure(model: nn.Module, token_ids: Tensor) -> Measured:
     return Measured(losses, counts)
 
 
-def fill(row: Row, candidate: Candidate, token_ids: Tensor, dense: float) -> None:
+def fill(row: Row, candidate: Candidate, subject: Subject, token_ids: Tensor, dense: float) -> None:
     """Measure `candidate` on `token_ids`. `dense` is the dense model's perplexity there."""
+    some = some_rows(token_ids, COMPARED)
+    compared = divergence(candidate.model, subject.dense, some, batch=BATCH, progress=False)
+    row.kl, row.agreed = compared.kl, compared.agreed
     found = measure(candidate.model, token_ids)
     row.perplexity = found.perplexity
     row.over_dense = found.perplexity / dense - 1

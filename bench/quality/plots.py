@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from bench.quality.tables import LABELS, LAYER_BUDGET, TITLES, label, layer_rows, ordered
 from bench.report.plots import STYLE
 
-INK = ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#8C8C8C", "#009E73", "#222222")
+INK = ("#D55E00", "#E69F00", "#F0E442", "#CC79A7", "#56B4E9", "#0072B2", "#8C8C8C", "#009E73", "#222222")
 COLOURS = dict(zip(LABELS, INK, strict=True))
-MARKERS = dict(zip(LABELS, "sv^<oXDP", strict=True))
+MARKERS = dict(zip(LABELS, "svd^<oXDP", strict=True))
 
 
 def draw(data: dict[str, Any], path: Path) -> list[Path]:
@@ -34,32 +34,36 @@ def draw(data: dict[str, Any], path: Path) -> list[Path]:
 
 
 def cost(data: dict[str, Any]) -> Figure:
-    """Draw perplexity over dense against measured cost, one panel a scope."""
+    """Draw KL, or perplexity over dense if there is no KL, against measured cost, one panel a scope."""
     rows = [row for row in ordered(data["rows"].values()) if not row["failed"]]
     scopes = [scope for scope in TITLES if any(row["scope"] == scope for row in rows)]
+    shown = "kl" if all("kl" in row for row in rows) else "over_dense"
     figure = Figure(figsize=(3 + 4 * len(scopes), 4.6))
     panels = figure.subplots(1, len(scopes), sharey=True, squeeze=False)[0]
     for axes, scope in zip(panels, scopes, strict=True):
-        _cost_panel(axes, [row for row in rows if row["scope"] == scope])
+        _cost_panel(axes, [row for row in rows if row["scope"] == scope], shown)
         axes.set_title(TITLES[scope].split(" (")[0], loc="left", fontsize=9)
         axes.set_xlabel("multiply-adds measured, of the dense ones")
-    panels[0].set_ylabel("perplexity above dense")
+    panels[0].set_ylabel("KL from dense, nats a token" if shown == "kl" else "perplexity above dense")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
-def _cost_panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def _cost_panel(axes: Axes, rows: list[dict[str, Any]], shown: str) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(label(row), []).append(row)
     for name, group in groups.items():
         method, recovered = group[0]["method"], group[0]["recovered"]
-        points = sorted((row["cost_ratio"], row["over_dense"]) for row in group)
+        points = sorted((row["cost_ratio"], row[shown]) for row in group)
         axes.plot(
             *zip(*points, strict=True), MARKERS[method] + ("--" if recovered else "-"),
             color=COLOURS[method], label=name, markersize=5, fillstyle="none" if recovered else "full",
         )  # fmt: skip
-    # a model may be better than dense, so the axis must show negative values
+    if shown == "kl":
+        axes.set_yscale("log")
+        return
+    # a model may have less perplexity than dense, so the axis must show negative values
     axes.set_yscale("symlog", linthresh=1e-3)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
 

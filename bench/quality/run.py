@@ -85,7 +85,7 @@ class Comparison:
         with self.console.status(row.key):
             try:
                 candidate = make(row)
-                fill(row, candidate, self.text, self._dense())
+                fill(row, candidate, self.subject, self.text, self._dense())
                 some = some_rows(self.text, LAYER_ROWS * self.text.shape[1])
                 row.layers = kept_energy(self.subject, candidate.model, some)
             except ValueError as error:
@@ -142,4 +142,5 @@ def look_closer(subject: Subject, store: Store, settings: Settings, console: Con
 def _line(row: Row) -> str:
     if row.failed:
         return f"{row.key:32} {row.failed}"
-    return f"{row.key:32} cost {row.cost_ratio:.3f}  perplexity {row.perplexity:.3f}  {row.over_dense:+.2%}"
+    faithful = f"KL {row.kl:.4f}  same first choice {row.agreed:.1%}"
+    return f"{row.key:32} cost {row.cost_ratio:.3f}  {faithful}  perplexity {row.over_dense:+.2%}"

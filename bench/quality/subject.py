@@ -26,7 +26,7 @@ CHARACTERS = 8  # of prose a token; no tokenizer takes more
 SCOPES = ("both", "mlp", "attention")
 
 
-@dataclass
+@dataclass(eq=False)
 class Subject:
     """A dense model and token ids [n, T] of its texts. `prose` is another kind of text, or None."""
 
@@ -89,10 +89,15 @@ def scoped(block: Block, scope: str) -> tuple[str, ...]:
 
 
 def open_subject(
-    model: str, calibration: Path | None, evaluation: Path | None, tokens: int, length: int
+    model: str,
+    calibration: Path | None,
+    evaluation: Path | None,
+    tokens: int,
+    length: int,
+    dtype: Dtype = Dtype.auto,
 ) -> Subject:
     """Open a model and at most `tokens` tokens of each text. Cut text into rows of `length`."""
-    dense, tokenizer = open_model(model, Dtype.auto).eval(), open_tokenizer(model)
+    dense, tokenizer = open_model(model, dtype).eval(), open_tokenizer(model)
     vocabulary = dense.config.vocab_size
 
     def read(path: Path) -> Tensor:

@@ -14,6 +14,7 @@ TITLES = {
 LABELS = {
     "static": "static low rank",
     "teal": "TEAL",
+    "teal-greedy": "TEAL, greedy",
     "wina": "WINA",
     "cats": "CATS",
     "paper": "RaNA, paper",
@@ -22,6 +23,10 @@ LABELS = {
     "rankadaptor": "RaNA, rankadaptor",
 }
 LAYER_BUDGET = 0.56
+FAITHFUL = (
+    "KL divergence from the dense model's predictions, in nats a token. The share of tokens with the same first "
+    "choice is in brackets."
+)
 KINDS = {"own": "its own kind of text", "prose": "prose"}
 
 
@@ -35,7 +40,8 @@ def page(data: dict[str, Any], name: str) -> str:
     for scope, title in TITLES.items():
         found = [row for row in rows if row["scope"] == scope]
         if found:
-            parts += [f"## {title}", _dense(data["dense"][scope]), quality(found)]
+            parts += [f"## {title}", FAITHFUL, faithfulness(found)] if _compared(found) else [f"## {title}"]
+            parts += [_dense(data["dense"][scope]), quality(found)]
             parts += [gaps(found)] if scope == "both" else []
         if any(row["recovered"] and not row["failed"] for row in found):
             parts += ["Of the gap to dense in loss, recovery closes:", recovered(found)]
@@ -68,6 +74,20 @@ def quality(rows: list[dict[str, Any]]) -> str:
         shown = "out of reach" if row["failed"] else f"{row['over_dense']:+.2%} ({row['cost_ratio']:.3f})"
         cells.setdefault(label(row), {})[row["budget"]] = shown
     return _by_budget("Cost", rows, cells)
+
+
+def faithfulness(rows: list[dict[str, Any]]) -> str:
+    """Show the divergence from the dense model's predictions, for each method at each budget."""
+    cells: dict[str, dict[float, str]] = {}
+    for row in ordered(_compared(rows)):
+        shown = "out of reach" if row["failed"] else f"{row['kl']:.4f} ({row['agreed']:.1%})"
+        cells.setdefault(label(row), {})[row["budget"]] = shown
+    return _by_budget("Cost", rows, cells)
+
+
+def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows that were compared with the dense model, or none if nothing was."""
+    return [row for row in rows if row["failed"] or "kl" in row] if any("kl" in row for row in rows) else []
 
 
 def _by_budget(title: str, rows: list[dict[str, Any]], cells: dict[str, dict[float, str]]) -> str:

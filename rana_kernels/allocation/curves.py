@@ -1,9 +1,9 @@
 """The choices for the linears of a block, in all kinds and formats, each with its cost, bytes and loss.
 
-The loss of a choice is the squared error of its outputs, each output weighted by how strongly the loss
-depends on it. It has two parts: what the mask drops, and what rounding changes (`quantization/loss.py`).
-What a rank adapter drops is exactly the energy of its dropped ranks. What a neuron adapter drops is measured,
-because the errors of dropped neurons add up: a sum of their scores leaves out the cross terms.
+The loss of a choice has two parts: what the mask drops, and what rounding changes (`quantization/loss.py`).
+What a neuron adapter drops is measured on tokens whose slopes are known (`statistics/fisher.py`): the mean square of
+Σ slope_i·x_i over the dropped inputs, twice the rise in loss. What a rank adapter drops is the energy of its dropped
+ranks, each output weighted by how strongly the loss depends on it.
 """
 
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.thresholds import evenly
 
 SHARES = tuple(i / 48 for i in range(1, 48))  # cost ratios at which a curve has its choices
-ERROR_TOKENS = 1024  # of the sample, to measure the errors of neuron adapters
-# The errors of joint neurons count this many times. A sample of ERROR_TOKENS does not settle a difference of
-# 1 %, and one call is faster than several.
+ORDERED = 512  # tokens whose scores are sorted, to find the thresholds of the shares
+# The errors of joint neurons count this many times. A sample does not settle a difference of 1 %, and one call is
+# faster than several.
 JOINT = 1 / 1.01
 
 
@@ -86,29 +86,24 @@ class BlockOffers:
                 yield from splits.frontier(budget)
 
     def neurons(self, names: tuple[str, ...]) -> Iterator[Choice]:
-        """Yield neuron adapters of each cost. The errors of their masks are measured on some tokens."""
-        x, norms = self._sample(names), self.calibrated.joint_norms(names, "loss")
-        weight, counted = _narrowed(self.calibrated.weighted(names, "loss")), JOINT if len(names) > 1 else 1.0
-        scores = x.abs() * norms
-        ordered = scores.flatten().sort(descending=True).values
+        """Yield neuron adapters of each cost. The losses of their masks are measured by the slopes."""
+        x, counted = self.calibrated.paired(self.calibrated.input_of(names)), JOINT if len(names) > 1 else 1.0
+        scores = x.abs() * self.calibrated.joint_norms(names, "loss")
+        ordered = scores[evenly(len(scores), ORDERED)].flatten().sort(descending=True).values
 
         def threshold_at(share: float) -> float:
             return float(ordered[min(round(share * len(ordered)), len(ordered) - 1)])
 
+        thresholds = torch.tensor([threshold_at(share) for share in SHARES], device=x.device)
+        dropped = sum(_dropped(scores, x * self.calibrated.slopes(name), thresholds) for name in names)
         rounding = self.rounding.neurons(names, self.formats, threshold_at)
         spec = make_spec(self.calibrated, "neuron", names, x.shape[1], 1.0, None, "loss")
-        specs = {format: spec.with_format(format) for format in self.formats}
-        for share in SHARES:
-            error = torch.where(scores < threshold_at(share), x, 0) @ weight.T
-            dropped = float(error.square().sum(dtype=torch.float64)) / len(x)
-            for format, like in specs.items():
+        for format in self.formats:
+            like = spec.with_format(format)
+            for share, loss in zip(SHARES, dropped.tolist(), strict=True):
                 rounded = rounding[format].at(share) if format.quantized else 0.0
                 adapter = replace(like, live=share * like.rank)
-                yield self._choice(adapter, counted * (dropped + rounded))
-
-    def _sample(self, names: tuple[str, ...]) -> Tensor:
-        x = self.calibrated.sample(self.calibrated.input_of(names))
-        return x[evenly(len(x), ERROR_TOKENS)]
+                yield self._choice(adapter, counted * (loss + rounded))
 
     def _budgets(self, names: tuple[str, ...], format: Format) -> list[float]:
         linears = [self.calibrated.linear(name) for name in names]
@@ -120,6 +115,14 @@ class BlockOffers:
         return Choice(cost(costs, adapter), adapter.stored_bytes(self.itemsize), loss, adapter)
 
 
-def _narrowed(weight: Tensor) -> Tensor:
-    """Return [min(N, K), K]: its outputs have the same norms as those of `weight` [N, K]."""
-    return torch.linalg.qr(weight, mode="r").R if len(weight) > weight.shape[1] else weight
+def _dropped(scores: Tensor, rises: Tensor, thresholds: Tensor) -> Tensor:
+    """Return the loss [S] float64 of masks with falling thresholds [S]: mean squares of what each drops.
+
+    scores   [P, K] of the inputs
+    rises    [P, K]: by how much the loss rises, to first order, for each input that is dropped
+
+    Each input adds to one bin, and a mask drops all bins below its threshold.
+    """
+    bins = torch.bucketize(scores, thresholds.flip(0), right=True)
+    sums = scores.new_zeros(len(scores), len(thresholds) + 1).scatter_add_(1, bins, rises)
+    return sums[:, :-1].cumsum(1).double().square().mean(0).flip(0)

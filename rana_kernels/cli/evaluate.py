@@ -27,6 +27,7 @@ from rana_kernels.cli.tokens import read_token_ids
 from rana_kernels.compression.report import head_bytes, model_bytes
 from rana_kernels.evaluation import metrics
 from rana_kernels.evaluation.density import MARGIN, costs_of, planned_live
+from rana_kernels.evaluation.divergence import divergence
 from rana_kernels.evaluation.examples import Predictions, costs_of_predictions
 from rana_kernels.evaluation.live import LiveCount, count_live
 from rana_kernels.integrations.transformers import load
@@ -57,7 +58,8 @@ def evaluate_model(
     against: Annotated[
         str | None,
         typer.Option(
-            help="The dense model: a directory, GGUF file or hub name. It is measured too, for comparison."
+            help="The dense model: a directory, GGUF file or hub name. It is measured too, and the predictions "
+            "are compared with its own."
         ),
     ] = None,
     tokens: Annotated[
@@ -85,12 +87,14 @@ def evaluate_model(
     with count_live(model) as counts:
         losses = metrics.token_losses(model, some, progress=progress)
     dense_losses = None if original is None else metrics.token_losses(original, some, progress=progress)
+    compared = None if original is None else asdict(divergence(model, original, some, progress=progress))
     plan = attached_plan(model)
     assert plan is not None, "load gives models with a plan"
     density = _density(plan, counts)
     facts = {
         "model": found,
         "dense": dense,
+        "divergence": compared,
         "density": density,
         "adapters": _adapters(plan, counts),
         "bits": plan.bits,

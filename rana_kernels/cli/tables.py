@@ -52,6 +52,12 @@ def show_evaluation(facts: dict[str, Any], plan: Plan) -> None:
             rates = (numbers["tokens_per_second"], numbers["decode_tokens_per_second"])
             table.add_row(name, f"{numbers['perplexity']:.4f}", *(f"{rate:.1f}" for rate in rates))
     _out().print(table)
+    if facts["divergence"] is not None:
+        _out().print(
+            f"Against the dense model's predictions: KL {facts['divergence']['kl']:.4f} nats a token, the same "
+            f"first choice for {facts['divergence']['agreed']:.1%} of the tokens",
+            highlight=False,
+        )
     _out().print(_spread_table(facts["adapters"], plan))
     density = facts["density"]
     spread = ", ".join(f"{name} {value:.3f}" for name, value in density["tokens"].items())

@@ -46,9 +46,21 @@ class CalibratedBlock:
         The input of down is computed from that of the MLP, so its sample need not be collected.
         """
         if name not in self._samples:
-            found = self._down_input() if name == "down" else self.stats.of(self.block.index, name).sample
+            found = self._expanded(self.sample("mlp")) if name == "down" else self.stats.of(self.block.index, name).sample
             self._samples[name] = found.float()
         return self._samples[name]
+
+    def paired(self, name: str) -> Tensor:
+        """Return the tokens [P, K] float32 of an input of this block whose slopes are known."""
+        if name == "down":
+            return self._expanded(self.paired("mlp"))
+        return self.stats.paired[self.block.index, name].float()
+
+    def slopes(self, name: str) -> Tensor:
+        """Return the derivatives [P, K] float32 of the loss by the input of a linear, through it alone."""
+        if name not in self.stats.slopes:
+            raise ValueError(f"the statistics have no gradients of {name}: calibrate with gradients=True")
+        return self.stats.slopes[name].float()
 
     def input_of(self, names: tuple[str, ...]) -> str:
         """Return which input `names` read: "qkv", "o", "mlp" or "down"."""
@@ -89,8 +101,15 @@ class CalibratedBlock:
         return self.joint_norms((name,), metric)
 
     def joint_norms(self, names: tuple[str, ...], metric: str = "output") -> Tensor:
-        """Return the norms [K] float32 of the stacked weights, as `neuron_norms` of one linear."""
-        return self.weighted(names, metric).norm(dim=0)
+        """Return the norms [K] float32 of the stacked weights, as `neuron_norms` of one linear.
+
+        In the metric of the loss they are the root mean squares of the slopes by each input.
+        """
+        if metric == "output":
+            return self.weighted(names, metric).norm(dim=0)
+        squares = torch.stack([self.slopes(name).square().mean(0) for name in names]).sum(0)
+        # an input without any slope still counts a little, because its errors must not be free
+        return squares.clamp_min(1e-8 * float(squares.mean()) or 1.0).sqrt()
 
     def weighted(self, names: tuple[str, ...], metric: str) -> Tensor:
         """Return the weights [N, K] float32, each output multiplied by the weight of its errors."""
@@ -116,6 +135,6 @@ class CalibratedBlock:
         bias = self.bias((name,))
         return F.linear(x, self.weight((name,)).float(), None if bias is None else bias.float())
 
-    def _down_input(self) -> Tensor:
-        x = self.sample("mlp")
+    def _expanded(self, x: Tensor) -> Tensor:
+        """Return the input of down for the input x of the MLP."""
         return self.neurons(*(self.dense(name, x) for name in self.block.expanding))

@@ -21,8 +21,9 @@ from torch import distributed as dist
 from rana_kernels.model.architectures import Block, decoder_name, find_blocks, is_described
 from rana_kernels.model.head import head_block
 from rana_kernels.model.quantized import refuse_quantized
-from rana_kernels.statistics.fisher import FisherDiagonal
+from rana_kernels.statistics.fisher import Derivatives, sequences
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
+from rana_kernels.statistics.sampling import Sampler
 
 INPUTS = ("qkv", "o", "mlp", "down")  # of the blocks
 ALL_INPUTS = (*INPUTS, "lm_head")
@@ -53,6 +54,9 @@ class Stats:
     inputs      InputStats by (index of the block, "qkv" | "o" | "mlp" | "down" | "lm_head")
     gradients   [N] float64 by full name of a linear: the mean over tokens of the squared derivative of the
                 loss by each output (`fisher.py`). Empty unless `calibrate` was called with gradients=True
+    slopes      [P, K] bfloat16 by full name of a linear: the derivatives of the loss by its input, through this
+                linear alone, of P sampled tokens
+    paired      [P, K] by (index of the block, input) but "down": the inputs of the same tokens
     """
 
     model: nn.Module
@@ -63,6 +67,8 @@ class Stats:
     head: Block | None = None
     inputs: dict[tuple[int, str], InputStats] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    slopes: dict[str, Tensor] = field(default_factory=dict)
+    paired: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def of(self, index: int, name: str) -> InputStats:
         """Return the statistics of an input of block `index`. Raise ValueError if it was not collected."""
@@ -82,61 +88,17 @@ class Stats:
                 self.of(block.index, name)
 
 
-class _Sampler:
-    """A uniform sample of a stream of tokens: the tokens whose positions have the smallest hashes.
-
-    The choice depends on positions and seed only, not on how the stream is split into batches.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.seen = size, seed, 0
-        self.positions = torch.empty(0, dtype=torch.int64)  # of the tokens in the sample, ascending
-
-    def skip(self, count: int) -> None:
-        """Leave the next `count` tokens to another process."""
-        self.seen += count
-
-    def select(self, count: int) -> tuple[Tensor, Tensor]:
-        """Read `count` tokens. Return the indices of old sampled tokens to keep and of new tokens to add."""
-        positions = torch.cat([self.positions, torch.arange(self.seen, self.seen + count)])
-        chosen, held = self.choose(positions), len(self.positions)
-        self.positions, self.seen = positions[chosen], self.seen + count
-        return chosen[chosen < held], chosen[chosen >= held] - held
-
-    def choose(self, positions: Tensor) -> Tensor:
-        """Return the ascending indices of the entries of `positions` that are sampled."""
-        count = min(self.size, len(positions))
-        return _hash(positions, self.seed).topk(count, largest=False).indices.sort().values
-
-
-def _hash(positions: Tensor, seed: int) -> Tensor:
-    """Return the splitmix64 hash of every position. int64 products wrap around, as the hash needs."""
-
-    def signed(constant: int) -> int:
-        return constant - (1 << 64) if constant >= 1 << 63 else constant
-
-    def xor_shift(z: Tensor, bits: int) -> Tensor:
-        return z ^ ((z >> bits) & ((1 << (64 - bits)) - 1))
-
-    z = (positions + 1) * signed(0x9E3779B97F4A7C15) + seed
-    z = xor_shift(z, 30) * signed(0xBF58476D1CE4E5B9)
-    z = xor_shift(z, 27) * signed(0x94D049BB133111EB)
-    return xor_shift(z, 31)
-
-
 class _Batch:
     """The facts about the running batch that the hooks read.
 
     tokens   bool [batch · T]: which tokens are not padding
     keep     indices of sampled tokens that stay in the sample
     take     indices of tokens of this batch that enter the sample
-    paused   whether the hooks do nothing
     """
 
     tokens: Tensor
     keep: Tensor
     take: Tensor
-    paused: bool = False
 
 
 def calibrate(
@@ -156,7 +118,7 @@ def calibrate(
                     of model inputs; tokens whose `attention_mask` is 0 are left out
     sample_tokens   size of the token sample, uniform over all tokens
     inputs          which distinct inputs to collect: "qkv", "o", "mlp" (up and gate), "down" and "lm_head"
-    gradients       also collect the squared derivatives of the loss by each output, on the first tokens. This
+    gradients       also collect derivatives of the loss by outputs and inputs, on the first tokens. This
                     takes one backward pass for each sequence, and a model with a language-model head
     group           processes that share the work. Each of the P processes calls this function with the same
                     model and calibration, runs every P-th item, and returns the statistics of all items, the
@@ -194,36 +156,41 @@ def calibrate_blocks(
     head = head_block(model) if "lm_head" in wanted else None
     stats, batch = Stats(model, blocks, seed=seed, head=head), _Batch()
     read = [*blocks, *([head] if head else [])]
-    sampler, digest = _Sampler(sample_tokens, seed), hashlib.sha256(f"{sample_tokens} {seed}".encode())
+    sampler, digest = Sampler(sample_tokens, seed), hashlib.sha256(f"{sample_tokens} {seed}".encode())
     decoder = model.get_submodule(decoder_name(model))
     device = next(decoder.parameters()).device
     sums, items = ProcessGroupSums(group, device), 0
     no_cache = {} if is_described(model) else {"use_cache": False}
-    fisher = FisherDiagonal(model, read) if gradients else None
+    fisher = Derivatives(model, read, seed) if gradients else None
     with _collecting(model, read, wanted, batch, stats) as hooks, torch.no_grad():
         for items, kwargs in enumerate(_batches(calibration, progress and sums.rank == 0), 1):
-            batch.tokens = _unpadded(kwargs)
-            digest.update(_bytes(kwargs["input_ids"].flatten(), batch.tokens))
-            count, own = int(batch.tokens.sum()), sums.owns(items - 1)
+            digest.update(_bytes(kwargs["input_ids"].flatten(), _unpadded(kwargs)))
+            own = sums.owns(items - 1)
             kwargs = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in kwargs.items()}
-            if own:
-                batch.keep, batch.take = sampler.select(count)
-                others = {key: value for key, value in kwargs.items() if key != "input_ids"}
-                output = decoder(kwargs["input_ids"], **others, **no_cache)
-                if head and decoder is not model:  # the decoder stops before lm_head
-                    hooks[head.head](None, (output.last_hidden_state,))
-            else:
-                sampler.skip(count)
-            if fisher:
-                batch.paused = True
-                fisher.add(kwargs, run=own)
-                batch.paused = False
+            for part in sequences(kwargs):
+                batch.tokens = _unpadded(part)
+                count = int(batch.tokens.sum())
+                if own:
+                    batch.keep, batch.take = sampler.select(count)
+                else:
+                    sampler.skip(count)
+                if fisher and fisher.wants_more and fisher.add(part, batch.tokens, run=own):
+                    continue  # the hooks have seen this pass
+                if own:
+                    others = {key: value for key, value in part.items() if key != "input_ids"}
+                    output = decoder(part["input_ids"], **others, **no_cache)
+                    if head and decoder is not model:  # the decoder stops before lm_head
+                        hooks[head.head](None, (output.last_hidden_state,))
     if sampler.seen == 0:
         raise ValueError("calibrate: the calibration holds no tokens, wanted an iterable of input_ids")
     sums.require_same(digest.digest(), items)
-    _sum_over_processes(stats, sampler, sums)
+    for found in stats.inputs.values():
+        sums.reduce(found.moment)
+    sampler.merge([found.sample for found in stats.inputs.values()], sums)
     stats.tokens, stats.digest = sampler.seen, digest.hexdigest()
-    stats.gradients = fisher.means(sums) if fisher else {}
+    if fisher:
+        stats.gradients = fisher.finish(sums)
+        stats.slopes, stats.paired = fisher.slopes, fisher.paired
     return stats
 
 
@@ -235,22 +202,6 @@ def _unpadded(kwargs: dict) -> Tensor:
 
 def _bytes(ids: Tensor, chosen: Tensor) -> bytes:
     return ids[chosen.to(ids.device)].to("cpu", torch.int64).numpy().tobytes()
-
-
-def _sum_over_processes(stats: Stats, sampler: _Sampler, sums: ProcessGroupSums) -> None:
-    """Sum the moments of all processes, and merge their samples into one."""
-    held = torch.full((sums.size, sampler.size), -1)
-    held[sums.rank, : len(sampler.positions)] = sampler.positions
-    positions = sums.reduce(held, dist.ReduceOp.MAX).flatten().sort().values
-    positions = positions[positions >= 0]
-    positions = positions[sampler.choose(positions)]
-    kept = torch.isin(sampler.positions, positions)
-    places = torch.searchsorted(positions, sampler.positions[kept])
-    for found in stats.inputs.values():
-        sums.reduce(found.moment)
-        sample = found.sample.new_zeros(len(positions), found.sample.shape[1])
-        sample[places.to(sample.device)] = found.sample[kept.to(sample.device)]
-        found.sample = sums.reduce(sample)
 
 
 def _wanted(inputs: Iterable[str]) -> tuple[str, ...]:
@@ -326,9 +277,7 @@ def _narrows(module: nn.Module) -> bool:
 
 def _hook(key: tuple[int, str], reader: str, module: Any, narrows: bool, batch: _Batch, stats: Stats):
     def collect(_module: Any, args: tuple[Tensor, ...]) -> None:
-        if batch.paused:
-            return
-        x = args[0].reshape(-1, args[0].shape[-1])
+        x = args[0].detach().reshape(-1, args[0].shape[-1])
         x = x[batch.tokens.to(x.device)]
         wide = x.float()
         if not wide.isfinite().all():

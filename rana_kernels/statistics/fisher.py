@@ -1,10 +1,14 @@
-"""The sensitivity of the loss to each output of each linear: mean squared derivatives.
+"""The sensitivity of the loss: derivatives by the outputs and inputs of every linear.
 
 To second order the loss rises by the squared error of an output times the curvature. The diagonal Fisher
 information, a mean squared derivative, approximates the curvature. It makes the errors of different outputs
 and linears comparable. The labels of the loss are drawn from the model's own predictions, as the Fisher
 information is defined. With the labels of the text, the derivatives would also measure where the model is
 wrong (Kunstner et al., 2019, arXiv 1905.12558).
+
+The derivatives of single tokens say more: if an input changes by d, the loss of this token's successors rises by
+(slope · d)² / 2 on average over the labels. It holds for errors of many outputs at once, and for tokens that matter
+more than others.
 """
 
 from contextlib import contextmanager
@@ -16,54 +20,80 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from rana_kernels.model.architectures import Block, is_described
+from rana_kernels.model.linears import linear_of
 from rana_kernels.statistics.processes import ProcessGroupSums
+from rana_kernels.statistics.sampling import Sampler
 
 TOKENS = 32768  # the loss is differentiated on so many first tokens: more hardly change the means
+PAIRS = 2048  # of these tokens, whose derivatives are kept
 
 
-class FisherDiagonal:
-    """The sums over tokens of the squared derivatives, collected batch by batch."""
+class Derivatives:
+    """The derivatives of the loss on the first tokens of a calibration, collected sequence by sequence.
 
-    def __init__(self, model: nn.Module, blocks: list[Block]) -> None:
-        self.model, self.tokens = model, 0
+    squares   [N] by linear: the sums over tokens of the squared derivatives by outputs
+    slopes    [P, K] bfloat16 by linear: the derivatives by its input, of sampled tokens
+    paired    [P, K] by (index of the block, input): the inputs of these tokens. That of down is left out,
+              because it is computed from that of the MLP
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[Block], seed: int) -> None:
+        self.model, self.tokens, self.sampler = model, 0, Sampler(PAIRS, seed)
         self.names = [name for block in blocks for name in block.linears]
-        self.sums: dict[str, Tensor] = {}
+        self.inputs = {
+            readers[0]: (block.index, name)
+            for block in blocks
+            for name, readers in block.inputs.items()
+            if name != "down"
+        }
+        self.squares: dict[str, Tensor] = {}
+        self.slopes: dict[str, Tensor] = {}
+        self.paired: dict[tuple[int, str], Tensor] = {}
 
-    def add(self, kwargs: dict[str, Any], run: bool = True) -> None:
-        """Differentiate the loss on one batch of model inputs, one sequence at a time.
+    @property
+    def wants_more(self) -> bool:
+        return self.tokens < TOKENS
 
-        run   False: another process does this, and only the tokens are counted here
+    def add(self, kwargs: dict[str, Any], unpadded: Tensor, run: bool = True) -> bool:
+        """Differentiate the loss on one sequence of model inputs. Return False if it has no loss.
+
+        unpadded   which tokens are not padding, bool [T]
+        run        False: another process does this, and only the tokens are counted here
         """
-        for i in range(len(kwargs["input_ids"])):
-            if self.tokens >= TOKENS:
-                return
-            self._add_sequence(
-                {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in kwargs.items()}, run
-            )
-
-    def means(self, sums: ProcessGroupSums) -> dict[str, Tensor]:
-        """Return the means over the tokens of all processes. Empty if no sequence had a loss."""
-        # a process that ran no sequence does not know the widths of the outputs
-        widths = torch.tensor([self.sums[name].numel() if name in self.sums else 0 for name in self.names])
-        means = {}
-        for name, width in zip(self.names, sums.reduce(widths, dist.ReduceOp.MAX).tolist(), strict=True):
-            total = self.sums.get(name, torch.zeros(width, dtype=torch.float64, device=sums.device))
-            if width:
-                means[name] = sums.reduce(total) / self.tokens
-        return means
-
-    def _add_sequence(self, kwargs: dict[str, Any], run: bool) -> None:
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         follows = torch.ones_like(ids[0, 1:]) if mask is None else mask[0, 1:]
         if not follows.any():
-            return
+            return False
+        count = int(unpadded.sum())
         if run:
-            with torch.enable_grad(), self._differentiating():
+            keep, take = self.sampler.select(count)
+            place = unpadded.nonzero()[:, 0][take]
+            with torch.enable_grad(), self._differentiating(keep, place.to(ids.device)):
                 # with a sum, the derivative of a token does not depend on the number of tokens
                 logits = self._logits(kwargs)[0, :-1].float()
                 labels = drawn(logits.detach(), self.tokens).masked_fill(follows == 0, -100)
                 F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").backward()
-        self.tokens += ids.numel() if mask is None else int(mask.sum())
+        else:
+            self.sampler.skip(count)
+        self.tokens += count
+        return True
+
+    def finish(self, sums: ProcessGroupSums) -> dict[str, Tensor]:
+        """Merge the pairs of all processes, and return the means of the squares by linear.
+
+        They are empty if no sequence had a loss.
+        """
+        self.sampler.merge([*self.slopes.values(), *self.paired.values()], sums)
+        # a process that ran no sequence does not know the widths of the outputs
+        widths = torch.tensor(
+            [self.squares[name].numel() if name in self.squares else 0 for name in self.names]
+        )
+        means = {}
+        for name, width in zip(self.names, sums.reduce(widths, dist.ReduceOp.MAX).tolist(), strict=True):
+            total = self.squares.get(name, torch.zeros(width, dtype=torch.float64, device=sums.device))
+            if width:
+                means[name] = sums.reduce(total) / self.tokens
+        return means
 
     def _logits(self, kwargs: dict[str, Any]) -> Tensor:
         if is_described(self.model):
@@ -84,11 +114,18 @@ class FisherDiagonal:
         return next(m for m in self.model.modules() if isinstance(m, nn.Embedding))
 
     @contextmanager
-    def _differentiating(self):
-        """Collect derivatives by outputs. Derivatives by weights are off, which saves their memory."""
+    def _differentiating(self, keep: Tensor, take: Tensor):
+        """Collect derivatives by outputs. Derivatives by weights are off, which saves their memory.
+
+        keep, take   the sampled tokens to keep, and those of this sequence to add
+        """
         wanted = [p for p in self.model.parameters() if p.requires_grad]
         hooks = [self._embeddings().register_forward_hook(_start)]
-        hooks += [self.model.get_submodule(n).register_forward_hook(self._collector(n)) for n in self.names]
+        for name in self.names:
+            module = self.model.get_submodule(name)
+            hooks.append(module.register_forward_hook(self._collector(name, keep, take)))
+            if name in self.inputs:
+                hooks.append(module.register_forward_pre_hook(self._recorder(self.inputs[name], keep, take)))
         try:
             for parameter in wanted:
                 parameter.requires_grad_(False)
@@ -99,14 +136,36 @@ class FisherDiagonal:
             for hook in hooks:
                 hook.remove()
 
-    def _collector(self, name: str):
+    def _collector(self, name: str, keep: Tensor, take: Tensor):
         def collect(gradient: Tensor) -> None:
-            squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0, dtype=torch.float64)
+            wide = gradient.reshape(-1, gradient.shape[-1]).float()
+            squares = wide.square().sum(0, dtype=torch.float64)
             # float64 sums of float32 values do not round, so their order does not matter, unless the values
             # of two sequences differ by seven orders of magnitude
-            self.sums[name] = self.sums.get(name, 0) + squares.float().double()
+            self.squares[name] = self.squares.get(name, 0) + squares.float().double()
+            slopes = (wide[take] @ linear_of(self.model, name).weight.detach().float()).bfloat16()
+            self.slopes[name] = _replaced(self.slopes.get(name), keep, slopes)
 
         return lambda _module, _args, output: output.register_hook(collect) and None
+
+    def _recorder(self, key: tuple[int, str], keep: Tensor, take: Tensor):
+        def record(_module: nn.Module, args: tuple) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            self.paired[key] = _replaced(self.paired.get(key), keep, x[take])
+
+        return record
+
+
+def _replaced(held: Tensor | None, keep: Tensor, new: Tensor) -> Tensor:
+    return new if held is None else torch.cat([held[keep.to(held.device)], new])
+
+
+def sequences(kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a batch of model inputs as batches of one sequence."""
+    return [
+        {key: value[i : i + 1] if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+        for i in range(len(kwargs["input_ids"]))
+    ]
 
 
 def drawn(logits: Tensor, seed: int) -> Tensor:

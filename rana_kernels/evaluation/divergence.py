@@ -1,0 +1,49 @@
+"""How far the predictions of a model are from those of the dense model that it was made of.
+
+Perplexity can fall while predictions get worse, because noise makes a model less sure, and a model that was
+trained to follow instructions is too sure of itself on plain text. The divergence cannot: it is 0 only for
+the predictions of the dense model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Means over all tokens of a text.
+
+    kl       KL(dense ‖ model) of the next token, in nats
+    agreed   the share of tokens for which both models think the same next token most likely
+    """
+
+    kl: float
+    agreed: float
+
+
+@torch.inference_mode()
+def divergence(
+    model: nn.Module, dense: nn.Module, input_ids: Tensor, *, batch: int = 4, progress: bool = True
+) -> Divergence:
+    """Compare the predictions of both models on the sequences of `input_ids` [n, T]."""
+    kl = agreed = 0.0
+    for part in track(input_ids.split(batch), "comparing predictions", disable=not progress, transient=True):
+        expected, found = (_logits(each, part) for each in (dense, model))
+        # one sequence at a time, because float32 logits of a batch can be larger than the model
+        for p, q in zip(expected, found, strict=True):
+            kl += kl_of(p, q)
+            agreed += float((p.argmax(-1) == q.argmax(-1)).sum())
+    return Divergence(kl / input_ids.numel(), agreed / input_ids.numel())
+
+
+def kl_of(dense: Tensor, model: Tensor) -> float:
+    """Return the sum over tokens of the divergence of two models' logits [T, V], in nats."""
+    p, q = dense.float().log_softmax(-1), model.float().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(dtype=torch.float64))
+
+
+def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    return model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False).logits
