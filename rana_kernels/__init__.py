@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rana_kernels.model.plan import Plan
     from rana_kernels.nn.adapters import RanaLinear
     from rana_kernels.nn.mlp import RanaMLP
+    from rana_kernels.rotation.run import rotate
     from rana_kernels.statistics.calibration import calibrate
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "plan",
     "report",
+    "rotate",
     "save",
     "use_backend",
 ]
@@ -46,6 +48,7 @@ _HOMES = {
     "load": "integrations.transformers",
     "plan": "allocation.methods",
     "report": "backends.info",
+    "rotate": "rotation.run",
     "save": "integrations.transformers",
 }
 

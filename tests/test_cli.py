@@ -173,6 +173,23 @@ def test_the_same_command_goes_on_after_an_interruption(folder, compressed, tmp_
     assert weights[0] == weights[1]
 
 
+def test_a_rotated_model_is_compressed(folder, tmp_path, run):
+    code, _, err = run(*compression(folder, tmp_path / "out"), "--rotate")
+    assert code == 0, err
+    command = [
+        "eval",
+        tmp_path / "out",
+        "--text",
+        folder / "text.txt",
+        "--tokens",
+        256,
+        "--sequence-length",
+        64,
+    ]
+    code, out, _ = run(*command, "--against", folder, "--json")
+    assert code == 0 and json.loads(out)["divergence"]["kl"] < 0.1
+
+
 def test_eval_against_the_dense_model(folder, compressed, run):
     command = ["eval", compressed, "--text", folder / "text.txt", "--tokens", 512, "--sequence-length", 64]
     code, out, _ = run(*command, "--against", folder, "--json")

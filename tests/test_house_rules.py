@@ -37,6 +37,7 @@ ARROWS = {
     "checkpoint": {"nn", "model", "system"},
     "evaluation": {"model"},
     "statistics": {"ops", "model"},
+    "rotation": {"model", "statistics"},
     "quantization": {"ops", "nn", "model", "statistics"},
     "allocation": {"nn", "model", "checkpoint", "evaluation", "statistics", "quantization", "system"},
     "compression": {"ops", "nn", "model", "checkpoint", "statistics", "quantization", "allocation", "system"},
@@ -47,14 +48,14 @@ ARROWS = {
     "integrations": {"ops", "nn", "model", "checkpoint", "system"},
     "cli": {
         "backends", "model", "checkpoint", "evaluation", "statistics", "allocation", "compression",
-        "recovery", "integrations",
+        "recovery", "rotation", "integrations",
     },
 }  # fmt: skip
 # Only these rooms call the ops. The others see kernels through modules.
 CALLERS = {"ops", "nn", "integrations"}
 # Rooms that a process that loads a checkpoint never imports.
 UNUSED_BY_LOADING = (
-    "statistics", "quantization", "allocation", "compression", "recovery", "evaluation", "cli",
+    "statistics", "rotation", "quantization", "allocation", "compression", "recovery", "evaluation", "cli",
 )  # fmt: skip
 
 

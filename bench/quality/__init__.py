@@ -8,7 +8,8 @@ contenders.py  every method, as a function from a budget to a model and the cost
 masks.py       the baselines that keep weights and zero inputs: TEAL, WINA, CATS
 greedy.py      the share of each linear, by TEAL's search
 recovery.py    a short training of a candidate, the same for all
-measure.py     faithfulness, perplexity, cost and kept energy of a candidate, and the budget that gives the wanted cost
+measure.py     faithfulness, perplexity, cost and kept energy of a candidate, and the budget that gives the
+               wanted cost
 spread.py      live rows token by token, the tokens that lose most, and another kind of text
 store.py       finished measurements on disk, so that an interrupted run goes on
 tables.py      the tables

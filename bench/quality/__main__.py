@@ -22,7 +22,8 @@ DEFAULT = Settings()
 
 def main(
     model: Annotated[
-        str, typer.Argument(
+        str,
+        typer.Argument(
             help="A model's directory or hub id, or smollm2: a real model, which is downloaded into build/.",
             show_default="examples/demo_model",
         ),

@@ -1,8 +1,8 @@
-"""TEAL's own shares (arXiv 2408.14690, algorithm 1): within each block, linears that can spare more inputs get fewer.
+"""TEAL's own shares (arXiv 2408.14690, algorithm 1): within a block, some linears can spare more inputs.
 
-From a block without masks, the share of one linear is lowered step by step: that one whose step changes the block's
-output least. A step saves the same cost in every linear. All blocks come to the same cost. The thresholds of a share
-are those of one share for all linears: quantiles of the linear's own input.
+From a block without masks, the share of one linear is lowered step by step: that one whose step changes the
+block's output least. A step saves the same cost in every linear. All blocks come to the same cost. The
+thresholds of a share are those of one share for all linears: quantiles of the linear's own input.
 """
 
 from itertools import pairwise
@@ -21,7 +21,7 @@ Shares = dict[str, float]
 
 
 def shares_at(path: list[Shares], cost: dict[str, int], cost_ratio: float) -> Shares:
-    """Return the shares of a block's linears at a cost: on the straight line between two steps of the path."""
+    """Return the shares of a block's linears at a cost, on the straight line between two steps."""
     total = sum(cost.values())
     for before, after in pairwise(path):
         high, low = (sum(shares[n] * cost[n] for n in cost) / total for shares in (before, after))

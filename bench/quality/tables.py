@@ -24,8 +24,8 @@ LABELS = {
 }
 LAYER_BUDGET = 0.56
 FAITHFUL = (
-    "KL divergence from the dense model's predictions, in nats a token. The share of tokens with the same first "
-    "choice is in brackets."
+    "KL divergence from the dense model's predictions, in nats a token. The share of tokens with the same "
+    "first choice is in brackets."
 )
 KINDS = {"own": "its own kind of text", "prose": "prose"}
 

@@ -1,9 +1,9 @@
 """The choices for the linears of a block, in all kinds and formats, each with its cost, bytes and loss.
 
 The loss of a choice has two parts: what the mask drops, and what rounding changes (`quantization/loss.py`).
-What a neuron adapter drops is measured on tokens whose slopes are known (`statistics/fisher.py`): the mean square of
-Σ slope_i·x_i over the dropped inputs, twice the rise in loss. What a rank adapter drops is the energy of its dropped
-ranks, each output weighted by how strongly the loss depends on it.
+What a neuron adapter drops is measured on tokens whose slopes are known (`statistics/fisher.py`): the mean
+square of Σ slope_i·x_i over the dropped inputs, twice the rise in loss. What a rank adapter drops is the
+energy of its dropped ranks, each output weighted by how strongly the loss depends on it.
 """
 
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ from rana_kernels.statistics.thresholds import evenly
 
 SHARES = tuple(i / 48 for i in range(1, 48))  # cost ratios at which a curve has its choices
 ORDERED = 512  # tokens whose scores are sorted, to find the thresholds of the shares
-# The errors of joint neurons count this many times. A sample does not settle a difference of 1 %, and one call is
-# faster than several.
+# The errors of joint neurons count this many times. A sample does not settle a difference of 1 %, and one
+# call is faster than several.
 JOINT = 1 / 1.01
 
 
@@ -95,7 +95,8 @@ class BlockOffers:
             return float(ordered[min(round(share * len(ordered)), len(ordered) - 1)])
 
         thresholds = torch.tensor([threshold_at(share) for share in SHARES], device=x.device)
-        dropped = sum(_dropped(scores, x * self.calibrated.slopes(name), thresholds) for name in names)
+        rises = [x * self.calibrated.slopes(name) for name in names]
+        dropped = torch.stack([_dropped(scores, own, thresholds) for own in rises]).sum(0)
         rounding = self.rounding.neurons(names, self.formats, threshold_at)
         spec = make_spec(self.calibrated, "neuron", names, x.shape[1], 1.0, None, "loss")
         for format in self.formats:

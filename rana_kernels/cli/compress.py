@@ -38,9 +38,12 @@ from rana_kernels.compression.report import CompressReport
 from rana_kernels.compression.run import compress as compress_model
 from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import save
+from rana_kernels.rotation.run import rotate as rotate_model
 from rana_kernels.statistics.calibration import calibrate
+from rana_kernels.statistics.thresholds import evenly
 
 FLOPS_REDUCTION = 0.44
+ROTATION_TOKENS = 8192  # of the calibration, from which --rotate learns
 
 Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
 
@@ -52,6 +55,7 @@ Examples:
   rana compress ./model --calibration tokens.safetensors --flops-reduction 0.3 -o out --json
   rana compress ./model --calibration text.txt --flops-reduction 0.2 --bits 4 -o out
   rana compress ./model --calibration text.txt --bytes-reduction 0.7 --bits auto -o out
+  rana compress ./model --calibration text.txt --flops-reduction 0.3 --rotate -o out
   rana compress ./model.Q8_0.gguf --calibration text.txt --bits 4 -o out
   rana compress ./model --calibration text.txt --method rankadaptor --evaluations 50 -o out
   rana compress ./model --calibration text.txt --time-reduction 0.3 --times here.json -o out
@@ -131,6 +135,14 @@ def compress(
             "--lm-head-bits", help="Store the weight of lm_head in this many bits. Default: as --bits."
         ),
     ] = None,
+    rotate: Annotated[
+        bool,
+        typer.Option(
+            "--rotate",
+            help="First rotate the value heads and the residual stream, so that masks lose less. Predictions "
+            "stay the same. Takes minutes, and a tied lm_head gets a weight of its own.",
+        ),
+    ] = False,
     method: Annotated[
         Method,
         typer.Option(
@@ -191,6 +203,9 @@ def compress(
     widths = (bits.number, group.columns, lm_head_bits.number if lm_head_bits else None)
     own, of_head = formats(original, *widths)
     request = make_request(method.value, **asked, formats=own, lm_head_formats=of_head)
+    if rotate:
+        some = token_ids[evenly(token_ids.numel(), ROTATION_TOKENS)]
+        rotate_model(original, some.split(4), seed=seed, progress=progress)
     stats = calibrate(original, token_ids.split(4), seed=seed, progress=progress, **needs(request))
     with unfinished_work(output) as resume_dir:
         report = compress_model(

@@ -58,8 +58,8 @@ def evaluate_model(
     against: Annotated[
         str | None,
         typer.Option(
-            help="The dense model: a directory, GGUF file or hub name. It is measured too, and the predictions "
-            "are compared with its own."
+            help="The dense model: a directory, GGUF file or hub name. It is measured too, and the "
+            "predictions are compared with its own."
         ),
     ] = None,
     tokens: Annotated[

@@ -54,8 +54,8 @@ def show_evaluation(facts: dict[str, Any], plan: Plan) -> None:
     _out().print(table)
     if facts["divergence"] is not None:
         _out().print(
-            f"Against the dense model's predictions: KL {facts['divergence']['kl']:.4f} nats a token, the same "
-            f"first choice for {facts['divergence']['agreed']:.1%} of the tokens",
+            f"Against the dense model's predictions: KL {facts['divergence']['kl']:.4f} nats a token, the "
+            f"same first choice for {facts['divergence']['agreed']:.1%} of the tokens",
             highlight=False,
         )
     _out().print(_spread_table(facts["adapters"], plan))

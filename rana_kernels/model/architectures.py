@@ -27,6 +27,8 @@ class Architecture:
     act          the module that computes the activation. With "" the name in `activation` decides
     activation   the field of the config that names the activation, or the name itself
     experts      the module that marks a layer whose MLP is a mixture of experts. That MLP stays dense
+    norms        the norms before attention and the MLP, if they alone stand between the residual stream and
+                 its readers. With them, the stream can be rotated
     """
 
     decoder: str = ""
@@ -40,15 +42,16 @@ class Architecture:
     act: str = ""
     activation: str = ""
     experts: str = ""
+    norms: tuple[str, ...] = ()
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _LLAMA = Architecture(
     decoder="model", layers="layers", qkv=_QKV, o="self_attn.o_proj",
     mlp="mlp", up="mlp.up_proj", gate="mlp.gate_proj", down="mlp.down_proj",
-    act="mlp.act_fn", activation="hidden_act",
+    act="mlp.act_fn", activation="hidden_act", norms=("input_layernorm", "post_attention_layernorm"),
 )  # fmt: skip
-_GEMMA2 = replace(_LLAMA, activation="hidden_activation")
+_GEMMA2 = replace(_LLAMA, activation="hidden_activation", norms=())
 _PHI3 = replace(
     _LLAMA, qkv=("self_attn.qkv_proj",), up="mlp.gate_up_proj", gate="mlp.gate_up_proj",
     act="mlp.activation_fn",
@@ -65,7 +68,7 @@ _GPT2 = Architecture(
     decoder="transformer", layers="h", qkv=("attn.c_attn",), o="attn.c_proj",
     mlp="mlp", up="mlp.c_fc", down="mlp.c_proj", act="mlp.act", activation="activation_function",
 )  # fmt: skip
-_MIXTURE = replace(_LLAMA, experts="mlp.experts")
+_MIXTURE = replace(_LLAMA, experts="mlp.experts", norms=())
 
 ARCHITECTURES = {
     "llama": _LLAMA,
@@ -152,7 +155,9 @@ def describe(model: nn.Module, patterns: Mapping[str, Any]) -> None:
     if not isinstance(patterns, Mapping) or "layers" not in patterns or set(patterns) - known:
         has = sorted(patterns) if isinstance(patterns, Mapping) else type(patterns).__name__
         raise ValueError(f"patterns has {has}, wanted `layers` and any of {', '.join(sorted(known))}")
-    given: dict[str, Any] = {key: tuple(value) if key == "qkv" else value for key, value in patterns.items()}
+    given: dict[str, Any] = {
+        key: tuple(value) if key in ("qkv", "norms") else value for key, value in patterns.items()
+    }
     described: Any = model
     described.rana_architecture = Architecture(**given)
     try:

@@ -46,7 +46,11 @@ class CalibratedBlock:
         The input of down is computed from that of the MLP, so its sample need not be collected.
         """
         if name not in self._samples:
-            found = self._expanded(self.sample("mlp")) if name == "down" else self.stats.of(self.block.index, name).sample
+            found = (
+                self._expanded(self.sample("mlp"))
+                if name == "down"
+                else self.stats.of(self.block.index, name).sample
+            )
             self._samples[name] = found.float()
         return self._samples[name]
 

@@ -54,8 +54,8 @@ class Stats:
     inputs      InputStats by (index of the block, "qkv" | "o" | "mlp" | "down" | "lm_head")
     gradients   [N] float64 by full name of a linear: the mean over tokens of the squared derivative of the
                 loss by each output (`fisher.py`). Empty unless `calibrate` was called with gradients=True
-    slopes      [P, K] bfloat16 by full name of a linear: the derivatives of the loss by its input, through this
-                linear alone, of P sampled tokens
+    slopes      [P, K] bfloat16 by full name of a linear: the derivatives of the loss by its input, through
+                this linear alone, of P sampled tokens
     paired      [P, K] by (index of the block, input) but "down": the inputs of the same tokens
     """
 

@@ -6,9 +6,9 @@ and linears comparable. The labels of the loss are drawn from the model's own pr
 information is defined. With the labels of the text, the derivatives would also measure where the model is
 wrong (Kunstner et al., 2019, arXiv 1905.12558).
 
-The derivatives of single tokens say more: if an input changes by d, the loss of this token's successors rises by
-(slope · d)² / 2 on average over the labels. It holds for errors of many outputs at once, and for tokens that matter
-more than others.
+The derivatives of single tokens say more: if an input changes by d, the loss of this token's successors rises
+by (slope · d)² / 2 on average over the labels. It holds for errors of many outputs at once, and for tokens
+that matter more than others.
 """
 
 from contextlib import contextmanager

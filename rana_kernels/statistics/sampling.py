@@ -45,7 +45,7 @@ class Sampler:
         for sample in samples:
             merged = sample.new_zeros(len(positions), sample.shape[1])
             merged[places.to(sample.device)] = sample[kept.to(sample.device)]
-            sample.set_(sums.reduce(merged))
+            sample.set_(sums.reduce(merged).untyped_storage(), 0, merged.shape, merged.stride())
 
 
 def _hash(positions: Tensor, seed: int) -> Tensor:
