@@ -13,7 +13,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-STEPS = 600
+STEPS = 300
 KEPT = 0.7  # the share of inputs that the masks keep
 INPUTS = 10  # inputs a step, chosen at random
 TOKENS = 768  # of each
