@@ -32,6 +32,11 @@ def one_budget(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
     return _spent(subject, scope, cost_ratio, subject.curves)
 
 
+def rotated(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
+    """Compress by `global` after a rotation of the dense model."""
+    return one_budget(subject.rotated, scope, cost_ratio)
+
+
 def without_masks(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
     """Compress by `global` without masks: with its metric, its budget and its joint decompositions alone."""
     curves = [[[_always_on(curve) for curve in way] for way in ways] for ways in subject.curves]
@@ -68,16 +73,18 @@ CONTENDERS: dict[str, Callable[[Subject, str, float], Candidate]] = {
     "paper": partial(uniform, method="paper"),
     "unmasked": without_masks,
     "global": one_budget,
+    "rotated": rotated,
     "rankadaptor": by_search,
 }
 
-WHOLE = ("teal-greedy", "rankadaptor")  # these choose shares for whole blocks, so their only scope is "both"
+WHOLE = ("teal-greedy", "rotated", "rankadaptor")  # these concern whole models, so their only scope is "both"
 
 
 def _compressed(subject: Subject, scope: str, plan: Plan) -> Candidate:
     model, stats = subject.copy()
     report = rana.compress(model, plan=plan, stats=stats, progress=False)
-    return Candidate(model, costs_of(_part(report.plan, subject.linears(scope))), report)
+    costs = costs_of(_part(report.plan, subject.linears(scope)))
+    return Candidate(model, costs, subject.dense, report)
 
 
 def _part(plan: Plan, names: set[str]) -> Plan:

@@ -111,7 +111,7 @@ def _masked(subject: Subject, shares: greedy.Shares, weighted: bool) -> Candidat
             _mask(model, name, norms).fit(x, shares[name] * x.shape[1])
             rows[name] = len(weight)
             dense += weight.numel()
-    return Candidate(model, Costs(dense, 0, rows))
+    return Candidate(model, Costs(dense, 0, rows), subject.dense)
 
 
 def _mask(model: nn.Module, name: str, norms: Tensor) -> MaskedLinear:
@@ -143,7 +143,7 @@ def mask_gates(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
         masked.fit(gates, share * gates.shape[1])
         model.set_submodule(block.act, masked)
         rows[block.act] = (cost[block.up] + cost[block.down]) // gates.shape[1]
-    return Candidate(model, Costs(dense, dense - skipped, rows))
+    return Candidate(model, Costs(dense, dense - skipped, rows), subject.dense)
 
 
 @torch.no_grad()

@@ -10,9 +10,20 @@ from matplotlib.figure import Figure
 from bench.quality.tables import LABELS, LAYER_BUDGET, TITLES, label, layer_rows, ordered
 from bench.report.plots import STYLE
 
-INK = ("#D55E00", "#E69F00", "#F0E442", "#CC79A7", "#56B4E9", "#0072B2", "#8C8C8C", "#009E73", "#222222")
+INK = (
+    "#D55E00",
+    "#E69F00",
+    "#F0E442",
+    "#CC79A7",
+    "#56B4E9",
+    "#0072B2",
+    "#8C8C8C",
+    "#009E73",
+    "#4B0092",
+    "#222222",
+)
 COLOURS = dict(zip(LABELS, INK, strict=True))
-MARKERS = dict(zip(LABELS, "svd^<oXDP", strict=True))
+MARKERS = dict(zip(LABELS, "svd^<oXD*P", strict=True))
 
 
 def draw(data: dict[str, Any], path: Path) -> list[Path]:

@@ -87,7 +87,7 @@ class Comparison:
                 candidate = make(row)
                 fill(row, candidate, self.subject, self.text, self._dense())
                 some = some_rows(self.text, LAYER_ROWS * self.text.shape[1])
-                row.layers = kept_energy(self.subject, candidate.model, some)
+                row.layers = kept_energy(replace(self.subject, dense=candidate.dense), candidate.model, some)
             except ValueError as error:
                 row.failed = str(error)
         self.console.print(_line(row), highlight=False)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import rana_kernels as rana
 from rana_kernels.allocation.spending import Ways
 from rana_kernels.allocation.whole_model import model_curves
 from rana_kernels.cli.options import Dtype, hold_out, open_model, open_tokenizer
@@ -22,6 +23,7 @@ from rana_kernels.model.plan import Plan
 from rana_kernels.statistics.calibration import Stats, calibrate
 
 BATCH = 4  # rows at a time; the logits of more rows exceed the caches
+ROTATION_TOKENS = 8192  # of the calibration text, from which a rotation is learned
 CHARACTERS = 8  # of prose a token; no tokenizer takes more
 SCOPES = ("both", "mlp", "attention")
 
@@ -51,6 +53,13 @@ class Subject:
         return model_curves(self.stats, progress=False)
 
     @cached_property
+    def rotated(self) -> "Subject":
+        """The subject whose model `rana.rotate` has rotated. Raise ValueError if that is impossible."""
+        dense = copy.deepcopy(self.dense)
+        rana.rotate(dense, some_rows(self.calibration, ROTATION_TOKENS).split(BATCH), progress=False)
+        return replace(self, dense=dense)
+
+    @cached_property
     def searched(self) -> tuple["Subject", Tensor]:
         """The subject without an eighth of its calibration text, and that eighth, for searches."""
         rest, held_out = hold_out(self.calibration)
@@ -69,11 +78,13 @@ class Subject:
 class Candidate:
     """A model that skips work, and the costs of its tokens.
 
+    dense    the dense model that it was made of
     report   what `rana.compress` did, if the model has adapters
     """
 
     model: nn.Module
     costs: Costs
+    dense: nn.Module
     report: CompressReport | None = None
 
     @property

@@ -20,6 +20,7 @@ LABELS = {
     "paper": "RaNA, paper",
     "unmasked": "global without masks",
     "global": "RaNA, global",
+    "rotated": "RaNA, global, rotated",
     "rankadaptor": "RaNA, rankadaptor",
 }
 LAYER_BUDGET = 0.56
