@@ -24,7 +24,7 @@ from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.thresholds import evenly
 
 SHARES = tuple(i / 48 for i in range(1, 48))  # cost ratios at which a curve has its choices
-ORDERED = 512  # tokens whose scores are sorted, to find the thresholds of the shares
+ORDERED = 256  # tokens whose scores are sorted, to find the thresholds of the shares
 # The errors of joint neurons count this many times. A sample does not settle a difference of 1 %, and one
 # call is faster than several.
 JOINT = 1 / 1.01
@@ -95,8 +95,9 @@ class BlockOffers:
             return float(ordered[min(round(share * len(ordered)), len(ordered) - 1)])
 
         thresholds = torch.tensor([threshold_at(share) for share in SHARES], device=x.device)
-        rises = [x * self.calibrated.slopes(name) for name in names]
-        dropped = torch.stack([_dropped(scores, own, thresholds) for own in rises]).sum(0)
+        bins = torch.bucketize(scores, thresholds.flip(0), right=True)
+        losses = [_dropped(bins, x * self.calibrated.slopes(name)) for name in names]
+        dropped = torch.stack(losses).sum(0)
         rounding = self.rounding.neurons(names, self.formats, threshold_at)
         spec = make_spec(self.calibrated, "neuron", names, x.shape[1], 1.0, None, "loss")
         for format in self.formats:
@@ -116,14 +117,11 @@ class BlockOffers:
         return Choice(cost(costs, adapter), adapter.stored_bytes(self.itemsize), loss, adapter)
 
 
-def _dropped(scores: Tensor, rises: Tensor, thresholds: Tensor) -> Tensor:
-    """Return the loss [S] float64 of masks with falling thresholds [S]: mean squares of what each drops.
+def _dropped(bins: Tensor, rises: Tensor) -> Tensor:
+    """Return the loss [S] float64 of the masks of all SHARES: mean squares of what each drops.
 
-    scores   [P, K] of the inputs
-    rises    [P, K]: by how much the loss rises, to first order, for each input that is dropped
-
-    Each input adds to one bin, and a mask drops all bins below its threshold.
+    bins    [P, K] of the inputs: how many of the thresholds, from the lowest, their scores reach
+    rises   [P, K]: by how much the loss rises, to first order, for each input that is dropped
     """
-    bins = torch.bucketize(scores, thresholds.flip(0), right=True)
-    sums = scores.new_zeros(len(scores), len(thresholds) + 1).scatter_add_(1, bins, rises)
+    sums = rises.new_zeros(len(rises), len(SHARES) + 1).scatter_add_(1, bins, rises)
     return sums[:, :-1].cumsum(1).double().square().mean(0).flip(0)
