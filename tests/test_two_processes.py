@@ -441,6 +441,11 @@ def test_calibration_by_all_is_that_of_one_bit_for_bit(name, group):
         assert torch.equal(found.sample, together.inputs[key].sample), key
     for key, gradient in alone.gradients.items():
         assert torch.equal(gradient, together.gradients[key]), key
+    assert alone.slopes.keys() == together.slopes.keys() and alone.paired.keys() == together.paired.keys()
+    for key, slopes in alone.slopes.items():
+        assert torch.equal(slopes, together.slopes[key]), key
+    for place, x in alone.paired.items():
+        assert torch.equal(x, together.paired[place]), place
     plans = [rana.plan(stats, flops_reduction=0.4, progress=False) for stats in (alone, together)]
     assert plans[0].to_json() == plans[1].to_json()
 

@@ -83,7 +83,7 @@ class Derivatives:
 
         They are empty if no sequence had a loss.
         """
-        self.sampler.merge([*self.slopes.values(), *self.paired.values()], sums)
+        self._merge(sums)
         # a process that ran no sequence does not know the widths of the outputs
         widths = torch.tensor(
             [self.squares[name].numel() if name in self.squares else 0 for name in self.names]
@@ -94,6 +94,17 @@ class Derivatives:
             if width:
                 means[name] = sums.reduce(total) / self.tokens
         return means
+
+    def _merge(self, sums: ProcessGroupSums) -> None:
+        """Merge the pairs of all processes. One that ran no sequence has none, but takes part."""
+        for name in self.names:
+            linear = linear_of(self.model, name)
+            empty = torch.empty(0, linear.in_features, dtype=torch.bfloat16, device=sums.device)
+            self.slopes.setdefault(name, empty)
+            if name in self.inputs:
+                self.paired.setdefault(self.inputs[name], empty.to(linear.weight.dtype))
+        slopes = [self.slopes[name] for name in self.names]
+        self.sampler.merge([*slopes, *(self.paired[key] for key in self.inputs.values())], sums)
 
     def _logits(self, kwargs: dict[str, Any]) -> Tensor:
         if is_described(self.model):
