@@ -62,8 +62,8 @@ def _embedding(model: Any) -> nn.Module:
 
 def _require_nothing_else(model: nn.Module, stream: Stream) -> None:
     """Raise ValueError if a module has weights that may touch the stream and is none of its own."""
-    linears = {name for block in stream.blocks for name in block.linears}
-    known = {stream.embedding, *stream.readers, *stream.readers[list(stream.readers)[-1]], *linears}
+    readers = [name for names in stream.readers.values() for name in names]
+    known = {stream.embedding, *stream.readers, *readers, *stream.writers}
     for name, module in model.named_modules():
         within_heads = name.endswith(("q_norm", "k_norm"))
         if name not in known and not within_heads and any(True for _ in module.parameters(recurse=False)):
