@@ -176,17 +176,8 @@ def test_the_same_command_goes_on_after_an_interruption(folder, compressed, tmp_
 def test_a_rotated_model_is_compressed(folder, tmp_path, run):
     code, _, err = run(*compression(folder, tmp_path / "out"), "--rotate")
     assert code == 0, err
-    command = [
-        "eval",
-        tmp_path / "out",
-        "--text",
-        folder / "text.txt",
-        "--tokens",
-        256,
-        "--sequence-length",
-        64,
-    ]
-    code, out, _ = run(*command, "--against", folder, "--json")
+    text = ["--text", folder / "text.txt", "--tokens", 256, "--sequence-length", 64]
+    code, out, _ = run("eval", tmp_path / "out", *text, "--against", folder, "--json")
     assert code == 0 and json.loads(out)["divergence"]["kl"] < 0.1
 
 

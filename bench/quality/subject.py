@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import rana_kernels as rana
 from rana_kernels.allocation.spending import Ways
 from rana_kernels.allocation.whole_model import model_curves
 from rana_kernels.cli.options import Dtype, hold_out, open_model, open_tokenizer
@@ -20,10 +19,10 @@ from rana_kernels.compression.report import CompressReport
 from rana_kernels.evaluation.density import Costs
 from rana_kernels.model.architectures import Block, find_blocks
 from rana_kernels.model.plan import Plan
+from rana_kernels.rotation import run as rotation
 from rana_kernels.statistics.calibration import Stats, calibrate
 
 BATCH = 4  # rows at a time; the logits of more rows exceed the caches
-ROTATION_TOKENS = 8192  # of the calibration text, from which a rotation is learned
 CHARACTERS = 8  # of prose a token; no tokenizer takes more
 SCOPES = ("both", "mlp", "attention")
 
@@ -56,7 +55,7 @@ class Subject:
     def rotated(self) -> "Subject":
         """The subject whose model `rana.rotate` has rotated. Raise ValueError if that is impossible."""
         dense = copy.deepcopy(self.dense)
-        rana.rotate(dense, some_rows(self.calibration, ROTATION_TOKENS).split(BATCH), progress=False)
+        rotation.rotate(dense, some_rows(self.calibration, rotation.TOKENS).split(BATCH), progress=False)
         return replace(self, dense=dense)
 
     @cached_property

@@ -38,12 +38,11 @@ from rana_kernels.compression.report import CompressReport
 from rana_kernels.compression.run import compress as compress_model
 from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import save
-from rana_kernels.rotation.run import rotate as rotate_model
+from rana_kernels.rotation import run as rotation
 from rana_kernels.statistics.calibration import calibrate
 from rana_kernels.statistics.thresholds import evenly
 
 FLOPS_REDUCTION = 0.44
-ROTATION_TOKENS = 8192  # of the calibration, from which --rotate learns
 
 Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
 
@@ -205,8 +204,8 @@ def compress(
     own, of_head = formats(original, *widths)
     request = make_request(method.value, **asked, formats=own, lm_head_formats=of_head)
     if rotate:
-        some = token_ids[evenly(token_ids.numel(), ROTATION_TOKENS)]
-        rotate_model(original, some.split(4), seed=seed, progress=progress)
+        some = token_ids[evenly(token_ids.numel(), rotation.TOKENS)]
+        rotation.rotate(original, some.split(4), seed=seed, progress=progress)
     stats = calibrate(original, token_ids.split(4), seed=seed, progress=progress, **needs(request))
     with unfinished_work(output) as resume_dir:
         report = compress_model(

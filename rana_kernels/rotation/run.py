@@ -14,6 +14,8 @@ from rana_kernels.rotation.stream import Stream, absorb, find_stream, scales_of
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats, calibrate_blocks
 
+TOKENS = 8192  # of a calibration are enough to learn from
+
 
 @dataclass(frozen=True)
 class Rotation:

@@ -110,15 +110,10 @@ class CalibratedBlock:
         In the metric of the loss they are the root mean squares of the slopes by each input.
         """
         if metric == "output":
-            return self.weighted(names, metric).norm(dim=0)
+            return self.weight(names).float().norm(dim=0)
         squares = torch.stack([self.slopes(name).square().mean(0) for name in names]).sum(0)
         # an input without any slope still counts a little, because its errors must not be free
         return squares.clamp_min(1e-8 * float(squares.mean()) or 1.0).sqrt()
-
-    def weighted(self, names: tuple[str, ...], metric: str) -> Tensor:
-        """Return the weights [N, K] float32, each output multiplied by the weight of its errors."""
-        weight = self.weight(names).float()
-        return weight if metric == "output" else self.output_weights(names).float()[:, None] * weight
 
     def act(self, h: Tensor) -> Tensor:
         """Apply the activation of the block's MLP."""
