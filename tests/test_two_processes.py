@@ -446,6 +446,11 @@ def test_calibration_by_all_is_that_of_one_bit_for_bit(name, group):
         assert torch.equal(slopes, together.slopes[key]), key
     for place, x in alone.paired.items():
         assert torch.equal(x, together.paired[place]), place
+    assert alone.weighed.keys() == together.weighed.keys() == alone.paired.keys()
+    for place, weights in alone.importance.items():
+        assert torch.equal(weights, together.importance[place]), place
+    for place, moment in alone.weighed.items():
+        assert torch.equal(moment, together.weighed[place]), place
     plans = [rana.plan(stats, flops_reduction=0.4, progress=False) for stats in (alone, together)]
     assert plans[0].to_json() == plans[1].to_json()
 

@@ -22,6 +22,7 @@ from rana_kernels.model.architectures import find_blocks
 from rana_kernels.model.plan import AdapterSpec
 from rana_kernels.nn.adapters import RanaReceiver
 from rana_kernels.nn.mlp import RanaMLP
+from rana_kernels.statistics import fisher
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import calibrate
 from rana_kernels.statistics.decomposition import decompose
@@ -103,6 +104,41 @@ def test_slopes_are_derivatives_by_inputs_through_one_linear_alone():
     torch.testing.assert_close(calibrated.slopes("model.layers.1.mlp.down_proj"), held[1].grad[0], **close)
     torch.testing.assert_close(calibrated.paired("mlp"), held[0].detach()[0])
     torch.testing.assert_close(calibrated.paired("down"), held[1].detach()[0])
+
+
+def test_importance_is_that_of_the_derivatives_by_the_outputs_of_all_readers():
+    model, ids = make_model(), tokens(1, 50)
+    stats = calibrate(model, [ids], sample_tokens=1000, progress=False)
+    for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",)):
+        weights, held = torch.zeros(ids.numel()), {}
+        for name in names:
+            module = model.get_submodule(f"model.layers.1.self_attn.{name}")
+
+            def hold(_module, args, output, held=held, weights=weights):
+                held["x"] = args[0][0].detach()
+
+                def add(slope):
+                    weights.add_(slope[0].square().sum(1))
+
+                output.register_hook(add)
+
+            handle = module.register_forward_hook(hold)
+            predictions = model(ids).logits[0, :-1]
+            F.cross_entropy(predictions, drawn(predictions.detach(), 0), reduction="sum").backward()
+            handle.remove()
+        weights /= weights.mean()
+        key = (1, "o" if names == ("o_proj",) else "qkv")
+        torch.testing.assert_close(stats.importance[key], weights, rtol=1e-4, atol=1e-6)
+        expected = (held["x"] * weights[:, None]).T @ held["x"] / ids.numel()
+        torch.testing.assert_close(stats.weighed[key], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_importance_is_one_where_the_loss_was_not_differentiated(monkeypatch):
+    monkeypatch.setattr(fisher, "TOKENS", 50)
+    stats = calibrate(make_model(), [tokens(1, 50), tokens(1, 30)], sample_tokens=1000, progress=False)
+    for found in stats.importance.values():
+        assert len(found) == 80 and float(found[:50].std()) > 0
+        assert torch.equal(found[50:], torch.ones(30))
 
 
 def test_padding_has_no_gradients():

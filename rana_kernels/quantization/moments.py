@@ -1,4 +1,7 @@
-"""The second moments of the inputs of a block's weights, with and without a mask: means over tokens."""
+"""The second moments of the inputs of a block's weights, with and without a mask: means over tokens.
+
+Tokens count by their importance (`statistics/importance.py`), if the statistics have it.
+"""
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ class Moments:
         name = self.calibrated.input_of(names)
         if name not in self._inputs:
             found = self._of_all_tokens(name)
-            self._inputs[name] = moment_of(self.calibrated.sample(name)) if found is None else found
+            self._inputs[name] = self._of_sample(name) if found is None else found
         return self._inputs[name]
 
     def of_masked(self, names: tuple[str, ...], threshold: float | Tensor, norms: Tensor) -> Tensor:
@@ -35,16 +38,24 @@ class Moments:
         if len(x) < MASKED_TOKENS * x.shape[1] and self._of_all_tokens(name) is not None:
             return self.of_input(names)
         limit = torch.as_tensor(threshold, dtype=torch.float32, device=x.device)
-        return moment_of(torch.where(reference.keep(x, limit, norms), x, 0))
+        return self._of_sample(name, reference.keep(x, limit, norms))
+
+    def _of_sample(self, name: str, mask: Tensor | None = None) -> Tensor:
+        x = self.calibrated.sample(name)
+        return moment_of(x if mask is None else torch.where(mask, x, 0), self.calibrated.importance(name))
 
     def _of_all_tokens(self, name: str) -> Tensor | None:
         """Return the moment that the calibration summed, or None if it is that of the outputs."""
         block, stats = self.calibrated.block, self.calibrated.stats
+        if (block.index, name) in stats.weighed:
+            return stats.weighed[block.index, name].double()
         found = stats.inputs.get((block.index, name))
         (reader, *_) = block.inputs[name]
         K = self.calibrated.linear(reader).in_features
         return found.moment / stats.tokens if found is not None and len(found.moment) == K else None
 
 
-def moment_of(x: Tensor) -> Tensor:
-    return (x.T @ x).double() / max(1, len(x))
+def moment_of(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean moment [K, K] float64 of tokens x [T, K]. weights [T]: of the tokens; None: all 1."""
+    weighed = x if weights is None else x * weights[:, None]
+    return (weighed.T @ x).double() / max(1, len(x))

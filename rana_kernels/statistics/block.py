@@ -54,6 +54,11 @@ class CalibratedBlock:
             self._samples[name] = found.float()
         return self._samples[name]
 
+    def importance(self, name: str) -> Tensor | None:
+        """Return the importance [T] float32 of the tokens of `sample(name)`, or None if it is not known."""
+        found = self.stats.importance.get((self.block.index, name))
+        return None if found is None else found.to(self.sample(name).device)
+
     def paired(self, name: str) -> Tensor:
         """Return the tokens [P, K] float32 of an input of this block whose slopes are known."""
         if name == "down":

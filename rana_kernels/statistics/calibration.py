@@ -57,6 +57,9 @@ class Stats:
     slopes      [P, K] bfloat16 by full name of a linear: the derivatives of the loss by its input, through
                 this linear alone, of P sampled tokens
     paired      [P, K] by (index of the block, input) but "down": the inputs of the same tokens
+    importance  [T] float32 by (index of the block, input): of the tokens in `inputs` (`importance.py`)
+    weighed     [K, K] float32 by (index of the block, input) but "down": mean moments of tokens weighed by
+                their importance
     """
 
     model: nn.Module
@@ -69,6 +72,8 @@ class Stats:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     slopes: dict[str, Tensor] = field(default_factory=dict)
     paired: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    importance: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    weighed: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def of(self, index: int, name: str) -> InputStats:
         """Return the statistics of an input of block `index`. Raise ValueError if it was not collected."""
@@ -174,9 +179,12 @@ def calibrate_blocks(
                     batch.keep, batch.take = sampler.select(count)
                 else:
                     sampler.skip(count)
-                if fisher and fisher.wants_more and fisher.add(part, batch.tokens, run=own):
+                sampled = (batch.keep, batch.take) if own else None
+                if fisher and fisher.wants_more and fisher.add(part, batch.tokens, sampled):
                     continue  # the hooks have seen this pass
                 if own:
+                    if fisher:
+                        fisher.importance.leave_out(batch.keep, batch.take)
                     others = {key: value for key, value in part.items() if key != "input_ids"}
                     output = decoder(part["input_ids"], **others, **no_cache)
                     if head and decoder is not model:  # the decoder stops before lm_head
@@ -191,6 +199,7 @@ def calibrate_blocks(
     if fisher:
         stats.gradients = fisher.finish(sums)
         stats.slopes, stats.paired = fisher.slopes, fisher.paired
+        stats.importance, stats.weighed = fisher.importance.finish(sampler, fisher.tokens, sums)
     return stats
 
 

@@ -21,6 +21,7 @@ from torch import distributed as dist
 
 from rana_kernels.model.architectures import Block, is_described
 from rana_kernels.model.linears import linear_of
+from rana_kernels.statistics.importance import Importance
 from rana_kernels.statistics.processes import ProcessGroupSums
 from rana_kernels.statistics.sampling import Sampler
 
@@ -31,21 +32,20 @@ PAIRS = 2048  # of these tokens, whose derivatives are kept
 class Derivatives:
     """The derivatives of the loss on the first tokens of a calibration, collected sequence by sequence.
 
-    squares   [N] by linear: the sums over tokens of the squared derivatives by outputs
-    slopes    [P, K] bfloat16 by linear: the derivatives by its input, of sampled tokens
-    paired    [P, K] by (index of the block, input): the inputs of these tokens. That of down is left out,
-              because it is computed from that of the MLP
+    squares     [N] by linear: the sums over tokens of the squared derivatives by outputs
+    slopes      [P, K] bfloat16 by linear: the derivatives by its input, of sampled tokens
+    paired      [P, K] by (index of the block, input): the inputs of these tokens. That of down is left out,
+                because it is computed from that of the MLP
+    importance  of tokens (`importance.py`)
     """
 
     def __init__(self, model: nn.Module, blocks: list[Block], seed: int) -> None:
         self.model, self.tokens, self.sampler = model, 0, Sampler(PAIRS, seed)
-        self.names = [name for block in blocks for name in block.linears]
-        self.inputs = {
-            readers[0]: (block.index, name)
-            for block in blocks
-            for name, readers in block.inputs.items()
-            if name != "down"
-        }
+        readers = {(block.index, key): names for block in blocks for key, names in block.inputs.items()}
+        self.keys = {name: key for key, names in readers.items() for name in names}
+        self.inputs = {names[0]: key for key, names in readers.items() if key[1] != "down"}
+        widths = {key: linear_of(model, names[0]).in_features for key, names in readers.items()}
+        self.importance = Importance(widths, set(self.inputs.values()))
         self.squares: dict[str, Tensor] = {}
         self.slopes: dict[str, Tensor] = {}
         self.paired: dict[tuple[int, str], Tensor] = {}
@@ -54,18 +54,19 @@ class Derivatives:
     def wants_more(self) -> bool:
         return self.tokens < TOKENS
 
-    def add(self, kwargs: dict[str, Any], unpadded: Tensor, run: bool = True) -> bool:
+    def add(self, kwargs: dict[str, Any], unpadded: Tensor, sampled: tuple[Tensor, Tensor] | None) -> bool:
         """Differentiate the loss on one sequence of model inputs. Return False if it has no loss.
 
         unpadded   which tokens are not padding, bool [T]
-        run        False: another process does this, and only the tokens are counted here
+        sampled    the tokens that the calibration's sample keeps, and those of this sequence that it takes.
+                   None: another process runs this sequence, and only its tokens are counted here
         """
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         follows = torch.ones_like(ids[0, 1:]) if mask is None else mask[0, 1:]
         if not follows.any():
             return False
         count = int(unpadded.sum())
-        if run:
+        if sampled is not None:
             keep, take = self.sampler.select(count)
             place = unpadded.nonzero()[:, 0][take]
             with torch.enable_grad(), self._differentiating(keep, place.to(ids.device)):
@@ -73,6 +74,7 @@ class Derivatives:
                 logits = self._logits(kwargs)[0, :-1].float()
                 labels = drawn(logits.detach(), self.tokens).masked_fill(follows == 0, -100)
                 F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").backward()
+            self.importance.finish_sequence(unpadded, *sampled)
         else:
             self.sampler.skip(count)
         self.tokens += count
@@ -86,10 +88,10 @@ class Derivatives:
         self._merge(sums)
         # a process that ran no sequence does not know the widths of the outputs
         widths = torch.tensor(
-            [self.squares[name].numel() if name in self.squares else 0 for name in self.names]
+            [self.squares[name].numel() if name in self.squares else 0 for name in self.keys]
         )
         means = {}
-        for name, width in zip(self.names, sums.reduce(widths, dist.ReduceOp.MAX).tolist(), strict=True):
+        for name, width in zip(self.keys, sums.reduce(widths, dist.ReduceOp.MAX).tolist(), strict=True):
             total = self.squares.get(name, torch.zeros(width, dtype=torch.float64, device=sums.device))
             if width:
                 means[name] = sums.reduce(total) / self.tokens
@@ -97,13 +99,13 @@ class Derivatives:
 
     def _merge(self, sums: ProcessGroupSums) -> None:
         """Merge the pairs of all processes. One that ran no sequence has none, but takes part."""
-        for name in self.names:
+        for name in self.keys:
             linear = linear_of(self.model, name)
             empty = torch.empty(0, linear.in_features, dtype=torch.bfloat16, device=sums.device)
             self.slopes.setdefault(name, empty)
             if name in self.inputs:
                 self.paired.setdefault(self.inputs[name], empty.to(linear.weight.dtype))
-        slopes = [self.slopes[name] for name in self.names]
+        slopes = [self.slopes[name] for name in self.keys]
         self.sampler.merge([*slopes, *(self.paired[key] for key in self.inputs.values())], sums)
 
     def _logits(self, kwargs: dict[str, Any]) -> Tensor:
@@ -132,7 +134,7 @@ class Derivatives:
         """
         wanted = [p for p in self.model.parameters() if p.requires_grad]
         hooks = [self._embeddings().register_forward_hook(_start)]
-        for name in self.names:
+        for name in self.keys:
             module = self.model.get_submodule(name)
             hooks.append(module.register_forward_hook(self._collector(name, keep, take)))
             if name in self.inputs:
@@ -150,6 +152,7 @@ class Derivatives:
     def _collector(self, name: str, keep: Tensor, take: Tensor):
         def collect(gradient: Tensor) -> None:
             wide = gradient.reshape(-1, gradient.shape[-1]).float()
+            self.importance.add(self.keys[name], wide)
             squares = wide.square().sum(0, dtype=torch.float64)
             # float64 sums of float32 values do not round, so their order does not matter, unless the values
             # of two sequences differ by seven orders of magnitude
@@ -162,6 +165,7 @@ class Derivatives:
     def _recorder(self, key: tuple[int, str], keep: Tensor, take: Tensor):
         def record(_module: nn.Module, args: tuple) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1])
+            self.importance.read(key, x)
             self.paired[key] = _replaced(self.paired.get(key), keep, x[take])
 
         return record

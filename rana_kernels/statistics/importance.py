@@ -1,0 +1,83 @@
+"""The importance of tokens to the rounding of weights.
+
+A rounded weight errs by every output, so a token counts as the squared derivatives of the loss by the outputs
+say, summed over the outputs of all linears that read one input. Moments of tokens that are weighed like this
+are the Hessian that GPTQ should see (GuidedQuant, arXiv 2505.07004). Without weights, tokens count whose
+predictions no error can change.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rana_kernels.statistics.processes import ProcessGroupSums, exact
+from rana_kernels.statistics.sampling import Sampler
+
+Key = tuple[int, str]  # the index of a block, and one of its inputs
+
+
+class Importance:
+    """The importance of the sampled tokens by input, and the moments of all tokens weighed by theirs.
+
+    widths   K of every input, and of those in `summed` the moment is summed
+
+    `start` begins a sequence, `read` and `add` collect from it, and `finish_sequence` ends it. Importance is
+    on any scale until `finish`.
+    """
+
+    def __init__(self, widths: Mapping[Key, int], summed: set[Key]) -> None:
+        self.widths, self.summed = widths, summed
+        self.sampled = {key: torch.empty(0, 1) for key in widths}
+        self.moments: dict[Key, Tensor] = {}
+        self.totals: dict[Key, Tensor] = {}
+        self._inputs: dict[Key, Tensor] = {}
+        self._weights: dict[Key, Tensor] = {}
+
+    def read(self, key: Key, x: Tensor) -> None:
+        """Hold the input x [T, K] of the running sequence until its weights are known."""
+        if key in self.summed:
+            self._inputs[key] = x
+
+    def add(self, key: Key, slopes: Tensor) -> None:
+        """Add the derivatives [T, N] by the outputs of one linear that reads this input."""
+        self._weights[key] = self._weights.get(key, 0) + slopes.square().sum(1)
+
+    def finish_sequence(self, unpadded: Tensor, keep: Tensor, take: Tensor) -> None:
+        """Use what the sequence gave. The samples keep old tokens and take some of its unpadded tokens."""
+        for key in self.widths:
+            weights = self._weights.pop(key)
+            weights = weights[unpadded.to(weights.device)]
+            self._sample(key, keep, weights[take.to(weights.device), None].cpu())
+            self.totals[key] = self.totals.get(key, 0) + weights.sum(dtype=torch.float64).cpu()
+            if key in self.summed:
+                x = self._inputs.pop(key)[unpadded.to(weights.device)].float()
+                product = exact((x * weights[:, None]).T @ x)
+                self.moments[key] = self.moments[key].add_(product) if key in self.moments else product
+
+    def leave_out(self, keep: Tensor, take: Tensor) -> None:
+        """Let the samples take tokens whose importance is not measured."""
+        for key in self.widths:
+            self._sample(key, keep, torch.full((len(take), 1), torch.nan))
+
+    def finish(
+        self, sampler: Sampler, tokens: int, sums: ProcessGroupSums
+    ) -> tuple[dict[Key, Tensor], dict[Key, Tensor]]:
+        """Merge what all processes have, from `tokens` tokens.
+
+        Return the importance [sampled tokens] float32, which is 1 on average and where it is not known, and
+        the mean moments [K, K] float32 of tokens weighed by it.
+        """
+        sampler.merge(list(self.sampled.values()), sums)
+        importance, moments = {}, {}
+        for key, width in self.widths.items():
+            total = sums.reduce(self.totals.get(key, torch.zeros((), dtype=torch.float64)))
+            mean = float(total) / max(1, tokens) or 1.0
+            importance[key] = (self.sampled[key][:, 0] / mean).nan_to_num(1.0)
+            if key in self.summed:
+                empty = torch.zeros(width, width, dtype=torch.float64, device=sums.device)
+                moments[key] = (sums.reduce(self.moments.get(key, empty)) / (mean * max(1, tokens))).float()
+        return importance, moments
+
+    def _sample(self, key: Key, keep: Tensor, taken: Tensor) -> None:
+        self.sampled[key] = torch.cat([self.sampled[key][keep], taken])
