@@ -37,6 +37,8 @@ from tests.results import numbers_in
 
 BUDGETS = (0.56, 0.4)
 METHODS = ("teal", "cats", "global", "rotated")
+ROUNDED = ("rounded", "teal-4", "global-4", "global-auto", "rotated-4")
+READS = (0.28, 0.22)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,8 @@ def command(folder, output, *more: object):
     arguments = [folder, "--output", output, "--ablation-tokens", 96, "--spread-tokens", 96, "--tokens", 576]
     arguments += ["--recovery-steps", 0]
     arguments += [x for budget in BUDGETS for x in ("--budget", budget)]
-    arguments += [x for method in METHODS for x in ("--method", method)]
+    arguments += [x for read in READS for x in ("--read", read)]
+    arguments += [x for method in (*METHODS, *ROUNDED) for x in ("--method", method)]
     return CliRunner().invoke(app, [str(a) for a in (*arguments, "--sequence-length", 48, *more)])
 
 
@@ -87,7 +90,8 @@ def test_every_contender_is_measured_at_equal_cost(results):
     data, _ = results
     rows = data["rows"]
     wanted = [(s, m) for s in SCOPES for m in METHODS if s == "both" or m not in WHOLE]
-    assert set(rows) == {f"{s} {m} {b:.2f}" for s, m in wanted for b in BUDGETS}
+    wanted = {f"{s} {m} {b:.2f}" for s, m in wanted for b in BUDGETS}
+    assert set(rows) == wanted | {f"bytes {m} {b:.2f}" for m in ROUNDED for b in READS}
     for row in rows.values():
         if not row["failed"]:
             assert row["cost_ratio"] == pytest.approx(row["budget"], abs=0.03), row  # few tokens, few ranks

@@ -166,7 +166,7 @@ REFUSED = {
     "moment": ((W, 8, 32, M * float("nan")), "moment holds values that are not finite"),
     "integers": ((W.to(torch.int8), 8), "weight is torch.int8"),
     "vector": ((W[0], 8), "wanted floats"),
-    "bits": ((W, 5), "bits is 5, wanted 8 or 4"),
+    "bits": ((W, 5), "bits is 5, wanted 8, 4 or 3"),
     "group": ((W, 4, 48), "group is 48, wanted 32, 64, 128, or None for a whole row"),
     "shape": ((W, 4, 32, torch.eye(4)), r"moment has shape \[4, 4\], wanted \[8, 8\] for the columns"),
     "negative": ((W, 4, 32, -M), "not positive semi-definite"),

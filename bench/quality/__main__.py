@@ -47,11 +47,30 @@ def main(
         list[str] | None, typer.Option(help="A contender; default all; several times for several.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="At most so many of each text.")] = 102_400,
+    evaluation_tokens: Annotated[
+        int | None, typer.Option(min=2, help="So many of the evaluation text instead, spread over it.")
+    ] = None,
+    read: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0.05,
+            max=0.95,
+            help="Bytes that a token reads, those in 16 bits = 1, for weights of few bits; several times for "
+            "several.",
+            show_default="8.5, 6.4, 4.5, 4, 3.5 and 3 bits a weight",
+        ),
+    ] = None,
     ablation_tokens: Annotated[
-        int, typer.Option(min=2, help="Evaluation tokens where only MLPs or only attention are compressed.")
+        int,
+        typer.Option(
+            min=0, help="Evaluation tokens where only MLPs or only attention are compressed; 0: leave it out."
+        ),
     ] = DEFAULT.ablation_tokens,
     spread_tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens of each kind of text, for the spread of live rows.")
+        int,
+        typer.Option(
+            min=0, help="Tokens of each kind of text, for the spread of live rows; 0: leave it out."
+        ),
     ] = DEFAULT.spread_tokens,
     recovery_steps: Annotated[
         int, typer.Option(min=0, help="Steps to train each model with PEFT; 0: none.")
@@ -69,9 +88,9 @@ def main(
     Quality is faithfulness to the dense model (KL and equal first choices), and perplexity.
 
     The cost of each method, measured in multiply-adds on the evaluation text, is fitted to the budget. B and
-    linears left dense count. Then only the MLPs or only attention are compressed. Last, live rows are
-    measured token by token, and on another kind of text (prose: the language reference that every Python
-    carries).
+    linears left dense count. Then only the MLPs or only attention are compressed. Then weights are rounded
+    to 8, 4 and 3 bits, with and without masks, at equal bytes. Last, live rows are measured token by token,
+    and on another kind of text (prose: the language reference that every Python carries).
 
     Results go to the JSON file one by one, and an interrupted run goes on from it. Tables (.md) and plots
     (.png) are written beside it.
@@ -82,11 +101,14 @@ def main(
     console = Console()
     try:
         place = str(smollm2.fetch()) if model == smollm2.NAME else model
-        subject = open_subject(place, calibration, evaluation, tokens, sequence_length, dtype)
+        subject = open_subject(
+            place, calibration, evaluation, tokens, sequence_length, dtype, evaluation_tokens
+        )
         path = output or RESULTS / f"quality-{subject.name}.json"
         store = Store(path, subject, conditions())
         settings = Settings(
             tuple(budget or DEFAULT.budgets),
+            tuple(read or DEFAULT.reads),
             tuple(method or DEFAULT.methods),
             ablation_tokens,
             spread_tokens,

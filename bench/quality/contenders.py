@@ -10,7 +10,7 @@ from functools import partial
 
 import rana_kernels as rana
 from bench.quality.masks import mask_gates, mask_greedily, mask_inputs
-from bench.quality.subject import Candidate, Subject, scoped
+from bench.quality.subject import Candidate, Subject, rotated_subject, scoped
 from rana_kernels.allocation.methods import METHODS
 from rana_kernels.allocation.request import Request
 from rana_kernels.allocation.search import Search
@@ -34,7 +34,7 @@ def one_budget(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
 
 def rotated(subject: Subject, scope: str, cost_ratio: float) -> Candidate:
     """Compress by `global` after a rotation of the dense model."""
-    return one_budget(subject.rotated, scope, cost_ratio)
+    return one_budget(rotated_subject(subject), scope, cost_ratio)
 
 
 def without_masks(subject: Subject, scope: str, cost_ratio: float) -> Candidate:

@@ -102,16 +102,20 @@ def _paths(subject: Subject) -> list[list[greedy.Shares]]:
 def _masked(subject: Subject, shares: greedy.Shares, weighted: bool) -> Candidate:
     """Return a copy whose linears read these shares of their inputs."""
     model, _ = subject.copy()
-    rows, dense = {}, 0
+    put_masks(model, subject, shares, weighted)
+    weights = {name: subject.dense.get_submodule(name).weight for name in shares}
+    dense = sum(weight.numel() for weight in weights.values())
+    return Candidate(model, Costs(dense, 0, {name: len(w) for name, w in weights.items()}), subject.dense)
+
+
+def put_masks(model: nn.Module, subject: Subject, shares: greedy.Shares, weighted: bool) -> None:
+    """Let linears of a model made of the subject read these shares of their inputs, in place."""
     for block in subject.blocks:
         calibrated = CalibratedBlock(subject.dense, block, subject.stats)
         for name in (name for name in scoped(block, "both") if name in shares):
-            x, weight = calibrated.sample(calibrated.input_of((name,))), calibrated.linear(name).weight
+            x = calibrated.sample(calibrated.input_of((name,)))
             norms = calibrated.neuron_norms(name) if weighted else torch.ones(x.shape[1], device=x.device)
             _mask(model, name, norms).fit(x, shares[name] * x.shape[1])
-            rows[name] = len(weight)
-            dense += weight.numel()
-    return Candidate(model, Costs(dense, 0, rows), subject.dense)
 
 
 def _mask(model: nn.Module, name: str, norms: Tensor) -> MaskedLinear:

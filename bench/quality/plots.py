@@ -21,9 +21,17 @@ INK = (
     "#009E73",
     "#4B0092",
     "#222222",
+    "#8C8C8C",
+    "#F0A070",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#0072B2",
+    "#009E73",
+    "#4B0092",
 )
 COLOURS = dict(zip(LABELS, INK, strict=True))
-MARKERS = dict(zip(LABELS, "svd^<oXD*P", strict=True))
+MARKERS = dict(zip(LABELS, "svd^<oXD*Pxsv^oD*P", strict=True))
 
 
 def draw(data: dict[str, Any], path: Path) -> list[Path]:
@@ -54,9 +62,13 @@ def cost(data: dict[str, Any]) -> Figure:
     for axes, scope in zip(panels, scopes, strict=True):
         _cost_panel(axes, [row for row in rows if row["scope"] == scope], shown)
         axes.set_title(TITLES[scope].split(" (")[0], loc="left", fontsize=9)
-        axes.set_xlabel("multiply-adds measured, of the dense ones")
+        unit = "bytes" if scope == "bytes" else "multiply-adds"
+        axes.set_xlabel(f"{unit} measured, of the dense ones")
     panels[0].set_ylabel("KL from dense, nats a token" if shown == "kl" else "perplexity above dense")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    lines = {
+        name: line for axes in panels for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(lines.values()), list(lines), loc="outside right upper")
     return figure
 
 

@@ -8,12 +8,13 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from bench.quality import recovery
+from bench.quality import recovery, rounded
 from bench.quality.contenders import CONTENDERS, EVALUATIONS, WHOLE
 from bench.quality.measure import Row, fill, fit, kept_energy, measure
 from bench.quality.spread import in_prose, spread
 from bench.quality.store import Store
 from bench.quality.subject import SCOPES, Candidate, Subject, some_rows
+from bench.quality.tables import LAYER_BUDGET
 
 LAYER_ROWS = 8  # rows of text on which layers are compared
 SPREAD = (("global", 0.56), ("paper", 0.56), ("global", 0.35))
@@ -23,13 +24,16 @@ SPREAD = (("global", 0.56), ("paper", 0.56), ("global", 0.35))
 class Settings:
     """Every method is measured at every budget.
 
+    budgets           of multiply-adds
+    reads             of bytes, for the contenders of `rounded.py`
     ablation_tokens   of the evaluation text, where only MLPs or only attention is compressed
     spread_tokens     of each kind of text, for the spread over tokens
     recovery_steps    of the training of each model; 0: no training
     """
 
     budgets: tuple[float, ...] = (0.70, 0.56, 0.45, 0.35, 0.25)
-    methods: tuple[str, ...] = tuple(CONTENDERS)
+    reads: tuple[float, ...] = (0.53, 0.40, 0.28, 0.25, 0.22, 0.19)
+    methods: tuple[str, ...] = (*CONTENDERS, *rounded.CONTENDERS)
     ablation_tokens: int = 16_384
     spread_tokens: int = 16_384
     recovery_steps: int = 25
@@ -43,11 +47,13 @@ def run(subject: Subject, store: Store, settings: Settings, console: Console) ->
     if settings.recovery_steps:
         recovery.check()
         store.settle("recovery", recovery.settings(subject, settings.recovery_steps))
-    for scope in SCOPES:
-        tokens = subject.evaluation.numel() if scope == "both" else settings.ablation_tokens
-        text = some_rows(subject.evaluation, tokens)
-        Comparison(subject, store, scope, settings, text, console).run()
-    if subject.prose is not None:
+    for scope in (*SCOPES, rounded.BYTES):
+        part = scope in ("mlp", "attention")
+        tokens = settings.ablation_tokens if part else subject.evaluation.numel()
+        if tokens:
+            text = some_rows(subject.evaluation, tokens)
+            Comparison(subject, store, scope, settings, text, console).run()
+    if subject.prose is not None and settings.spread_tokens:
         look_closer(subject, store, settings, console)
 
 
@@ -63,7 +69,7 @@ class Comparison:
     console: Console
 
     def run(self) -> None:
-        for budget in self.settings.budgets:
+        for budget in self.settings.reads if self.scope == rounded.BYTES else self.settings.budgets:
             for method in self._methods:
                 row = Row(self.scope, method, False, budget)
                 candidate = None if self.store.has("rows", row.key) else self._measure(row, self._fitted)
@@ -73,7 +79,11 @@ class Comparison:
 
     @property
     def _methods(self) -> list[str]:
-        return [method for method in self.settings.methods if self.scope == "both" or method not in WHOLE]
+        known = rounded.CONTENDERS if self.scope == rounded.BYTES else CONTENDERS
+        part = self.scope not in ("both", rounded.BYTES)
+        return [
+            method for method in self.settings.methods if method in known and not (part and method in WHOLE)
+        ]
 
     @property
     def _recovers(self) -> bool:
@@ -86,8 +96,10 @@ class Comparison:
             try:
                 candidate = make(row)
                 fill(row, candidate, self.subject, self.text, self._dense())
-                some = some_rows(self.text, LAYER_ROWS * self.text.shape[1])
-                row.layers = kept_energy(replace(self.subject, dense=candidate.dense), candidate.model, some)
+                if row.budget == LAYER_BUDGET:
+                    some = some_rows(self.text, LAYER_ROWS * self.text.shape[1])
+                    original = replace(self.subject, dense=candidate.dense)
+                    row.layers = kept_energy(original, candidate.model, some)
             except ValueError as error:
                 row.failed = str(error)
         self.console.print(_line(row), highlight=False)
@@ -121,7 +133,8 @@ class Comparison:
         return candidate
 
     def _build(self, row: Row, cost_ratio: float) -> Candidate:
-        return CONTENDERS[row.method](self.subject, row.scope, cost_ratio)
+        known = rounded.CONTENDERS if row.scope == rounded.BYTES else CONTENDERS
+        return known[row.method](self.subject, row.scope, cost_ratio)
 
     def _found(self, row: Row) -> dict[str, Any]:
         return self.store.section("rows").get(row.key, {})

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -52,13 +52,6 @@ class Subject:
         return model_curves(self.stats, progress=False)
 
     @cached_property
-    def rotated(self) -> "Subject":
-        """The subject whose model `rana.rotate` has rotated. Raise ValueError if that is impossible."""
-        dense = copy.deepcopy(self.dense)
-        rotation.rotate(dense, some_rows(self.calibration, rotation.TOKENS).split(BATCH), progress=False)
-        return replace(self, dense=dense)
-
-    @cached_property
     def searched(self) -> tuple["Subject", Tensor]:
         """The subject without an eighth of its calibration text, and that eighth, for searches."""
         rest, held_out = hold_out(self.calibration)
@@ -71,6 +64,18 @@ class Subject:
 
     def linears(self, scope: str) -> set[str]:
         return {name for block in self.blocks for name in scoped(block, scope)}
+
+
+@cache
+def rotated_subject(subject: Subject, bits: int = 16) -> Subject:
+    """Return the subject with a model that `rana.rotate` has rotated for weights of so many bits.
+
+    Raise ValueError if that is impossible.
+    """
+    dense = copy.deepcopy(subject.dense)
+    some = some_rows(subject.calibration, rotation.TOKENS).split(BATCH)
+    rotation.rotate(dense, some, bits=bits, progress=False)
+    return replace(subject, dense=dense)
 
 
 @dataclass
@@ -105,8 +110,12 @@ def open_subject(
     tokens: int,
     length: int,
     dtype: Dtype = Dtype.auto,
+    evaluation_tokens: int | None = None,
 ) -> Subject:
-    """Open a model and at most `tokens` tokens of each text. Cut text into rows of `length`."""
+    """Open a model and at most `tokens` tokens of each text. Cut text into rows of `length`.
+
+    evaluation_tokens   so many of the evaluation text instead, in rows spread over it
+    """
     dense, tokenizer = open_model(model, dtype).eval(), open_tokenizer(model)
     vocabulary = dense.config.vocab_size
 
@@ -123,6 +132,8 @@ def open_subject(
             path = Path(folder) / "topics.txt"
             path.write_text(documentation()[: CHARACTERS * tokens], encoding="utf-8")
             prose = read(path)
+    if evaluation_tokens is not None:
+        found[1] = some_rows(found[1], evaluation_tokens)
     return Subject(Path(model).name, dense, tokenizer, *found, prose)
 
 

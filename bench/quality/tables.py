@@ -10,6 +10,7 @@ TITLES = {
     "both": "All linears of the blocks",
     "mlp": "The MLPs alone (attention dense and not counted)",
     "attention": "Attention's linears alone (MLPs dense and not counted)",
+    "bytes": "Bytes read of all linears and lm_head (those in 16 bits = 1)",
 }
 LABELS = {
     "static": "static low rank",
@@ -22,6 +23,14 @@ LABELS = {
     "global": "RaNA, global",
     "rotated": "RaNA, global, rotated",
     "rankadaptor": "RaNA, rankadaptor",
+    "rounded": "rounded to 8, 4 or 3 bits",
+    "teal-8": "TEAL x 8 bits",
+    "teal-4": "TEAL x 4 bits",
+    "wina-4": "WINA x 4 bits",
+    "global-8": "RaNA, global x 8 bits",
+    "global-4": "RaNA, global x 4 bits",
+    "global-auto": "RaNA, global x any bits",
+    "rotated-4": "RaNA, global, rotated x 4 bits",
 }
 LAYER_BUDGET = 0.56
 FAITHFUL = (

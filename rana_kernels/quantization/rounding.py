@@ -1,4 +1,4 @@
-"""Rounding of a float weight to 8 or 4 bits: to nearest, or by GPTQ under a second moment."""
+"""Rounding of a float weight to 8, 4 or 3 bits: to nearest, or by GPTQ under a second moment."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ def quantize(
 
     bits     8: int8 [R, N] · 4: uint8 [R, ⌈N/2⌉], two values a byte (`rana_kernels.ops.quantized`). An op can
              read an odd N in 4 bits from B and dense weights only, because it reads their N from x. Round
-             `rows` with an odd N to 8 bits
+             `rows` with an odd N to 8 bits · 3: int8 [R, N], one value a byte. It saves nothing, and shows
+             what 3 bits would lose
     group    columns that share a step: 32, 64, 128, or None for a whole row
     moment   second moment of the input that multiplies the weight, times any positive number. Errors are then
              spread by GPTQ (arXiv 2210.17323). None: every value is rounded to nearest
@@ -171,7 +172,7 @@ def _check(weight: Tensor, bits: int, group: int | None, moment: Tensor | None, 
     if not weight.is_floating_point() or weight.dim() != 2:
         raise ValueError(f"quantize: weight is {weight.dtype} {list(weight.shape)}, wanted floats [R, N]")
     if bits not in BOUNDS:
-        raise ValueError(f"quantize: bits is {bits!r}, wanted 8 or 4")
+        raise ValueError(f"quantize: bits is {bits!r}, wanted 8, 4 or 3")
     if group is not None and group not in GROUPS:
         wanted = ", ".join(map(str, GROUPS))
         raise ValueError(f"quantize: group is {group!r}, wanted {wanted}, or None for a whole row")

@@ -1,17 +1,18 @@
 """The steps of quantised weights: one for each group of a row. A weight is a whole number times its step.
 
-In 8 bits, the largest value of a group becomes ±127. In 4 bits, several steps are tried, and the one of least
-squared error is kept. Such a step may be negative: the largest value of the group then becomes -8, whatever
-its sign, and the whole range -8..7 is used. Other steps of the trial clip the largest value, which leaves a
-finer step for all others.
+In 8 bits, the largest value of a group becomes ±127. In 4 and 3 bits, several steps are tried, and the one
+of least squared error is kept. Such a step may be negative: the largest value of the group then becomes -8
+(or -4), whatever its sign, and the whole range is used. Other steps of the trial clip the largest value,
+which leaves a finer step for all others.
 """
 
 import torch
 from torch import Tensor
 
-BOUNDS = {8: (-127, 127), 4: (-8, 7)}
-# The whole numbers that the largest value of a group becomes, before clipping, in the order of trial.
-_TARGETS = {8: (127.0,), 4: (-8.0, -7.0, -7.3, -7.6, -8.4, -8.8, -9.2, -9.6, -10.0, -10.5, -11.0)}
+BOUNDS = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3)}
+# What the largest value of a group becomes, before clipping, in the order of trial: these parts of the bound.
+_PARTS = (1.0, 0.875, 0.9125, 0.95, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3125, 1.375)
+_TARGETS = {8: (127.0,), **{bits: tuple(BOUNDS[bits][0] * part for part in _PARTS) for bits in (4, 3)}}
 _TINY = 2.0**-24  # the smallest positive float16
 _NORMAL = 2.0**-14  # below it, float16 has multiples of _TINY only
 CHUNK = 1 << 22  # values that are tried at once, so that large weights need little extra memory
