@@ -27,6 +27,7 @@ from rana_kernels.checkpoint.model_card import write_card
 from rana_kernels.checkpoint.replacement import replacing
 from rana_kernels.integrations import hub  # noqa: F401  (what transformers uploads)
 from rana_kernels.integrations.tensor_parallel.shares import SetAside, processes
+from rana_kernels.model.admission import admit
 from rana_kernels.model.install import install
 from rana_kernels.model.quantized import QUANT_METHOD
 from rana_kernels.nn.base import check_values
@@ -43,6 +44,7 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) 
     Raises ValueError for a model that is not compressed, and FileExistsError if `directory` holds anything
     other than a checkpoint of this function.
     """
+    model = admit(model, changes=False)
     plan = attached_plan(model)
     if plan is None or not isinstance(model, transformers.PreTrainedModel):
         raise ValueError(

@@ -18,9 +18,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from rana_kernels.model.admission import admit, require_dense
 from rana_kernels.model.architectures import Block, decoder_name, find_blocks, is_described
 from rana_kernels.model.head import head_block
-from rana_kernels.model.quantized import refuse_quantized
 from rana_kernels.statistics.fisher import Derivatives, sequences
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
 from rana_kernels.statistics.sampling import Sampler
@@ -101,6 +101,7 @@ class _Batch:
     take: Tensor
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: nn.Module,
     calibration: Iterable,
@@ -130,8 +131,11 @@ def calibrate(
     calibration, a model that is quantised or adapted, activations that are not finite (the message names the
     linear that reads them), or a group whose processes have different calibrations.
     """
+    model = admit(model, changes=False)
+    blocks = find_blocks(model)
+    require_dense(model, blocks)
     return calibrate_blocks(
-        model, find_blocks(model), calibration, sample_tokens=sample_tokens, seed=seed, inputs=inputs,
+        model, blocks, calibration, sample_tokens=sample_tokens, seed=seed, inputs=inputs,
         gradients=gradients, group=group, progress=progress,
     )  # fmt: skip
 
@@ -148,9 +152,8 @@ def calibrate_blocks(
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> Stats:
-    """Do what `calibrate` does, for a model whose blocks are already known."""
+    """Do what `calibrate` does, for a model that was admitted and whose blocks are known."""
     wanted = _wanted(inputs)
-    refuse_quantized(model, (name for block in blocks for name in block.linears))
     if sample_tokens < 1:
         raise ValueError(f"calibrate: sample_tokens is {sample_tokens}, wanted at least 1")
     head = head_block(model) if "lm_head" in wanted else None
