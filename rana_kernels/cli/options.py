@@ -74,9 +74,12 @@ class Group(str, Enum):
 
 
 SequenceLength = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--sequence-length", min=2, help="Cut text into sequences of this many tokens. Unused for token ids."
+        "--sequence-length",
+        min=2,
+        help="Cut text into sequences of this many tokens. Unused for token ids.",
+        show_default="512, or what the model takes",
     ),
 ]
 SearchHistory = Annotated[

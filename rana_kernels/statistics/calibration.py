@@ -7,7 +7,7 @@ get the same statistics as one.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from torch import distributed as dist
 from rana_kernels.model.admission import admit, require_dense
 from rana_kernels.model.architectures import Block, decoder_name, find_blocks, is_described
 from rana_kernels.model.head import head_block
+from rana_kernels.model.positions import require_rows
 from rana_kernels.statistics.fisher import Derivatives, sequences
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
 from rana_kernels.statistics.sampling import Sampler
@@ -128,7 +129,8 @@ def calibrate(
     The defaults serve every request. `rana_kernels.allocation.methods.needs` has what one request needs.
 
     The model is unchanged afterwards. Raises ValueError for an unknown architecture, an empty or ill-typed
-    calibration, a model that is quantised or adapted, activations that are not finite (the message names the
+    calibration, rows longer than the model's positions, a model that `model/admission.py` or
+    `model/quantized.py` refuses, activations that are not finite (the message names the
     linear that reads them), or a group whose processes have different calibrations.
     """
     model = admit(model, changes=False)
@@ -166,7 +168,7 @@ def calibrate_blocks(
     no_cache = {} if is_described(model) else {"use_cache": False}
     fisher = Derivatives(model, read, seed) if gradients else None
     with _collecting(model, read, wanted, batch, stats) as hooks, torch.no_grad():
-        for items, kwargs in enumerate(_batches(calibration, progress and sums.rank == 0), 1):
+        for items, kwargs in enumerate(_batches(model, calibration, progress and sums.rank == 0), 1):
             digest.update(_bytes(kwargs["input_ids"].flatten(), _unpadded(kwargs)))
             own = sums.owns(items - 1)
             kwargs = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in kwargs.items()}
@@ -216,21 +218,24 @@ def _wanted(inputs: Iterable[str]) -> tuple[str, ...]:
     return wanted
 
 
-def _batches(calibration: Iterable, progress: bool) -> Iterator[dict]:
+def _batches(model: nn.Module, calibration: Iterable, progress: bool) -> Iterator[dict]:
     if isinstance(calibration, Tensor | Mapping | str):
         raise ValueError(
             f"calibrate: the calibration is one {type(calibration).__name__}, wanted an iterable of "
             "input_ids tensors or of dicts of model inputs: put it in a list"
         )
+    if isinstance(calibration, Sequence):  # what can be read twice is checked before any of it is run
+        for i, item in enumerate(calibration):
+            _batch(model, item, i)
     total = len(calibration) if isinstance(calibration, Sized) else None
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("calibrating", total=total)
         for i, item in enumerate(calibration):
-            yield _batch(item, i)
+            yield _batch(model, item, i)
             bar.advance(task)
 
 
-def _batch(item: object, i: int) -> dict:
+def _batch(model: nn.Module, item: object, i: int) -> dict:
     """Return one item of the calibration as keyword arguments of the decoder, its tensors [batch, T]."""
     kwargs: dict = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
     kwargs.pop("labels", None)
@@ -242,6 +247,7 @@ def _batch(item: object, i: int) -> dict:
         raise ValueError(
             f"calibrate: input_ids of item {i} has shape {list(ids.shape)}, wanted [T] or [batch, T]"
         )
+    require_rows(model, ids.shape[-1], f"calibrate: input_ids of item {i}")
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(
