@@ -17,8 +17,8 @@ from rana_kernels.cli.options import (
     Dtype,
     SequenceLength,
     app,
-    device,
     dtype_name,
+    open_compressed,
     open_model,
     open_tokenizer,
     print_json,
@@ -31,7 +31,6 @@ from rana_kernels.evaluation.density import MARGIN, costs_of, planned_live
 from rana_kernels.evaluation.divergence import divergence
 from rana_kernels.evaluation.examples import Predictions, costs_of_predictions
 from rana_kernels.evaluation.live import LiveCount, count_live
-from rana_kernels.integrations.transformers import load
 from rana_kernels.model.plan import Plan
 from rana_kernels.model.positions import require_rows
 from rana_kernels.statistics.thresholds import evenly
@@ -75,7 +74,7 @@ def evaluate_model(
     The tables show how the kept rows spread over tokens, and the tokens that keep most. A warning appears if
     the masks keep clearly more or fewer rows than planned.
     """
-    model: Any = load(directory, device=device())
+    model = open_compressed(directory)
     tokenizer = open_tokenizer(directory)
     token_ids = read_token_ids(
         text, tokenizer, model.config.vocab_size, length=row_length(model, sequence_length), tokens=tokens

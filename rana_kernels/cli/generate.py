@@ -1,13 +1,12 @@
 """`rana generate`."""
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rana_kernels.cli.lengths import count_new
-from rana_kernels.cli.options import AsJson, Checkpoint, app, device, open_tokenizer, print_json
-from rana_kernels.integrations.transformers import load
+from rana_kernels.cli.options import AsJson, Checkpoint, app, open_compressed, open_tokenizer, print_json
 
 
 @app.command(
@@ -35,7 +34,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt with a compressed model."""
-    model: Any = load(directory, device=device())
+    model = open_compressed(directory)
     tokenizer = open_tokenizer(directory)
     if tokenizer is None:
         raise ValueError(

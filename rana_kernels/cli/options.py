@@ -15,6 +15,8 @@ import transformers
 import typer
 from torch import Tensor
 
+from rana_kernels.integrations.transformers import load
+from rana_kernels.model.head import output_head
 from rana_kernels.model.quantized import QUANT_METHOD, quantization_of, refuse_quantized_config
 
 HELD_OUT = 8  # one sequence of so many is held out for measurements
@@ -118,6 +120,14 @@ def open_model(name: str, dtype: Dtype) -> Any:
         **source, dtype=dtype.value, trust_remote_code=False
     )
     return model.to(device())  # type: ignore[arg-type]
+
+
+def open_compressed(directory: Path) -> Any:
+    """Load a compressed model. Raise ValueError if it makes no logits, and CheckpointError as `load` does."""
+    model = load(directory, device=device())
+    if output_head(model) is None:
+        raise ValueError(f"{directory} holds a {type(model).__name__}, wanted a model with an lm_head")
+    return model
 
 
 def refuse_compressed(name: str) -> None:

@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,9 @@ from rana_kernels.cli.options import (
     SearchHistory,
     SequenceLength,
     app,
-    device,
     dtype_name,
     hold_out,
+    open_compressed,
     open_model,
     open_tokenizer,
     print_json,
@@ -28,7 +28,7 @@ from rana_kernels.cli.options import (
 )
 from rana_kernels.cli.tokens import read_token_ids
 from rana_kernels.evaluation import metrics
-from rana_kernels.integrations.transformers import load, save
+from rana_kernels.integrations.transformers import save
 from rana_kernels.model.positions import require_rows
 from rana_kernels.recovery.training import Training
 
@@ -101,7 +101,7 @@ def recover_model(
     from rana_kernels.recovery.run import Lora, recover
 
     _check_output(directory, output)
-    model: Any = load(directory, device=device())
+    model = open_compressed(directory)
     vocabulary, tokenizer = model.config.vocab_size, open_tokenizer(directory)
     length = row_length(model, sequence_length)
     read = read_token_ids(text, tokenizer, vocabulary, length=length, tokens=tokens)
