@@ -108,18 +108,24 @@ def dtype_name(model: Any) -> str:
 def open_model(name: str, dtype: Dtype) -> Any:
     """Load a dense model from a directory, a GGUF file or the hub, in floats.
 
-    Raises FileNotFoundError for a missing directory or file, and ImportError for a GGUF file if the packages
-    that read it are missing.
+    Raises FileNotFoundError for a missing directory or file, ImportError for a GGUF file if the packages that
+    read it are missing, and ValueError for a model without all the weights of a causal one.
     """
     source = source_of(name)
     if "gguf_file" in source:
         source |= _dequantizing()
     else:
         source["use_safetensors"] = True
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        **source, dtype=dtype.value, trust_remote_code=False
+    opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        **source, dtype=dtype.value, trust_remote_code=False, output_loading_info=True
     )
-    return model.to(device())  # type: ignore[arg-type]
+    model, found = opened
+    if found["missing_keys"]:  # transformers makes them of random numbers
+        what = (getattr(model.config, "architectures", None) or ["model"])[0]
+        raise ValueError(
+            f"{name} has a {what} without {min(found['missing_keys'])}, wanted a model that writes text"
+        )
+    return model.to(device())
 
 
 def open_compressed(directory: Path) -> Any:

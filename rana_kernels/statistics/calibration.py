@@ -21,6 +21,7 @@ from torch import distributed as dist
 from rana_kernels.model.admission import admit, require_dense
 from rana_kernels.model.architectures import Block, decoder_name, find_blocks, is_described
 from rana_kernels.model.head import head_block
+from rana_kernels.model.hooks import alone, of_this_thread
 from rana_kernels.model.positions import require_rows
 from rana_kernels.statistics.fisher import Derivatives, sequences
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
@@ -128,10 +129,10 @@ def calibrate(
 
     The defaults serve every request. `rana_kernels.allocation.methods.needs` has what one request needs.
 
-    The model is unchanged afterwards. Raises ValueError for an unknown architecture, an empty or ill-typed
-    calibration, rows longer than the model's positions, a model that `model/admission.py` or
-    `model/quantized.py` refuses, activations that are not finite (the message names the
-    linear that reads them), or a group whose processes have different calibrations.
+    The model is unchanged afterwards, and other threads may run it meanwhile. Raises ValueError for an
+    unknown architecture, an empty or ill-typed calibration, rows longer than the model's positions, a model
+    that `model/admission.py` refuses, activations that are not finite (the message names the linear that
+    reads them), or a group whose processes have different calibrations.
     """
     model = admit(model, changes=False)
     blocks = find_blocks(model)
@@ -167,7 +168,7 @@ def calibrate_blocks(
     sums, items = ProcessGroupSums(group, device), 0
     no_cache = {} if is_described(model) else {"use_cache": False}
     fisher = Derivatives(model, read, seed) if gradients else None
-    with _collecting(model, read, wanted, batch, stats) as hooks, torch.no_grad():
+    with alone(model), _collecting(model, read, wanted, batch, stats) as hooks, torch.no_grad():
         for items, kwargs in enumerate(_batches(model, calibration, progress and sums.rank == 0), 1):
             digest.update(_bytes(kwargs["input_ids"].flatten(), _unpadded(kwargs)))
             own = sums.owns(items - 1)
@@ -269,7 +270,7 @@ def _collecting(model: nn.Module, blocks: list[Block], wanted: tuple[str, ...], 
                 module = model.get_submodule(reader)
                 narrows = not others and _narrows(module)
                 hooks[reader] = _hook((block.index, name), reader, module, narrows, batch, stats)
-                handles.append(module.register_forward_pre_hook(hooks[reader]))
+                handles.append(module.register_forward_pre_hook(of_this_thread(hooks[reader])))
         model.eval()
         yield hooks
     finally:
