@@ -389,6 +389,39 @@ def test_an_index_cannot_reach_outside(model, tmp_path):
         rana.load(place)
 
 
+@pytest.mark.parametrize("written", ["rana.save", "save_pretrained", "shards"])
+def test_a_checkpoint_in_a_subfolder_is_loaded_and_checked(written, model, tmp_path):
+    """The weights belong to the config.json beside them. There may be another model above."""
+    make_model(num_hidden_layers=1).save_pretrained(tmp_path)
+    place = tmp_path / "some" / "rana"
+    if written == "rana.save":
+        rana.save(model, place)
+    else:
+        model.save_pretrained(place, max_shard_size="40KB" if written == "shards" else "1GB")
+        write_manifest(place, model, attached_plan(model), place.rglob("*"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="some/rana")
+    assert_equal_states(model, loaded)
+    weights = sorted(place.glob("*.safetensors"))[0]
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="some/rana")
+
+
+@pytest.mark.parametrize("away", ["..", "../other", "within"])
+def test_weights_without_their_config_beside_them_are_outside(away, model, tmp_path):
+    place = tmp_path / "some" / "rana"
+    model.save_pretrained(place, max_shard_size="40KB")
+    other = (place / away).resolve()
+    other.mkdir(exist_ok=True)
+    index = place / "model.safetensors.index.json"
+    for shard in place.glob("*.safetensors"):
+        shard.rename(other / shard.name)
+        index.write_text(index.read_text().replace(f'"{shard.name}"', f'"{away}/{shard.name}"'))
+    for given, how in ((place, {}), (tmp_path, {"subfolder": "some/rana"})):
+        with pytest.raises(CheckpointError, match="refers to weights outside of it"):
+            AutoModelForCausalLM.from_pretrained(given, **how)
+
+
 # writing
 
 

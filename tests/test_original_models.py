@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 import rana_kernels as rana
 from rana_kernels.checkpoint.attachment import attached_plan
@@ -141,6 +147,17 @@ def test_the_command_refuses_before_it_loads(method, folder, tmp_path, run, monk
     assert code == 1 and out == "" and f"is quantised ({method.partition(',')[0]}), wanted" in err
 
 
+@pytest.mark.parametrize("kind", ["classes", "headless"])
+def test_the_command_invents_no_weights(kind, tmp_path, run):  # noqa: F811
+    """transformers would make an lm_head of random numbers for these, and warn."""
+    model = make_model(tie_word_embeddings=False)
+    model = model.base_model if kind == "headless" else LlamaForSequenceClassification(model.config)
+    model.save_pretrained(tmp_path / "model")
+    code, out, err = run("compress", tmp_path / "model", "--calibration", "x", "-o", tmp_path / "out")
+    assert code == 1 and out == ""
+    assert f"has a {type(model).__name__} without lm_head.weight, wanted a model that writes text" in err
+
+
 # GGUF
 
 
@@ -214,6 +231,16 @@ def test_a_gguf_file_becomes_floats(gguf_file, folder):  # noqa: F811
     assert ids == wanted(text).input_ids and own.decode(ids) == text
 
 
+def test_a_model_that_was_read_from_gguf_is_compressed_saved_and_loaded(gguf_file, tmp_path):
+    """In Python, whose user may not know that transformers keeps a quantizer of what it has dequantised."""
+    place = gguf_file[0]
+    model = AutoModelForCausalLM.from_pretrained(place.parent, gguf_file=place.name, dtype=torch.float32)
+    rana.compress(model, [tokens()], flops_reduction=0.3, method="paper", progress=False)
+    rana.save(model, tmp_path / "out")
+    loaded = rana.load(tmp_path / "out")
+    assert type(loaded) is LlamaForCausalLM and torch.equal(logits(loaded), logits(model))
+
+
 @pytest.mark.parametrize("bits", [16, 4])
 def test_from_a_gguf_file_to_text(bits, gguf_file, folder, tmp_path, run):  # noqa: F811
     place, out_dir, text = gguf_file[0], tmp_path / "out", folder / "text.txt"
@@ -252,7 +279,8 @@ def test_the_dequantising_config_is_asked_for_where_it_exists(monkeypatch):
     """Older versions have no config for GGUF, and always dequantise."""
     monkeypatch.setattr(options.transformers, "GgufConfig", lambda **how: how, raising=False)
     seen = {}
-    loader = SimpleNamespace(from_pretrained=lambda *_, **how: seen.update(how) or nn.Linear(1, 1))
+    loaded = (nn.Linear(1, 1), {"missing_keys": set()})
+    loader = SimpleNamespace(from_pretrained=lambda *_, **how: seen.update(how) or loaded)
     monkeypatch.setattr(options.transformers, "AutoModelForCausalLM", loader)
     monkeypatch.setattr(options, "source_of", lambda _: {"gguf_file": "x.gguf"})
     options.open_model("x.gguf", options.Dtype.auto)

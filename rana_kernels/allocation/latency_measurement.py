@@ -17,6 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from rana_kernels.allocation.latency import LatencyTable, ShapeLatency, sizes_of
+from rana_kernels.model.admission import admit
 from rana_kernels.model.architectures import find_blocks
 from rana_kernels.model.linears import linear_of
 from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear
@@ -39,6 +40,7 @@ def measure_latency(model: nn.Module, progress: bool = True) -> LatencyTable:
     The times hold for the device and dtype of `model` and for the threads that torch has now. A shape takes
     about a second. Nothing else should run on the machine meanwhile.
     """
+    model = admit(model, changes=False)
     blocks = find_blocks(model)
     weight = linear_of(model, blocks[0].linears[0]).weight
     sizes = track(sizes_of(model, blocks), "timing", disable=not progress, transient=True)

@@ -5,6 +5,7 @@ without gaps. No code here allocates memory of a size that it has not compared w
 """
 
 import json
+from collections.abc import Set
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -114,13 +115,16 @@ def _check_tiling(file: str, entries: dict[str, Entry], data: int) -> None:
         )
 
 
-def check_tensors(files: list[Path], expected: dict[str, Tensor], optional: set[str]) -> None:
+def check_tensors(
+    files: list[Path], expected: dict[str, Tensor], optional: set[str], ignored: Set[str] = frozenset()
+) -> None:
     """Raise CheckpointError unless `files` hold exactly the tensors `expected`, by name, shape and dtype.
 
     expected   the model's tensors, on any device: only their shapes and dtypes matter. Thresholds, norms,
                scales and quantised weights must have the same dtype in the file. Other floats may have any
                dtype in `STORED_FLOATS`, because a model can be loaded in another dtype than it was saved in
-    optional   names that may be absent, because these weights are tied to others
+    optional   names that may be absent, because these weights are tied to others or are of another head
+    ignored    names that may be in the files as well, because they are of another head
     """
     home: dict[str, str] = {}
     for path in files:
@@ -128,6 +132,8 @@ def check_tensors(files: list[Path], expected: dict[str, Tensor], optional: set[
             if name in home:
                 raise CheckpointError(f"{name[:200]!r} is in {home[name]} and in {path.name}, wanted it once")
             home[name] = path.name
+            if name in ignored:
+                continue
             if name not in expected:
                 raise CheckpointError(
                     f"{path.name} holds {name[:200]!r}, which the model of this plan has not"

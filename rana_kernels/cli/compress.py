@@ -17,6 +17,7 @@ from rana_kernels.allocation.search import Search, own_history
 from rana_kernels.checkpoint.manifest import read_manifest
 from rana_kernels.checkpoint.model_card import note
 from rana_kernels.checkpoint.replacement import check_target
+from rana_kernels.cli.lengths import row_length
 from rana_kernels.cli.options import (
     AsJson,
     Bits,
@@ -38,6 +39,7 @@ from rana_kernels.compression.report import CompressReport
 from rana_kernels.compression.run import compress as compress_model
 from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import save
+from rana_kernels.model.positions import require_rows
 from rana_kernels.rotation import run as rotation
 from rana_kernels.statistics.calibration import calibrate
 from rana_kernels.statistics.thresholds import evenly
@@ -162,7 +164,7 @@ def compress(
     tokens: Annotated[
         int, typer.Option(min=1, help="Calibrate on at most this many tokens. 100,000 are plenty.")
     ] = 131_072,
-    sequence_length: SequenceLength = 512,
+    sequence_length: SequenceLength = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Load and store the weights in this dtype. auto: the dtype of the files.")
     ] = Dtype.auto,
@@ -183,10 +185,12 @@ def compress(
     refuse_compressed(model)
     original, tokenizer = open_model(model, dtype), open_tokenizer(model)
     vocabulary, progress = original.config.vocab_size, sys.stderr.isatty()
-    token_ids = read_token_ids(calibration, tokenizer, vocabulary, length=sequence_length, tokens=tokens)
+    length = row_length(original, sequence_length)
+    token_ids = read_token_ids(calibration, tokenizer, vocabulary, length=length, tokens=tokens)
+    require_rows(original, token_ids.shape[1], str(calibration))
     evaluated = None
     if evaluation is not None:
-        evaluated = read_token_ids(evaluation, tokenizer, vocabulary, length=sequence_length)
+        evaluated = read_token_ids(evaluation, tokenizer, vocabulary, length=length)
         dense = metrics.perplexity(original, evaluated, progress=progress).perplexity
     nothing_asked = all(asked is None for asked in (flops_reduction, time_reduction, bytes_reduction))
     flops = FLOPS_REDUCTION if nothing_asked else flops_reduction

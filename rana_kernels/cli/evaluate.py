@@ -10,14 +10,15 @@ import typer
 from torch import Tensor
 
 from rana_kernels.checkpoint.attachment import attached_plan
+from rana_kernels.cli.lengths import row_length
 from rana_kernels.cli.options import (
     AsJson,
     Checkpoint,
     Dtype,
     SequenceLength,
     app,
-    device,
     dtype_name,
+    open_compressed,
     open_model,
     open_tokenizer,
     print_json,
@@ -30,8 +31,8 @@ from rana_kernels.evaluation.density import MARGIN, costs_of, planned_live
 from rana_kernels.evaluation.divergence import divergence
 from rana_kernels.evaluation.examples import Predictions, costs_of_predictions
 from rana_kernels.evaluation.live import LiveCount, count_live
-from rana_kernels.integrations.transformers import load
 from rana_kernels.model.plan import Plan
+from rana_kernels.model.positions import require_rows
 from rana_kernels.statistics.thresholds import evenly
 
 LIVE_TOKENS = 16384  # for the count of kept rows: with fewer, the mean depends on the choice of documents
@@ -65,7 +66,7 @@ def evaluate_model(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Use at most this many tokens of the text. Default: all.")
     ] = None,
-    sequence_length: SequenceLength = 512,
+    sequence_length: SequenceLength = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, tokens a second, and how many rows the masks keep.
@@ -73,11 +74,12 @@ def evaluate_model(
     The tables show how the kept rows spread over tokens, and the tokens that keep most. A warning appears if
     the masks keep clearly more or fewer rows than planned.
     """
-    model: Any = load(directory, device=device())
+    model = open_compressed(directory)
     tokenizer = open_tokenizer(directory)
     token_ids = read_token_ids(
-        text, tokenizer, model.config.vocab_size, length=sequence_length, tokens=tokens
+        text, tokenizer, model.config.vocab_size, length=row_length(model, sequence_length), tokens=tokens
     )
+    require_rows(model, token_ids.shape[1], str(text))
     original = None if against is None else open_model(against, Dtype(dtype_name(model)))
     dense = None if original is None else _measure(original, token_ids)
     found = _measure(model, token_ids)

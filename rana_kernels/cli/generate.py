@@ -1,12 +1,12 @@
 """`rana generate`."""
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from rana_kernels.cli.options import AsJson, Checkpoint, app, device, open_tokenizer, print_json
-from rana_kernels.integrations.transformers import load
+from rana_kernels.cli.lengths import count_new
+from rana_kernels.cli.options import AsJson, Checkpoint, app, open_compressed, open_tokenizer, print_json
 
 
 @app.command(
@@ -17,7 +17,14 @@ Example:
 def generate(
     directory: Checkpoint,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many new tokens.")] = 100,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Stop after this many new tokens.",
+            show_default="100, or what the model takes after the prompt",
+        ),
+    ] = None,
     temperature: Annotated[
         float,
         typer.Option(
@@ -27,7 +34,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt with a compressed model."""
-    model: Any = load(directory, device=device())
+    model = open_compressed(directory)
     tokenizer = open_tokenizer(directory)
     if tokenizer is None:
         raise ValueError(
@@ -36,12 +43,13 @@ def generate(
     asked = tokenizer(prompt, return_tensors="pt").to(model.device)
     if asked["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty, wanted at least one token")
+    new_tokens = count_new(model, asked["input_ids"].shape[1], max_new_tokens)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     started = time.perf_counter()
     written = model.generate(
         input_ids=asked["input_ids"],
         attention_mask=asked["attention_mask"],
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **sampling,
     )[0, asked["input_ids"].shape[1] :]

@@ -15,6 +15,8 @@ import transformers
 import typer
 from torch import Tensor
 
+from rana_kernels.integrations.transformers import load
+from rana_kernels.model.head import output_head
 from rana_kernels.model.quantized import QUANT_METHOD, quantization_of, refuse_quantized_config
 
 HELD_OUT = 8  # one sequence of so many is held out for measurements
@@ -74,9 +76,12 @@ class Group(str, Enum):
 
 
 SequenceLength = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--sequence-length", min=2, help="Cut text into sequences of this many tokens. Unused for token ids."
+        "--sequence-length",
+        min=2,
+        help="Cut text into sequences of this many tokens. Unused for token ids.",
+        show_default="512, or what the model takes",
     ),
 ]
 SearchHistory = Annotated[
@@ -103,18 +108,32 @@ def dtype_name(model: Any) -> str:
 def open_model(name: str, dtype: Dtype) -> Any:
     """Load a dense model from a directory, a GGUF file or the hub, in floats.
 
-    Raises FileNotFoundError for a missing directory or file, and ImportError for a GGUF file if the packages
-    that read it are missing.
+    Raises FileNotFoundError for a missing directory or file, ImportError for a GGUF file if the packages that
+    read it are missing, and ValueError for a model without all the weights of a causal one.
     """
     source = source_of(name)
     if "gguf_file" in source:
         source |= _dequantizing()
     else:
         source["use_safetensors"] = True
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        **source, dtype=dtype.value, trust_remote_code=False
+    opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        **source, dtype=dtype.value, trust_remote_code=False, output_loading_info=True
     )
-    return model.to(device())  # type: ignore[arg-type]
+    model, found = opened
+    if found["missing_keys"]:  # transformers makes them of random numbers
+        what = (getattr(model.config, "architectures", None) or ["model"])[0]
+        raise ValueError(
+            f"{name} has a {what} without {min(found['missing_keys'])}, wanted a model that writes text"
+        )
+    return model.to(device())
+
+
+def open_compressed(directory: Path) -> Any:
+    """Load a compressed model. Raise ValueError if it makes no logits, and CheckpointError as `load` does."""
+    model = load(directory, device=device())
+    if output_head(model) is None:
+        raise ValueError(f"{directory} holds a {type(model).__name__}, wanted a model with an lm_head")
+    return model
 
 
 def refuse_compressed(name: str) -> None:

@@ -3,13 +3,14 @@
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rana_kernels.allocation.search import Search, own_history
 from rana_kernels.checkpoint.model_card import note
 from rana_kernels.checkpoint.replacement import check_target
+from rana_kernels.cli.lengths import row_length
 from rana_kernels.cli.options import (
     AsJson,
     Checkpoint,
@@ -17,9 +18,9 @@ from rana_kernels.cli.options import (
     SearchHistory,
     SequenceLength,
     app,
-    device,
     dtype_name,
     hold_out,
+    open_compressed,
     open_model,
     open_tokenizer,
     print_json,
@@ -27,7 +28,8 @@ from rana_kernels.cli.options import (
 )
 from rana_kernels.cli.tokens import read_token_ids
 from rana_kernels.evaluation import metrics
-from rana_kernels.integrations.transformers import load, save
+from rana_kernels.integrations.transformers import save
+from rana_kernels.model.positions import require_rows
 from rana_kernels.recovery.training import Training
 
 
@@ -85,7 +87,7 @@ def recover_model(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Use at most this many tokens of the text. Default: all.")
     ] = None,
-    sequence_length: SequenceLength = 512,
+    sequence_length: SequenceLength = None,
     seed: Annotated[int, typer.Option(help="Seed for the LoRA, the order of batches and the search.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -99,13 +101,15 @@ def recover_model(
     from rana_kernels.recovery.run import Lora, recover
 
     _check_output(directory, output)
-    model: Any = load(directory, device=device())
+    model = open_compressed(directory)
     vocabulary, tokenizer = model.config.vocab_size, open_tokenizer(directory)
-    read = read_token_ids(text, tokenizer, vocabulary, length=sequence_length, tokens=tokens)
+    length = row_length(model, sequence_length)
+    read = read_token_ids(text, tokenizer, vocabulary, length=length, tokens=tokens)
+    require_rows(model, read.shape[1], str(text))
     token_ids, held_out = hold_out(read)
     evaluated = held_out
     if evaluation is not None:
-        evaluated = read_token_ids(evaluation, tokenizer, vocabulary, length=sequence_length)
+        evaluated = read_token_ids(evaluation, tokenizer, vocabulary, length=length)
     teacher = None if dense is None else open_model(dense, Dtype(dtype_name(model)))
     progress = sys.stderr.isatty()
     training = Training(steps, batch, accumulate, learning_rate, seed)

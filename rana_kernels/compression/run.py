@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from typing import Any
 
+import torch
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -36,12 +37,13 @@ from rana_kernels.compression.report import (
     model_flops_reduction,
     read_bytes,
 )
+from rana_kernels.model.admission import admit, require_dense
 from rana_kernels.model.architectures import Block, describe, find_blocks
 from rana_kernels.model.head import require_head, untie_head
 from rana_kernels.model.install import check_adapter, check_plan, dense_names, install_block
 from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
-from rana_kernels.model.quantized import forget_quantizer, refuse_quantized
+from rana_kernels.model.quantized import forget_quantizer
 from rana_kernels.nn.dense import serve_dense
 from rana_kernels.nn.format import FLOAT, Format
 from rana_kernels.quantization.block import quantize_block
@@ -52,6 +54,7 @@ from rana_kernels.statistics.tensors import block_tensors, with_threshold
 from rana_kernels.system.huge_pages import use_huge_pages
 
 
+@torch.inference_mode(False)
 def compress(
     model: nn.Module,
     calibration: Iterable | None = None,
@@ -99,7 +102,7 @@ def compress(
 
     Raises ValueError for arguments that contradict each other or the model, before the model is changed.
     """
-    started = time.monotonic()
+    started, model = time.monotonic(), admit(model, changes=True)
     if patterns is not None:
         describe(model, patterns)
     if (calibration is None) == (stats is None):
@@ -107,7 +110,7 @@ def compress(
     if stats is not None and stats.model is not model:
         raise ValueError("compress: the statistics are of another model object than the one given")
     blocks = stats.blocks if stats is not None else find_blocks(model)
-    refuse_quantized(model, (name for block in blocks for name in block.linears))
+    require_dense(model, blocks)
     asked = {
         "flops_reduction": flops_reduction, "time_reduction": time_reduction, "times": times,
         "max_memory": max_memory, "bytes_reduction": bytes_reduction, "search": search,

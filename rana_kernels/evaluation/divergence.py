@@ -11,6 +11,8 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from rana_kernels.model.positions import require_rows
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -28,7 +30,11 @@ class Divergence:
 def divergence(
     model: nn.Module, dense: nn.Module, input_ids: Tensor, *, batch: int = 4, progress: bool = True
 ) -> Divergence:
-    """Compare the predictions of both models on the sequences of `input_ids` [n, T]."""
+    """Compare the predictions of both models on the sequences of `input_ids` [n, T].
+
+    Raises ValueError for rows that are longer than the model's positions.
+    """
+    require_rows(model, input_ids.shape[1], "divergence: input_ids")
     kl = agreed = 0.0
     for part in track(input_ids.split(batch), "comparing predictions", disable=not progress, transient=True):
         expected, found = (_logits(each, part) for each in (dense, model))

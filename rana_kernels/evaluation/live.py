@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from rana_kernels.model.hooks import of_this_thread
+
 
 @dataclass
 class LiveCount:
@@ -45,8 +47,8 @@ def count_live(model: nn.Module) -> Iterator[dict[str, LiveCount]]:
 
     Yields a dict that is filled while the model runs: name of the adapted linear (the first one of a joint
     adapter) -> LiveCount. Every module with a method `masks`, like those of `nn/adapters.py`, is an adapter.
-    All tokens count, padding included. The reference implementation computes the masks a second time, so use
-    this to measure and not to serve.
+    All tokens that this thread runs count, padding included. The reference implementation computes the masks
+    a second time, so use this to measure and not to serve.
     """
     counts: dict[str, LiveCount] = {}
 
@@ -60,7 +62,7 @@ def count_live(model: nn.Module) -> Iterator[dict[str, LiveCount]]:
         return hook
 
     hooks = [
-        module.register_forward_hook(hook_for(name))
+        module.register_forward_hook(of_this_thread(hook_for(name)))
         for name, module in model.named_modules()
         if hasattr(module, "masks")
     ]

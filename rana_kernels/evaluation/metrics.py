@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from rana_kernels.evaluation.live import LiveCount, count_live
+from rana_kernels.model.positions import require_rows
 
 
 @dataclass
@@ -50,6 +51,7 @@ def token_losses(model: nn.Module, input_ids: Tensor, *, batch: int = 4, progres
     """
     if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] < 2:
         raise ValueError(f"perplexity: input_ids has shape {list(input_ids.shape)}, wanted [n, T], T >= 2")
+    require_rows(model, input_ids.shape[1], "perplexity: input_ids")
     found = []
     for part in _batches(model, input_ids, batch, "measuring perplexity", progress):
         logits = model(input_ids=part, use_cache=False).logits
@@ -73,6 +75,7 @@ def count_live_rows(
 
     Masks are computed twice for this. A few thousand tokens are enough for a stable mean.
     """
+    require_rows(model, input_ids.shape[1], "count_live_rows: input_ids")
     with count_live(model) as counts:
         for part in _batches(model, input_ids, batch, "counting live rows", progress):
             model(input_ids=part, use_cache=False)
@@ -85,6 +88,7 @@ def decode_speed(model: nn.Module, prompt: Tensor, new_tokens: int = 64) -> floa
 
     This is the speed of a user of transformers: the time that its own code takes for each token is included.
     """
+    require_rows(model, prompt.shape[1] + new_tokens, "decode_speed: the prompt with its new tokens")
     generate: Any = model.generate
     prompt = prompt.to(_device(model))
 

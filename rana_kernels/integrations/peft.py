@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from rana_kernels.checkpoint.attachment import attach_plan, attached_facts, attached_plan
+from rana_kernels.model.admission import admit
 from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, RanaReceiver
 from rana_kernels.nn.dense import QuantizedLinear
 from rana_kernels.nn.mlp import RanaMLP
@@ -32,12 +33,14 @@ def add(model: nn.Module, config: LoraConfig) -> PeftModel:
 
     Every RanaMLP of `model` is split, in place. `merge` joins it again.
     """
+    model = admit(model, changes=True)
     _prepare(model, config)
     return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
 
 
 def load(model: nn.Module, directory: str | os.PathLike, *, is_trainable: bool = False) -> PeftModel:
     """Call `PeftModel.from_pretrained` for a compressed model, and split its MLPs as `add` does."""
+    model = admit(model, changes=True)
     config = PeftConfig.from_pretrained(os.fspath(directory))
     _prepare(model, config)
     return PeftModel.from_pretrained(model, os.fspath(directory), config=config, is_trainable=is_trainable)  # type: ignore[arg-type]

@@ -20,14 +20,17 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rana_kernels.checkpoint.attachment import attached_plan, plan_from_config, read_plan
-from rana_kernels.checkpoint.headers import CheckpointError, check_tensors, read_header
+from rana_kernels.checkpoint.attachment import attached_plan, plan_from_config, plan_to_config, read_plan
+from rana_kernels.checkpoint.headers import CheckpointError, check_tensors
 from rana_kernels.checkpoint.manifest import CARD, MANIFEST, read_manifest, write_manifest
 from rana_kernels.checkpoint.model_card import write_card
 from rana_kernels.checkpoint.replacement import replacing
 from rana_kernels.integrations import hub  # noqa: F401  (what transformers uploads)
+from rana_kernels.integrations.classes import class_of, find_class, is_foreign, stored_tensors
 from rana_kernels.integrations.tensor_parallel.shares import SetAside, processes
-from rana_kernels.model.install import install
+from rana_kernels.model.admission import admit
+from rana_kernels.model.install import install, plan_for
+from rana_kernels.model.plan import Plan
 from rana_kernels.model.quantized import QUANT_METHOD
 from rana_kernels.nn.base import check_values
 from rana_kernels.system.huge_pages import use_huge_pages
@@ -40,14 +43,20 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) 
     `directory` is replaced once the new one is complete; an interruption leaves the older one as it was.
     `checkpoint/manifest.py` lists the files.
 
-    Raises ValueError for a model that is not compressed, and FileExistsError if `directory` holds anything
-    other than a checkpoint of this function.
+    Raises ValueError for a model that is not compressed or whose class transformers does not have, and
+    FileExistsError if `directory` holds anything other than a checkpoint of this function.
     """
+    model = admit(model, changes=False)
     plan = attached_plan(model)
     if plan is None or not isinstance(model, transformers.PreTrainedModel):
         raise ValueError(
             f"rana.save: {type(model).__name__} is not a compressed transformers model, "
             "wanted one that rana.compress changed or rana.load gave"
+        )
+    if find_class(type(model).__name__) is None:
+        raise ValueError(
+            f"rana.save: transformers has no class {type(model).__name__}, and rana.load would not find it: "
+            "keep the plan and the state dict instead (docs/models.md)"
         )
     with replacing(directory) as new:
         model.save_pretrained(new)
@@ -63,7 +72,8 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
 ) -> transformers.PreTrainedModel:
-    """Check and read a checkpoint that `save` wrote. Return the model in evaluation mode.
+    """Check and read a checkpoint that `save` wrote. Return a model of the class that was saved, in
+    evaluation mode.
 
     dtype    dtype of the weights; "auto": the dtype in the file. Thresholds and norms are always float32
     device   where to put the model; None: the CPU
@@ -75,7 +85,7 @@ def load(
     # from_pretrained calls the quantizer, which verifies the weights before they are read
     manifest.verify(name for name in manifest.files if not name.endswith(".safetensors"))
     read_plan(directory)  # its error is clearer than one from inside transformers
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model = class_of(Path(directory)).from_pretrained(
         os.fspath(directory),
         dtype=dtype,
         local_files_only=True,
@@ -109,16 +119,26 @@ class RanaQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
         plan = plan_from_config(self.quantization_config.to_dict())
+        self.files = [Path(file) for file in checkpoint_files or ()]
+        _check_files(model, plan, self.files)
         try:
+            plan = plan_for(model, plan)
             install(model, plan)
         except ValueError as error:
             raise CheckpointError(
                 f"config.json: the plan does not fit {type(model).__name__}: {error}"
             ) from None
-        self.files = [Path(file) for file in checkpoint_files or ()]
-        _check_files(model, self.files)
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        check_tensors(self.files, _stored_tensors(model, self.files), tied)
+        self.quantization_config.plan = plan_to_config(plan)["plan"]
+        stored = stored_tensors(model, self.files)
+        try:
+            check_tensors(self.files, stored.tensors, stored.optional, stored.ignored)
+        except CheckpointError as error:
+            if not is_foreign(model):
+                raise
+            raise CheckpointError(
+                f"{error}. The checkpoint is of {model.config.architectures}, and this is a "
+                f"{type(model).__name__}: load it by rana_kernels.load"
+            ) from None
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if processes(model) > 1:
             self.aside = SetAside(model)
@@ -166,28 +186,28 @@ def _convert(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
             model.get_submodule(name.rpartition(".")[0]).to(dtypes[name])
 
 
-def _stored_tensors(model: transformers.PreTrainedModel, files: list[Path]) -> dict[str, torch.Tensor]:
-    """Return the tensors that the files must hold: the state dict, or its older form.
+def _check_files(model: transformers.PreTrainedModel, plan: Plan, files: list[Path]) -> None:
+    """Raise CheckpointError if weights lie outside of the checkpoint or differ from its manifest, if any.
 
-    transformers still writes mixtures of experts in the older form, with one tensor for each expert.
+    They have to lie beside the config.json that the plan came from: in the directory given, in a subfolder of
+    it, or in the cache of the hub.
     """
-    own = model.state_dict()
-    if all(name in own for file in files for name in read_header(file)):
-        return own
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return own
-    return revert_weight_conversion(model, own)
-
-
-def _check_files(model: transformers.PreTrainedModel, files: list[Path]) -> None:
-    """Raise CheckpointError if weights lie outside of the checkpoint or differ from its manifest, if any."""
-    given = Path(str(model.config.name_or_path))
-    directory = given if given.is_dir() else files[0].parent
-    outside = [file for file in files if file.parent != directory]
-    if outside:
-        raise CheckpointError(f"{directory} refers to weights outside of it, {outside[0]}: they are not read")
+    if not files:
+        return
+    given, directory = Path(str(model.config.name_or_path)), files[0].parent
+    home = given if given.is_dir() else directory
+    outside = [file for file in files if file.parent != directory or not _is_within(file, home)]
+    if outside or not _has_plan(directory, plan):
+        where = (outside or files)[0]
+        raise CheckpointError(f"{home} refers to weights outside of it, {where}: they are not read")
     if (directory / MANIFEST).is_file():
         manifest = read_manifest(directory)
         manifest.verify({*(file.name for file in files), *manifest.files})
+
+
+def _is_within(file: Path, directory: Path) -> bool:
+    return file.is_relative_to(directory) and ".." not in file.relative_to(directory).parts
+
+
+def _has_plan(directory: Path, plan: Plan) -> bool:
+    return (directory / "config.json").is_file() and read_plan(directory) == plan

@@ -204,9 +204,26 @@ def architecture(model: nn.Module) -> Architecture:
 
 
 def decoder_name(model: nn.Module) -> str:
-    """Return the path of the module that has the layers, "" if `model` is the headless model itself."""
-    known = architecture(model)
-    return "" if hasattr(model, known.layers) else known.decoder
+    """Return the path of the module that has the layers, "" if `model` is that module.
+
+    Raises ValueError if no module has them.
+    """
+    layers = architecture(model).layers
+    for path in decoder_paths(model):
+        try:
+            model.get_submodule(".".join(filter(None, [path, layers])))
+        except AttributeError:
+            continue
+        return path
+    raise ValueError(
+        f"{type(model).__name__} has no {' and no '.join(decoder_paths(model))}, wanted {layers}"
+    )
+
+
+def decoder_paths(model: nn.Module) -> list[str]:
+    """Return where the decoder can be: by its whole path, or within a model that has no head around it."""
+    parts = architecture(model).decoder.split(".")
+    return list(dict.fromkeys(".".join(parts[i:]) for i in range(len(parts) + 1)))
 
 
 def find_blocks(model: nn.Module) -> list[Block]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from rana_kernels.model.architectures import Block
+from rana_kernels.model.linears import is_linear, kind_of
 
 HEAD = -1  # the index of the head's block: statistics and unfinished work of the head have this number
 
@@ -27,7 +28,7 @@ def head_names(model: nn.Module) -> list[str]:
 def head_block(model: nn.Module) -> Block | None:
     """Return lm_head as a block of one linear, or None if the model has no lm_head that is a linear."""
     names = head_names(model)
-    if not names or not isinstance(output_head(model), nn.Linear):
+    if not names or not is_linear(output_head(model)):
         return None
     return Block(HEAD, (), "", "", "", "", "", "", None, head=names[0])
 
@@ -36,7 +37,7 @@ def require_head(model: nn.Module) -> Block:
     """Return `head_block`. Raise ValueError if there is none."""
     block = head_block(model)
     if block is None:
-        has = type(output_head(model)).__name__
+        has = kind_of(output_head(model))
         raise ValueError(f"lm_head is a {has}, wanted torch.nn.Linear: give lm_head_bits=16")
     return block
 

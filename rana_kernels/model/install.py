@@ -4,10 +4,12 @@ A checkpoint loader calls `install`: it builds every module empty, on the device
 linears that it replaces (the meta device included). The loader then fills it.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from rana_kernels.model.architectures import Block, find_blocks
+from rana_kernels.model.architectures import Block, architecture, decoder_name, decoder_paths, find_blocks
 from rana_kernels.model.head import head_names, is_tied, require_head
 from rana_kernels.model.linears import linear_of
 from rana_kernels.model.plan import AdapterSpec, Plan
@@ -28,6 +30,24 @@ def install(model: nn.Module, plan: Plan) -> None:
     if plan.lm_head is not None:
         replace_modules(model, build_head(model, plan.lm_head))
     serve_dense(model, dense_names(model, plan))
+
+
+def plan_for(model: nn.Module, plan: Plan) -> Plan:
+    """Return the plan with the names that its linears have in `model`.
+
+    They begin otherwise in another class of the same architecture: a headless model has no `model.` before
+    its layers. It has no lm_head either.
+    """
+    here, layers = decoder_name(model), architecture(model).layers
+    starts = {path: ".".join(filter(None, [path, layers, ""])) for path in decoder_paths(model)}
+    names = [name for adapter in plan.adapters for name in adapter.names]
+    for path, start in starts.items():
+        if path != here and names and all(name.startswith(start) for name in names):
+            renamed = {name: starts[here] + name.removeprefix(start) for name in names}
+            adapters = (replace(a, names=tuple(renamed[name] for name in a.names)) for a in plan.adapters)
+            plan = plan.with_adapters(tuple(adapters))
+            break
+    return plan if head_names(model) else replace(plan, lm_head=None)
 
 
 def dense_names(model: nn.Module, plan: Plan) -> list[str]:

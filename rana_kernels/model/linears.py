@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from rana_kernels.nn.base import AdapterModule
+from rana_kernels.nn.dense import DenseLinear
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,22 @@ class Linear:
         return self.weight.shape[0]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Say whether `module` computes what `nn.Linear` computes, and nothing else.
+
+    Linears that quantise while they train, and others that only look like one, have a `forward` of their own.
+    The hooks of accelerate have one too, which moves tensors and calls the linear's.
+    """
+    computes = type(module).forward in (nn.Linear.forward, DenseLinear.forward)
+    return computes and ("forward" not in vars(module) or hasattr(module, "_hf_hook"))
+
+
+def kind_of(module: object) -> str:
+    """Return what to call a module in an error: its class, and whether its `forward` was replaced."""
+    replaced = " with another forward" if "forward" in getattr(module, "__dict__", {}) else ""
+    return type(module).__name__ + replaced
+
+
 def linear_of(model: nn.Module, name: str) -> Linear:
     """Return the linear `name` of `model`. Raise ValueError if it does not exist or is not a plain linear."""
     try:
@@ -34,16 +54,18 @@ def linear_of(model: nn.Module, name: str) -> Linear:
     ):  # of transformers, which stores W transposed
         weight: Tensor = module.weight  # type: ignore[assignment]
         return Linear(weight.T, module.bias)  # type: ignore[arg-type]
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         what = "an adapted" if isinstance(module, AdapterModule) else "a quantised or wrapped"
         raise ValueError(
-            f"{name} is a {type(module).__name__}, wanted torch.nn.Linear: {what} model cannot be "
+            f"{name} is a {kind_of(module)}, wanted torch.nn.Linear: {what} model cannot be "
             "compressed again, start from the original"
         )
     dtype = getattr(getattr(module, "weight", None), "dtype", None)  # it may be packed under other names
-    if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(
-            f"{name} has a weight of {dtype}, wanted float32, bfloat16 or float16: a quantised "
-            "model cannot be compressed, start from the original"
+    if dtype not in FLOATS:
+        what = (
+            "call model.float() first"
+            if dtype == torch.float64
+            else "a quantised model cannot be compressed, start from the original"
         )
-    return Linear(module.weight, module.bias)
+        raise ValueError(f"{name} has a weight of {dtype}, wanted float32, bfloat16 or float16: {what}")
+    return Linear(module.weight, module.bias)  # type: ignore[arg-type]

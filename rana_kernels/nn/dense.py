@@ -37,13 +37,14 @@ class QuantizedLinear(AdaptedLinear):
 
 
 def serve_dense(model: nn.Module, names: Iterable[str]) -> None:
-    """Replace each plain `nn.Linear` among these modules by a DenseLinear. Leave the other modules.
+    """Replace each plain `nn.Linear` among these modules by a DenseLinear. Leave the other modules, and
+    linears whose `forward` was replaced (accelerate does it, to move tensors).
 
     The new module has the same parameters, not copies, so tied weights stay tied.
     """
     for name in names:
         linear = model.get_submodule(name)
-        if type(linear) is nn.Linear:
+        if type(linear) is nn.Linear and "forward" not in vars(linear):
             model.set_submodule(name, _dense_linear(linear))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rana_kernels.checkpoint.attachment import attach_plan, attached_facts, attached_plan
 from rana_kernels.model.architectures import decoder_name
+from rana_kernels.model.hooks import of_this_thread
 from rana_kernels.model.plan import AdapterSpec
 from rana_kernels.nn.factored import Factored, FactoredLinear, factored
 from rana_kernels.recovery.rounding import Rounding, outputs
@@ -61,7 +62,7 @@ def _fitting(
 
     modules: list[tuple[str, Any]] = [(name, module) for name, module in factored(model) if name in planned]
     modules += [(name, model.get_submodule(name)) for name, spec in planned.items() if spec.kind == "dense"]
-    hooks = [module.register_forward_pre_hook(hook(name, module)) for name, module in modules]
+    hooks = [module.register_forward_pre_hook(of_this_thread(hook(name, module))) for name, module in modules]
     try:
         yield
     finally:

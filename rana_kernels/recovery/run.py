@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rana_kernels.allocation.search import Search, best_allocation
 from rana_kernels.checkpoint.resume import ResumeDir, digest
 from rana_kernels.evaluation.metrics import perplexity
+from rana_kernels.model.admission import admit, require_in_memory
 from rana_kernels.model.head import head_names
 from rana_kernels.nn.factored import from_linears, to_linears
 from rana_kernels.nn.floats import to_floats
@@ -49,6 +50,7 @@ class Lora:
             )
 
 
+@torch.inference_mode(False)
 def recover(
     model: nn.Module,
     token_ids: Tensor,
@@ -70,6 +72,8 @@ def recover(
     are trained as floats and rounded at the end (`recovery/rounding.py`). lm_head stays as it is.
     Raises ValueError as `train` does.
     """
+    model = admit(model, changes=True)
+    require_in_memory(model)
     store = (
         ResumeDir(resume_dir, _facts(model, token_ids, training, lora, dense, search)) if resume_dir else None
     )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rana_kernels.checkpoint.resume import differences, digest
+from rana_kernels.model.positions import require_rows
 from rana_kernels.system.files import write_whole
 
 SAVED_EVERY = 25  # steps
@@ -59,13 +60,15 @@ def train(
             distributions (Hinton et al., 2015, at temperature 1), else the cross-entropy; nats a token
     state   the file that keeps the state of the training. If it exists, the training continues from it
 
-    Raises ValueError for too few sequences, a loss that is not finite, or the state of another training.
+    Raises ValueError for too few or too long sequences, a loss that is not finite, or the state of another
+    training.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if len(token_ids) < training.batch:
         raise ValueError(
             f"train: the text has {len(token_ids)} rows, wanted at least a batch of {training.batch}"
         )
+    require_rows(model, token_ids.shape[1], "train: the text")
     optimizer = torch.optim.AdamW(trained.values(), lr=training.learning_rate, weight_decay=0.0)
     facts = _facts(trained, token_ids, training, dense)
     done = _restore(state, facts, trained, optimizer)

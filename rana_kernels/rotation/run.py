@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rana_kernels.model.admission import admit, require_dense
 from rana_kernels.model.architectures import find_blocks
-from rana_kernels.model.quantized import refuse_quantized
 from rana_kernels.rotation.heads import has_value_heads, rotate_heads
 from rana_kernels.rotation.learning import KEPT, ROUNDING, STEPS, ReadInput, learn, loss_of
 from rana_kernels.rotation.stream import Stream, absorb, find_stream, scales_of, sorted_axes
@@ -30,6 +30,7 @@ class Rotation:
     gain: float
 
 
+@torch.inference_mode(False)
 def rotate(
     model: nn.Module,
     calibration: Iterable,
@@ -53,8 +54,10 @@ def rotate(
     """
     if bits not in ROUNDING:
         raise ValueError(f"rotate: bits is {bits!r}, wanted 16, 8 or 4")
-    blocks, stream = find_blocks(model), find_stream(model) if steps else None
-    refuse_quantized(model, (name for block in blocks for name in block.linears))
+    model = admit(model, changes=True)
+    blocks = find_blocks(model)
+    require_dense(model, blocks)
+    stream = find_stream(model) if steps else None
     stats = calibrate_blocks(
         model, blocks, calibration, sample_tokens=1, seed=seed, inputs=("qkv", "lm_head"), progress=progress
     )

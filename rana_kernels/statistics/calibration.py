@@ -7,7 +7,7 @@ get the same statistics as one.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +18,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from rana_kernels.model.admission import admit, require_dense
 from rana_kernels.model.architectures import Block, decoder_name, find_blocks, is_described
 from rana_kernels.model.head import head_block
-from rana_kernels.model.quantized import refuse_quantized
+from rana_kernels.model.hooks import alone, of_this_thread
+from rana_kernels.model.positions import require_rows
 from rana_kernels.statistics.fisher import Derivatives, sequences
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
 from rana_kernels.statistics.sampling import Sampler
@@ -106,6 +108,7 @@ class _Batch:
     take: Tensor
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: nn.Module,
     calibration: Iterable,
@@ -131,12 +134,16 @@ def calibrate(
 
     The defaults serve every request. `rana_kernels.allocation.methods.needs` has what one request needs.
 
-    The model is unchanged afterwards. Raises ValueError for an unknown architecture, an empty or ill-typed
-    calibration, a model that is quantised or adapted, activations that are not finite (the message names the
-    linear that reads them), or a group whose processes have different calibrations.
+    The model is unchanged afterwards, and other threads may run it meanwhile. Raises ValueError for an
+    unknown architecture, an empty or ill-typed calibration, rows longer than the model's positions, a model
+    that `model/admission.py` refuses, activations that are not finite (the message names the linear that
+    reads them), or a group whose processes have different calibrations.
     """
+    model = admit(model, changes=False)
+    blocks = find_blocks(model)
+    require_dense(model, blocks)
     return calibrate_blocks(
-        model, find_blocks(model), calibration, sample_tokens=sample_tokens, seed=seed, inputs=inputs,
+        model, blocks, calibration, sample_tokens=sample_tokens, seed=seed, inputs=inputs,
         gradients=gradients, group=group, progress=progress,
     )  # fmt: skip
 
@@ -153,9 +160,8 @@ def calibrate_blocks(
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> Stats:
-    """Do what `calibrate` does, for a model whose blocks are already known."""
+    """Do what `calibrate` does, for a model that was admitted and whose blocks are known."""
     wanted = _wanted(inputs)
-    refuse_quantized(model, (name for block in blocks for name in block.linears))
     if sample_tokens < 1:
         raise ValueError(f"calibrate: sample_tokens is {sample_tokens}, wanted at least 1")
     head = head_block(model) if "lm_head" in wanted else None
@@ -167,8 +173,8 @@ def calibrate_blocks(
     sums, items = ProcessGroupSums(group, device), 0
     no_cache = {} if is_described(model) else {"use_cache": False}
     fisher = Derivatives(model, read, seed) if gradients else None
-    with _collecting(model, read, wanted, batch, stats) as hooks, torch.no_grad():
-        for items, kwargs in enumerate(_batches(calibration, progress and sums.rank == 0), 1):
+    with alone(model), _collecting(model, read, wanted, batch, stats) as hooks, torch.no_grad():
+        for items, kwargs in enumerate(_batches(model, calibration, progress and sums.rank == 0), 1):
             digest.update(_bytes(kwargs["input_ids"].flatten(), _unpadded(kwargs)))
             own = sums.owns(items - 1)
             kwargs = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in kwargs.items()}
@@ -222,21 +228,24 @@ def _wanted(inputs: Iterable[str]) -> tuple[str, ...]:
     return wanted
 
 
-def _batches(calibration: Iterable, progress: bool) -> Iterator[dict]:
+def _batches(model: nn.Module, calibration: Iterable, progress: bool) -> Iterator[dict]:
     if isinstance(calibration, Tensor | Mapping | str):
         raise ValueError(
             f"calibrate: the calibration is one {type(calibration).__name__}, wanted an iterable of "
             "input_ids tensors or of dicts of model inputs: put it in a list"
         )
+    if isinstance(calibration, Sequence):  # what can be read twice is checked before any of it is run
+        for i, item in enumerate(calibration):
+            _batch(model, item, i)
     total = len(calibration) if isinstance(calibration, Sized) else None
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("calibrating", total=total)
         for i, item in enumerate(calibration):
-            yield _batch(item, i)
+            yield _batch(model, item, i)
             bar.advance(task)
 
 
-def _batch(item: object, i: int) -> dict:
+def _batch(model: nn.Module, item: object, i: int) -> dict:
     """Return one item of the calibration as keyword arguments of the decoder, its tensors [batch, T]."""
     kwargs: dict = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
     kwargs.pop("labels", None)
@@ -248,6 +257,7 @@ def _batch(item: object, i: int) -> dict:
         raise ValueError(
             f"calibrate: input_ids of item {i} has shape {list(ids.shape)}, wanted [T] or [batch, T]"
         )
+    require_rows(model, ids.shape[-1], f"calibrate: input_ids of item {i}")
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(
@@ -269,7 +279,7 @@ def _collecting(model: nn.Module, blocks: list[Block], wanted: tuple[str, ...], 
                 module = model.get_submodule(reader)
                 narrows = not others and _narrows(module)
                 hooks[reader] = _hook((block.index, name), reader, module, narrows, batch, stats)
-                handles.append(module.register_forward_pre_hook(hooks[reader]))
+                handles.append(module.register_forward_pre_hook(of_this_thread(hooks[reader])))
         model.eval()
         yield hooks
     finally:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from rana_kernels.model.architectures import Block, is_described
+from rana_kernels.model.hooks import of_this_thread
 from rana_kernels.model.linears import linear_of
 from rana_kernels.statistics.importance import Importance
 from rana_kernels.statistics.processes import ProcessGroupSums
@@ -133,12 +134,13 @@ class Derivatives:
         keep, take   the sampled tokens to keep, and those of this sequence to add
         """
         wanted = [p for p in self.model.parameters() if p.requires_grad]
-        hooks = [self._embeddings().register_forward_hook(_start)]
+        hooks = [self._embeddings().register_forward_hook(of_this_thread(_start))]
         for name in self.keys:
             module = self.model.get_submodule(name)
-            hooks.append(module.register_forward_hook(self._collector(name, keep, take)))
+            hooks.append(module.register_forward_hook(of_this_thread(self._collector(name, keep, take))))
             if name in self.inputs:
-                hooks.append(module.register_forward_pre_hook(self._recorder(self.inputs[name], keep, take)))
+                record = of_this_thread(self._recorder(self.inputs[name], keep, take))
+                hooks.append(module.register_forward_pre_hook(record))
         try:
             for parameter in wanted:
                 parameter.requires_grad_(False)

@@ -261,3 +261,25 @@ def test_where_floats_are_beside_quantised_adapters_those_are_merged():
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-3, atol=1e-3)
     now = merged.state_dict()
     assert all(torch.equal(now[name], tensor) for name, tensor in state.items())
+
+
+def test_a_lora_is_merged_before_a_model_is_compressed(tmp_path):
+    """PEFT wraps the model, or puts its layers into it, and leaves no trace of them after merging."""
+    config = peft.LoraConfig(r=4, target_modules=["up_proj"])
+    wrapped = peft.get_peft_model(make_model("Llama"), config)
+    how = {"flops_reduction": 0.3, "method": "paper", "progress": False}
+    for given in (wrapped, wrapped.get_base_model()):
+        with pytest.raises(ValueError, match=r"layers of PEFT \(.*up_proj\).* model\.merge_and_unload\(\)$"):
+            rana.compress(given, [tokens()], **how)
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="a wrapper of PEFT"):
+        rana.calibrate(peft.get_peft_model(make_model("Llama"), prompts), [tokens()], progress=False)
+    model = wrapped.merge_and_unload()
+    rana.compress(model, [tokens()], **how)
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="eager")):
+        tuned = lora.add(wrap(model), config)
+        with pytest.raises(ValueError, match=r"model = rana_kernels\.integrations\.peft\.merge\(model\)$"):
+            rana.save(tuned, tmp_path / "out")
+        model = lora.merge(tuned)
+    rana.save(model, tmp_path / "out")
+    assert torch.equal(logits(rana.load(tmp_path / "out")), logits(model))

@@ -57,6 +57,17 @@ def test_the_loss_falls_and_nothing_else_changes(name, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_what_a_model_is_wrapped_in_and_inference_mode_change_nothing():
+    plain, model = adapted(), adapted()
+    recovery.recover(plain, tokens(), HOW, LORA, progress=False)
+    with torch.inference_mode():
+        recovery.recover(torch.compile(model, backend="eager"), tokens(), HOW, LORA, progress=False)
+    assert_equal_states(plain, model)
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match="is on the meta device"):
+        recovery.recover(model, tokens(), HOW, LORA, progress=False)
+
+
 @pytest.mark.parametrize(
     ("method", "bits", "group"), [("global", 8, None), ("paper", 4, 32)], ids=["int8", "int4"]
 )

@@ -1,0 +1,34 @@
+"""The positions of a model: how many tokens of one text it takes, and the check of what is given to it."""
+
+from typing import Any
+
+from torch import nn
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many tokens of one text the model takes by its config, or None if that says nothing.
+
+    Rotary positions that are scaled (YaRN) reach further than `max_position_embeddings` in some configs.
+    """
+    config: Any = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer = [
+        part for part in scaling.values() if isinstance(part, dict)
+    ]  # Gemma 3: by the type of a layer
+    return max(round(limit * (part.get("factor") or 1)) for part in (scaling, *by_layer))
+
+
+def require_rows(model: nn.Module, length: int, what: str) -> None:
+    """Raise ValueError if rows of `length` tokens are longer than the model has positions.
+
+    what   that which has these rows, the subject of the message
+    """
+    limit = positions_of(model)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"{what} has rows of {length} tokens, wanted at most {limit}, the positions of "
+            f"{type(model).__name__}: cut them into shorter rows"
+        )
