@@ -265,12 +265,13 @@ def test_help_teaches_by_example(command, run):
 # what fails
 
 FAILURES = {
-    "no checkpoint": (["eval", "{tmp}/none", "--text", "x"], "there is no such directory"),
+    "no checkpoint": (["eval", "{tmp}/none", "--text", "{model}/text.txt"], "there is no such directory"),
     "not a checkpoint": (["generate", "{model}", "--prompt", "x"], "has no rana.json"),
     "no text": (["eval", "{out}", "--text", "{tmp}/none.txt"], "there is no such file"),
     "short text": (["eval", "{out}", "--text", "{tmp}/short.txt"], "wanted at least one sequence of 512"),
     "no model": (["compress", "{tmp}/none", "--calibration", "x", "-o", "{tmp}/o"], "no such directory"),
     "twice": (["compress", "{out}", "--calibration", "x", "-o", "{tmp}/o"], "compressed already"),
+    "no file": (["compress", "{model}", "--calibration", "{tmp}/none.txt", "-o", "{tmp}/o"], "no such file"),
     "occupied": (["compress", "{model}", "--calibration", "x", "-o", "{tmp}"], "it is not overwritten"),
     "no prompt": (["generate", "{out}", "--prompt", ""], "the prompt is empty"),
     "out of reach": (

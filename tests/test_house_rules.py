@@ -48,7 +48,7 @@ ARROWS = {
     "integrations": {"ops", "nn", "model", "checkpoint", "system"},
     "cli": {
         "backends", "model", "checkpoint", "evaluation", "statistics", "allocation", "compression",
-        "recovery", "rotation", "integrations",
+        "recovery", "rotation", "integrations", "system",
     },
 }  # fmt: skip
 # Only these rooms call the ops. The others see kernels through modules.

@@ -16,7 +16,6 @@ from rana_kernels.allocation.request import formats
 from rana_kernels.allocation.search import Search, own_history
 from rana_kernels.checkpoint.manifest import read_manifest
 from rana_kernels.checkpoint.model_card import note
-from rana_kernels.checkpoint.replacement import check_target
 from rana_kernels.cli.options import (
     AsJson,
     Bits,
@@ -25,6 +24,7 @@ from rana_kernels.cli.options import (
     SearchHistory,
     SequenceLength,
     app,
+    check_output,
     hold_out,
     open_model,
     open_tokenizer,
@@ -33,14 +33,16 @@ from rana_kernels.cli.options import (
     unfinished_work,
 )
 from rana_kernels.cli.tables import show_compression
-from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.cli.tokens import find_files, read_token_ids
 from rana_kernels.compression.report import CompressReport
 from rana_kernels.compression.run import compress as compress_model
 from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import save
+from rana_kernels.model.architectures import find_blocks
 from rana_kernels.rotation import run as rotation
 from rana_kernels.statistics.calibration import calibrate
 from rana_kernels.statistics.thresholds import evenly
+from rana_kernels.system.files import check_writable
 
 FLOPS_REDUCTION = 0.44
 
@@ -71,8 +73,8 @@ def compress(
     calibration: Annotated[
         Path,
         typer.Option(
-            help="Calibrate on this text (UTF-8), or on a .safetensors file with input_ids [n, T]. It should "
-            "be like the text that the model will read."
+            help="Calibrate on this text (UTF-8; of .jsonl, .json, .csv and .tsv the fields `text`), or on a "
+            ".safetensors file with input_ids [n, T]. It should be like the text that the model will read."
         ),
     ],
     output: Annotated[
@@ -179,15 +181,17 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Replace the linears of a model by adapters that skip work, and write the compressed model."""
-    check_target(output)
+    check_output(output)
+    if times is not None and not times.exists():
+        check_writable(times.parent)
     refuse_compressed(model)
+    find_files(calibration, evaluation)
     original, tokenizer = open_model(model, dtype), open_tokenizer(model)
     vocabulary, progress = original.config.vocab_size, sys.stderr.isatty()
     token_ids = read_token_ids(calibration, tokenizer, vocabulary, length=sequence_length, tokens=tokens)
     evaluated = None
     if evaluation is not None:
         evaluated = read_token_ids(evaluation, tokenizer, vocabulary, length=sequence_length)
-        dense = metrics.perplexity(original, evaluated, progress=progress).perplexity
     nothing_asked = all(asked is None for asked in (flops_reduction, time_reduction, bytes_reduction))
     flops = FLOPS_REDUCTION if nothing_asked else flops_reduction
     latency = _latency(times, original, progress)
@@ -203,6 +207,9 @@ def compress(
     widths = (bits.number, group.columns, lm_head_bits.number if lm_head_bits else None)
     own, of_head = formats(original, *widths)
     request = make_request(method.value, **asked, formats=own, lm_head_formats=of_head)
+    METHODS[method.value].check(original, find_blocks(original), request)
+    if evaluated is not None:
+        dense = metrics.perplexity(original, evaluated, progress=progress).perplexity
     if rotate:
         some = token_ids[evenly(token_ids.numel(), rotation.TOKENS)]
         rotation.rotate(original, some.split(4), seed=seed, progress=progress)

@@ -23,7 +23,7 @@ from rana_kernels.cli.options import (
     print_json,
 )
 from rana_kernels.cli.tables import show_evaluation
-from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.cli.tokens import find_files, read_token_ids
 from rana_kernels.compression.report import head_bytes, model_bytes
 from rana_kernels.evaluation import metrics
 from rana_kernels.evaluation.density import MARGIN, costs_of, planned_live
@@ -73,6 +73,7 @@ def evaluate_model(
     The tables show how the kept rows spread over tokens, and the tokens that keep most. A warning appears if
     the masks keep clearly more or fewer rows than planned.
     """
+    find_files(text)
     model: Any = load(directory, device=device())
     tokenizer = open_tokenizer(directory)
     token_ids = read_token_ids(

@@ -9,7 +9,6 @@ import typer
 
 from rana_kernels.allocation.search import Search, own_history
 from rana_kernels.checkpoint.model_card import note
-from rana_kernels.checkpoint.replacement import check_target
 from rana_kernels.cli.options import (
     AsJson,
     Checkpoint,
@@ -17,6 +16,7 @@ from rana_kernels.cli.options import (
     SearchHistory,
     SequenceLength,
     app,
+    check_output,
     device,
     dtype_name,
     hold_out,
@@ -25,7 +25,7 @@ from rana_kernels.cli.options import (
     print_json,
     unfinished_work,
 )
-from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.cli.tokens import find_files, read_token_ids
 from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import load, save
 from rana_kernels.recovery.training import Training
@@ -99,6 +99,7 @@ def recover_model(
     from rana_kernels.recovery.run import Lora, recover
 
     _check_output(directory, output)
+    find_files(text, evaluation)
     model: Any = load(directory, device=device())
     vocabulary, tokenizer = model.config.vocab_size, open_tokenizer(directory)
     read = read_token_ids(text, tokenizer, vocabulary, length=sequence_length, tokens=tokens)
@@ -137,4 +138,4 @@ def recover_model(
 def _check_output(directory: Path, output: Path) -> None:
     if output.resolve() == directory.resolve():
         raise ValueError(f"{output} is the model to recover, wanted another directory to write")
-    check_target(output)
+    check_output(output)

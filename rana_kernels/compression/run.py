@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from rich.progress import track
@@ -49,6 +50,7 @@ from rana_kernels.quantization.moments import INPUTS
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats, calibrate_blocks
 from rana_kernels.statistics.tensors import block_tensors, with_threshold
+from rana_kernels.system.files import check_writable
 from rana_kernels.system.huge_pages import use_huge_pages
 
 
@@ -97,9 +99,12 @@ def compress(
     resume_dir        keeps finished blocks. After an interruption load the original model again, and the same
                       call continues from there
 
-    Raises ValueError for arguments that contradict each other or the model, before the model is changed.
+    Raises ValueError for arguments that contradict each other or the model, and OSError for a `resume_dir`
+    that cannot be written, before the model is changed.
     """
     started = time.monotonic()
+    if resume_dir is not None:
+        check_writable(Path(resume_dir))
     if patterns is not None:
         describe(model, patterns)
     if (calibration is None) == (stats is None):
