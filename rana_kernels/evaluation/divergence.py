@@ -11,6 +11,8 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from rana_kernels.model.logits import Logits
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -32,8 +34,8 @@ def divergence(
     kl = agreed = 0.0
     for part in track(input_ids.split(batch), "comparing predictions", disable=not progress, transient=True):
         expected, found = (_logits(each, part) for each in (dense, model))
-        # one sequence at a time, because float32 logits of a batch can be larger than the model
-        for p, q in zip(expected, found, strict=True):
+        for place in found.parts:
+            p, q = expected.of(*place), found.of(*place)
             kl += kl_of(p, q)
             agreed += float((p.argmax(-1) == q.argmax(-1)).sum())
     return Divergence(kl / input_ids.numel(), agreed / input_ids.numel())
@@ -45,5 +47,5 @@ def kl_of(dense: Tensor, model: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(dtype=torch.float64))
 
 
-def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    return model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False).logits
+def _logits(model: nn.Module, input_ids: Tensor) -> Logits:
+    return Logits(model, input_ids.to(next(model.parameters()).device))

@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from rana_kernels.evaluation.live import LiveCount, count_live
+from rana_kernels.model.logits import Logits
 
 
 @dataclass
@@ -51,14 +52,13 @@ def token_losses(model: nn.Module, input_ids: Tensor, *, batch: int = 4, progres
     if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] < 2:
         raise ValueError(f"perplexity: input_ids has shape {list(input_ids.shape)}, wanted [n, T], T >= 2")
     found = []
-    for part in _batches(model, input_ids, batch, "measuring perplexity", progress):
-        logits = model(input_ids=part, use_cache=False).logits
-        # one sequence at a time, because the float32 logits of a batch can be larger than the model
-        found += [
-            F.cross_entropy(row[:-1].float(), ids[1:], reduction="none").cpu()
-            for row, ids in zip(logits, part, strict=True)
-        ]
-    losses = torch.stack(found)
+    for ids in _batches(model, input_ids, batch, "measuring perplexity", progress):
+        logits = Logits(model, ids)
+        for row, part in logits.parts:
+            follows = ids[row, 1:][part]  # the last token of a sequence predicts nothing
+            said = logits.of(row, part)[: len(follows)]
+            found.append(F.cross_entropy(said.float(), follows, reduction="none").cpu())
+    losses = torch.cat(found).view(len(input_ids), -1)
     if not losses.isfinite().all():
         mean = float(losses.double().mean())
         raise ValueError(f"perplexity: the mean loss is {mean}, wanted a finite number: the model is damaged")
