@@ -109,7 +109,10 @@ def test_compress_in_json_and_from_tokens(folder, tmp_path, run):
         "--flops-reduction", 0.3, "--dtype", "bfloat16", "--json",
     )  # fmt: skip
     found = json.loads(out)
-    assert code == 0 and err == ""
+    assert code == 0 and err.startswith(
+        "384 tokens calibrate 2 blocks, whose linears have 0.2 of the model's 0."
+    )
+    assert len(err.splitlines()) == 1
     assert found["tokens"] == 8 * 48
     assert found["block_flops_reduction"] == pytest.approx(0.3, abs=0.01)
     assert rana.load(tmp_path / "out").dtype == torch.bfloat16

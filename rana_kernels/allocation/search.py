@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from rana_kernels.allocation.loss_model import EARLIER, InputShare, LossModel, features
 from rana_kernels.checkpoint.resume import ResumeDir
 from rana_kernels.system.files import check_writable, write_json
+from rana_kernels.system.progress import meter
 
 FORMAT = 2
 CANDIDATES = 512  # for each measurement; the most promising one is measured
@@ -92,8 +92,7 @@ def best_allocation(
     journal = (store.load_json(JOURNAL) if store else None) or []
     tried = torch.zeros(0, len(inputs), dtype=torch.float64)
     earlier = [run for run in _records(search.history) if run["kind"] == kind]
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("searching", total=search.evaluations)
+    with meter("searching", search.evaluations, progress) as advance:
         for i in range(search.evaluations):
             if i == len(journal):
                 allocation = _propose(inputs, tried, search, earlier)
@@ -102,7 +101,7 @@ def best_allocation(
                     store.save_json(JOURNAL, journal)
             tried = torch.cat([tried, torch.tensor(journal[i]["allocation"], dtype=torch.float64)[None]])
             search.losses.append(journal[i]["loss"])
-            bar.update(task, advance=1, description=f"searching, {_gain(search)}")
+            advance(f"searching, {_gain(search)}")
     if search.history is not None:
         _record(kind, inputs, tried, search)
     return tried[search.losses.index(min(search.losses))]

@@ -84,11 +84,10 @@ def evaluate_model(
     found = _measure(model, token_ids)
     # evenly spaced sequences, because neighbours come from the same document
     some = token_ids[evenly(token_ids.numel(), LIVE_TOKENS)]
-    progress = sys.stderr.isatty()
     with count_live(model) as counts:
-        losses = metrics.token_losses(model, some, progress=progress)
-    dense_losses = None if original is None else metrics.token_losses(original, some, progress=progress)
-    compared = None if original is None else asdict(divergence(model, original, some, progress=progress))
+        losses = metrics.token_losses(model, some)
+    dense_losses = None if original is None else metrics.token_losses(original, some)
+    compared = None if original is None else asdict(divergence(model, original, some))
     plan = attached_plan(model)
     assert plan is not None, "load gives models with a plan"
     density = _density(plan, counts)
@@ -109,7 +108,7 @@ def evaluate_model(
 
 
 def _measure(model: Any, token_ids: Tensor) -> dict[str, float]:
-    found = metrics.perplexity(model, token_ids, progress=sys.stderr.isatty())
+    found = metrics.perplexity(model, token_ids)
     half = max(1, min(64, token_ids.shape[1] // 2))
     return {
         **asdict(found),

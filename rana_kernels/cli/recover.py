@@ -1,6 +1,5 @@
 """`rana recover`."""
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,19 +107,18 @@ def recover_model(
     if evaluation is not None:
         evaluated = read_token_ids(evaluation, tokenizer, vocabulary, length=sequence_length)
     teacher = None if dense is None else open_model(dense, Dtype(dtype_name(model)))
-    progress = sys.stderr.isatty()
     training = Training(steps, batch, accumulate, learning_rate, seed)
     search = Search(held_out, evaluations, seed, history or own_history()) if evaluations else None
-    before = metrics.perplexity(model, evaluated, progress=progress).perplexity
+    before = metrics.perplexity(model, evaluated).perplexity
     trained_tokens = steps * batch * accumulate * token_ids.shape[1]
     facts = {"steps": steps, "tokens": trained_tokens, "rank": rank, "seed": seed}
     recovery = {**facts, "data": text.name, "dense": dense}
     with unfinished_work(output) as resume_dir:
         recover(
             model, token_ids, training, Lora(rank, search_steps),
-            dense=teacher, search=search, resume_dir=resume_dir, progress=progress,
+            dense=teacher, search=search, resume_dir=resume_dir,
         )  # fmt: skip
-        after = metrics.perplexity(model, evaluated, progress=progress).perplexity
+        after = metrics.perplexity(model, evaluated).perplexity
         data = f"sequences held out of {text.name}" if evaluation is None else evaluation.name
         found = {"compressed": after, "unrecovered": before, "data": data}
         # the dense perplexity in the model card, if any, may have been measured on other text

@@ -1,6 +1,5 @@
 """`rana tune`."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,7 +51,7 @@ def tune_kernels(
     token_ids = read_token_ids(
         text, open_tokenizer(directory), model.config.vocab_size, length=length, tokens=length
     )
-    choices = tune(model, token_ids[:1].to(model.device), tokens, progress=sys.stderr.isatty())
+    choices = tune(model, token_ids[:1].to(model.device), tokens)
     gpu_name = configurations.gpu_name(model.device)
     write(path := output or configurations.own_table(gpu_name), gpu_name, choices)
     if as_json:

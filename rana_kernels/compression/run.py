@@ -15,7 +15,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
 from torch import Tensor, nn
 
 from rana_kernels.allocation.cost import reduction
@@ -52,6 +51,7 @@ from rana_kernels.statistics.calibration import Stats, calibrate_blocks
 from rana_kernels.statistics.tensors import block_tensors, with_threshold
 from rana_kernels.system.files import check_writable
 from rana_kernels.system.huge_pages import use_huge_pages
+from rana_kernels.system.progress import track
 
 
 def compress(
@@ -225,7 +225,7 @@ def _compress_blocks(
     """Replace the linears of these blocks. Return the adapters and their measurements."""
     adapters: list[AdapterSpec] = []
     measured: list[AdapterReport] = []
-    for block in track(blocks, "compressing", disable=not progress, transient=True):
+    for block in track(blocks, "compressing", progress):
         tensors, found, reports = _compress_block(CalibratedBlock(stats.model, block, stats), choose, store)
         install_block(stats.model, block, found, tensors)
         adapters += found

@@ -8,10 +8,10 @@ the predictions of the dense model.
 from dataclasses import dataclass
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from rana_kernels.model.logits import Logits
+from rana_kernels.system.progress import track
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def divergence(
 ) -> Divergence:
     """Compare the predictions of both models on the sequences of `input_ids` [n, T]."""
     kl = agreed = 0.0
-    for part in track(input_ids.split(batch), "comparing predictions", disable=not progress, transient=True):
+    for part in track(input_ids.split(batch), "comparing predictions", progress):
         expected, found = (_logits(each, part) for each in (dense, model))
         for place in found.parts:
             p, q = expected.of(*place), found.of(*place)

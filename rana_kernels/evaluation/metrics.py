@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor, nn
 
 from rana_kernels.evaluation.live import LiveCount, count_live
 from rana_kernels.model.logits import Logits
+from rana_kernels.system.progress import track
 
 
 @dataclass
@@ -99,7 +99,7 @@ def decode_speed(model: nn.Module, prompt: Tensor, new_tokens: int = 64) -> floa
 
 def _batches(model: nn.Module, input_ids: Tensor, batch: int, what: str, progress: bool) -> Iterator[Tensor]:
     parts = input_ids.split(batch)
-    for part in track(parts, what, disable=not progress, transient=True):
+    for part in track(parts, what, progress):
         yield part.to(_device(model))
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from rana_kernels.checkpoint.resume import differences, digest
 from rana_kernels.model.logits import Logits
 from rana_kernels.system.files import write_whole
+from rana_kernels.system.progress import meter
 
 SAVED_EVERY = 25  # steps
 WARMUP = 0.05  # of the steps
@@ -72,11 +72,10 @@ def train(
     done = _restore(state, facts, trained, optimizer)
     losses: list[float] = []
     model.eval()
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("training", total=training.steps, completed=done)
+    with meter("training", training.steps, progress, done) as advance:
         for step in range(done, training.steps):
             losses.append(_step(model, optimizer, token_ids, training, step, dense))
-            bar.update(task, advance=1, description=f"training, loss {losses[-1]:.4f}")
+            advance(f"training, loss {losses[-1]:.4f}")
             if state and ((step + 1) % SAVED_EVERY == 0 or step + 1 == training.steps):
                 _save(state, facts, trained, optimizer, step + 1)
     return losses

@@ -7,14 +7,13 @@ get the same statistics as one.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -24,6 +23,7 @@ from rana_kernels.model.quantized import refuse_quantized
 from rana_kernels.statistics.fisher import Derivatives, sequences
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
 from rana_kernels.statistics.sampling import Sampler
+from rana_kernels.system.progress import track
 
 INPUTS = ("qkv", "o", "mlp", "down")  # of the blocks
 ALL_INPUTS = (*INPUTS, "lm_head")
@@ -217,12 +217,8 @@ def _batches(calibration: Iterable, progress: bool) -> Iterator[dict]:
             f"calibrate: the calibration is one {type(calibration).__name__}, wanted an iterable of "
             "input_ids tensors or of dicts of model inputs: put it in a list"
         )
-    total = len(calibration) if isinstance(calibration, Sized) else None
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("calibrating", total=total)
-        for i, item in enumerate(calibration):
-            yield _batch(item, i)
-            bar.advance(task)
+    for i, item in enumerate(track(calibration, "calibrating", progress)):
+        yield _batch(item, i)
 
 
 def _batch(item: object, i: int) -> dict:
