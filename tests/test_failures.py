@@ -13,7 +13,7 @@ from rana_kernels.allocation.search import Search
 from rana_kernels.checkpoint.replacement import check_target
 from rana_kernels.cli import compress as command
 from rana_kernels.cli import main, originals
-from rana_kernels.system.files import check_writable
+from rana_kernels.system.files import check_writable, write_json
 from tests.test_checkpoint import small_disk
 from tests.test_cli import compressed, compression, folder, run  # noqa: F401 - fixtures
 from tests.test_compress import make_model, tokens
@@ -205,3 +205,19 @@ def test_a_request_out_of_reach_is_found_before_calibration(folder, tmp_path, ru
     more = ["--method", "paper", "--flops-reduction", 0.99]
     code, _, err = run(*compression(folder, tmp_path / "out"), *more)
     assert code == 1 and "wanted more than 0 and at most 0." in the_line(err)
+
+
+def test_tuning_finds_its_files_first(folder, compressed, tmp_path, run):  # noqa: F811
+    command = ["tune", compressed, "--text"]
+    code, _, err = run(*command, tmp_path / "none.txt")
+    assert code == 1 and "none.txt: there is no such file" in the_line(err)
+    code, _, err = run(*command, folder / "text.txt", "-o", occupied(tmp_path) / "table.json")
+    assert code == 1 and "file is no directory, wanted one to write to" in the_line(err)
+
+
+def test_a_file_that_is_not_written_whole_leaves_no_part(tmp_path):
+    write_json(tmp_path / "a.json", [1])
+    with small_disk(10), pytest.raises(OSError, match="too large"):
+        write_json(tmp_path / "a.json", "long" * 5000)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "[1]"

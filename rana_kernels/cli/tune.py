@@ -9,8 +9,9 @@ import typer
 
 from rana_kernels.cli.options import AsJson, Checkpoint, app, device, open_tokenizer, print_json
 from rana_kernels.cli.tables import show_tuning
-from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.cli.tokens import find_files, read_token_ids
 from rana_kernels.integrations.transformers import load
+from rana_kernels.system.files import check_writable
 
 
 @app.command(
@@ -41,6 +42,9 @@ def tune_kernels(
     as_json: AsJson = False,
 ) -> None:
     """Find the fastest configurations of the Triton kernels on this GPU, for the layers of a model."""
+    find_files(text)
+    if output is not None:
+        check_writable(output.parent)
     if not torch.cuda.is_available():
         raise RuntimeError("tuning needs a CUDA device, and this machine has none")
     from rana_kernels.backends.triton import configurations

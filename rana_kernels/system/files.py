@@ -23,8 +23,12 @@ def check_writable(directory: Path) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then move that file to `path`."""
     part = path.with_name(f"{path.name}.part")
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)  # a full disk needs its space
+        raise
 
 
 def write_json(path: Path, data: object) -> None:
