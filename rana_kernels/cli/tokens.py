@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rana_kernels.cli.texts import KNOWN, read_pieces
+from rana_kernels.system.progress import track
 
 SAME = 0.5  # a text of which one token is a larger share says little about other texts
 
@@ -101,7 +102,7 @@ def _split_text(path: Path, tokenizer: Any, length: int, tokens: int | None) -> 
 def _tokenised(path: Path, tokenizer: Any, wanted: int | None) -> Tensor:
     """Return the ids of the pieces of a text, int64 [n]: of all, or of the first that have those wanted."""
     parts = [torch.empty(0, dtype=torch.int64)]
-    for piece in read_pieces(path):
+    for piece in track(read_pieces(path), f"reading pieces of {path.name}", True):
         ids = tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
         parts.append(torch.tensor(ids, dtype=torch.int64))
         if wanted is not None and sum(map(len, parts)) >= wanted:

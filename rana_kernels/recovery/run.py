@@ -83,7 +83,7 @@ def recover(
     state = store.file("training.safetensors") if store else None
     train(tuned.get_base_model(), token_ids, training, dense=dense, state=state, progress=progress)
     tuned.merge_and_unload()
-    refit(model, token_ids[: max(1, count // token_ids.shape[1])], rounding)
+    refit(model, token_ids[: max(1, count // token_ids.shape[1])], rounding, progress)
     from_linears(model)
     if rounding is not None:
         install_rounded(model, rounding)
