@@ -2,16 +2,19 @@
 
 import copy
 import json
+import resource
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import rana_kernels as rana
 from rana_kernels.checkpoint.attachment import attach_plan, attached_plan
@@ -94,6 +97,9 @@ def test_transformers_reads_and_writes_it_alone(model, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_equal_states(model, again)
     assert again.hf_quantizer.is_serializable() and again.hf_quantizer.is_compileable
+    assert_equal_states(model, rana.load(tmp_path))
+    (tmp_path / MANIFEST).unlink()
+    assert_equal_states(model, AutoModelForCausalLM.from_pretrained(tmp_path))
     with pytest.raises(CheckpointError, match="has no rana.json.*from_pretrained loads"):
         rana.load(tmp_path)
 
@@ -119,7 +125,6 @@ def test_facts_that_are_none_are_left_out_of_the_card(made, model):
 
 def test_shards_come_back(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="40KB")
-    write_manifest(tmp_path, model, attached_plan(model), tmp_path.rglob("*"))
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_equal_states(model, rana.load(tmp_path))
 
@@ -135,7 +140,7 @@ def test_another_dtype_leaves_thresholds_alone(original):
 def test_the_manifest_says_what_it_is(model, original):
     manifest = read_manifest(original)
     on_disk = {path.name for path in original.iterdir()}
-    assert set(manifest.files) == on_disk - {MANIFEST, CARD}
+    assert set(manifest.files) == on_disk - {MANIFEST, CARD, "generation_config.json"}
     assert manifest.facts["stored_bytes"] == sum((original / n).stat().st_size for n in manifest.files)
     assert manifest.facts["compression"]["block_flops_reduction"] == attached_plan(model).reduction
     assert manifest.facts["base"]["model_type"] == "llama"
@@ -152,13 +157,13 @@ def flips(path: Path, count: int) -> list[tuple[int, int]]:
     return [(place, 1 << (place % 8)) for place in places]
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", WEIGHTS])
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
 def test_every_flipped_bit_is_found(name, checkpoint):
     path = checkpoint / name
     whole = path.read_bytes()
     for place, bit in flips(path, 150):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
-        with pytest.raises(CheckpointError, match=f"{name} is damaged: its SHA-256"):
+        with pytest.raises(CheckpointError, match=f"{name} is damaged, or was changed .* its SHA-256"):
             rana.load(checkpoint)
 
 
@@ -200,6 +205,89 @@ def test_there_must_be_a_directory(tmp_path):
         rana.load(tmp_path / "nothing")
 
 
+# what its owner may change
+
+
+def test_files_of_the_owner_are_not_vouched_for(model, checkpoint):
+    """Also if the manifest of an older version lists them."""
+    entry = {"bytes": 1, "sha256": "0" * 64}
+    edit_manifest(checkpoint, lambda data: data["files"].update({"generation_config.json": entry}))
+    changed = GenerationConfig.from_pretrained(checkpoint)
+    changed.max_new_tokens = 7
+    changed.save_pretrained(checkpoint)
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    (checkpoint / "tokenizer_config.json").write_text("{}")
+    loaded = rana.load(checkpoint)
+    assert loaded.generation_config.max_new_tokens == 7
+    assert_equal_states(model, loaded)
+
+
+def test_weights_that_were_changed_on_purpose_can_be_kept(model, checkpoint):
+    """The message says how, for another size and for another content."""
+    path = checkpoint / WEIGHTS
+    header, data = split(path)
+    header["__metadata__"] = {"format": "pt", "note": "another size"}
+    for weights in (path.read_bytes()[:-1] + b"\x3c", join(header, data)):
+        path.write_bytes(weights)
+        with pytest.raises(
+            CheckpointError, match=r"If the change was meant: delete rana\.json, read .*save_pretrained"
+        ):
+            rana.load(checkpoint)
+    (checkpoint / MANIFEST).unlink()
+    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(checkpoint)
+    assert_equal_states(model, rana.load(checkpoint))
+
+
+SHARDED, WHOLE = {"max_shard_size": "40KB"}, {}
+SAVES = [(WHOLE, SHARDED), (SHARDED, WHOLE), (SHARDED, {"max_shard_size": "60KB"}), (WHOLE, WHOLE)]
+
+
+@pytest.mark.parametrize(("before", "after"), SAVES, ids=str)
+def test_a_model_that_was_trained_is_saved_over_the_old_one(before, after, model, tmp_path):
+    model.save_pretrained(tmp_path, **before)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"of its owner")
+    tuned = rana.load(tmp_path)
+    with torch.no_grad():
+        tuned.model.norm.weight += 1
+    tuned.save_pretrained(tmp_path, **after)
+    for loaded in (rana.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert_equal_states(tuned, loaded)
+    weights = {path.name for path in tmp_path.glob("model*")}
+    assert weights == {name for name in read_manifest(tmp_path).files if name != "config.json"}
+    assert ((tmp_path / WEIGHTS) in tmp_path.iterdir()) == (after is WHOLE)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"of its owner"
+
+
+def test_a_variant_leaves_the_other_weights(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, variant="small", max_shard_size="40KB")
+    model.save_pretrained(tmp_path, variant="small")
+    assert {path.name for path in tmp_path.glob("model*")} == {WEIGHTS, "model.small.safetensors"}
+    assert_equal_states(model, rana.load(tmp_path))
+    assert_equal_states(model, AutoModelForCausalLM.from_pretrained(tmp_path, variant="small"))
+
+
+@contextmanager
+def small_disk(bytes: int):
+    """Let files grow to so many bytes. Writing more fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    "way", [rana.save, lambda model, place: model.save_pretrained(place)], ids=["rana", ""]
+)
+def test_a_full_disk_leaves_the_old_one(way, model, checkpoint):
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    with small_disk(50_000), pytest.raises((OSError, SafetensorError), match="[Ff]ile too large"):
+        way(model, checkpoint)
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
 # manifests that lie
 
 PATHS = ["../x", "/etc/passwd", "a/../../x", "./config.json", "a\\b", "C:x", "", "a//b"]
@@ -230,7 +318,10 @@ LIES: dict[str, tuple[Callable[[dict], object], str]] = {
     "short hash": (lambda d: d["files"][WEIGHTS].update(sha256="ab"), "wanted its bytes and sha256"),
     "size": (lambda d: d["files"][WEIGHTS].update(bytes=2**60), "wanted 1152921504606846976 by"),
     "size of text": (lambda d: d["files"][WEIGHTS].update(bytes="9"), "wanted its bytes and sha256"),
-    "more files": (lambda d: d["files"].update(x=d["files"][WEIGHTS]), "x is missing"),
+    "more files": (
+        lambda d: d["files"].update({"model.x.safetensors": d["files"][WEIGHTS]}),
+        "model.x.safetensors is missing",
+    ),
 }
 
 
@@ -267,7 +358,7 @@ def forge(checkpoint: Path, model: nn.Module, weights: bytes) -> None:
     """What somebody who writes the hashes anew can do."""
     (checkpoint / WEIGHTS).write_bytes(weights)
     (checkpoint / MANIFEST).unlink()
-    write_manifest(checkpoint, model, attached_plan(model), checkpoint.rglob("*"))
+    write_manifest(checkpoint, model, attached_plan(model))
 
 
 def changed(**fields) -> Callable[[dict, bytes], bytes]:
@@ -384,7 +475,7 @@ def test_an_index_cannot_reach_outside(model, tmp_path):
     shard.rename(tmp_path / shard.name)
     index = place / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
-    write_manifest(place, model, attached_plan(model), place.rglob("*"))
+    write_manifest(place, model, attached_plan(model))
     with pytest.raises(CheckpointError, match="refers to weights outside of it"):
         rana.load(place)
 
@@ -428,7 +519,8 @@ def test_weights_without_their_config_beside_them_are_outside(away, model, tmp_p
 def test_saving_replaces_a_checkpoint_and_nothing_else(model, checkpoint, tmp_path):
     (checkpoint / "notes.txt").write_text("of the old one")
     rana.save(model, checkpoint)
-    assert {path.name for path in checkpoint.iterdir()} == {*read_manifest(checkpoint).files, MANIFEST, CARD}
+    left = {path.name for path in checkpoint.iterdir()}
+    assert left == {*read_manifest(checkpoint).files, "generation_config.json", MANIFEST, CARD}
     other = tmp_path / "thesis"
     other.mkdir()
     rana.save(model, other)  # an empty directory is no loss

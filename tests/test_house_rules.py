@@ -35,9 +35,9 @@ ARROWS = {
     "nn": {"ops"},
     "model": {"nn"},
     "checkpoint": {"nn", "model", "system"},
-    "evaluation": {"model"},
-    "statistics": {"ops", "model"},
-    "rotation": {"model", "statistics"},
+    "evaluation": {"model", "system"},
+    "statistics": {"ops", "model", "system"},
+    "rotation": {"model", "statistics", "system"},
     "quantization": {"ops", "nn", "model", "statistics"},
     "allocation": {"nn", "model", "checkpoint", "evaluation", "statistics", "quantization", "system"},
     "compression": {"ops", "nn", "model", "checkpoint", "statistics", "quantization", "allocation", "system"},
@@ -48,7 +48,7 @@ ARROWS = {
     "integrations": {"ops", "nn", "model", "checkpoint", "system"},
     "cli": {
         "backends", "model", "checkpoint", "evaluation", "statistics", "allocation", "compression",
-        "recovery", "rotation", "integrations",
+        "recovery", "rotation", "integrations", "system",
     },
 }  # fmt: skip
 # Only these rooms call the ops. The others see kernels through modules.

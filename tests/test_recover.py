@@ -78,7 +78,7 @@ HOW = Training(steps=12, batch=2, accumulate=2, learning_rate=5e-3)
 def test_an_interrupted_training_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     state, rows, whole = tmp_path / "state.safetensors", tokens(7), trainable()
     losses = train(whole, rows, HOW, progress=False)
-    loss, calls = training._loss, 0
+    differentiate, calls = training._differentiate, 0
     monkeypatch.setattr(training, "SAVED_EVERY", 4)
 
     def interrupted(*args):
@@ -86,10 +86,10 @@ def test_an_interrupted_training_goes_on_with_the_same_bits(tmp_path, monkeypatc
         calls += 1
         if calls == 2 * 11:
             raise KeyboardInterrupt
-        return loss(*args)
+        return differentiate(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "_loss", interrupted)
+        patch.setattr(training, "_differentiate", interrupted)
         train(trainable(), rows, HOW, state=state, progress=False)
     again = trainable()
     assert train(again, rows, HOW, state=state, progress=False) == losses[8:]

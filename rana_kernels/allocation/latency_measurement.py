@@ -13,7 +13,6 @@ from itertools import cycle, product
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from rana_kernels.allocation.latency import LatencyTable, ShapeLatency, sizes_of
@@ -25,6 +24,7 @@ from rana_kernels.nn.base import fill_module
 from rana_kernels.nn.dense import DenseLinear
 from rana_kernels.system.cpu import clock, cold_bytes, processor_name
 from rana_kernels.system.huge_pages import collapse
+from rana_kernels.system.progress import track
 
 # Measured sizes: these parts of all ranks are stored, and of the stored rows these parts are live.
 PARTS = (0.25, 0.5, 1.0)
@@ -43,7 +43,7 @@ def measure_latency(model: nn.Module, progress: bool = True) -> LatencyTable:
     model = admit(model, changes=False)
     blocks = find_blocks(model)
     weight = linear_of(model, blocks[0].linears[0]).weight
-    sizes = track(sizes_of(model, blocks), "timing", disable=not progress, transient=True)
+    sizes = track(sizes_of(model, blocks), "timing", progress)
     shapes = [_measure(K, N, len(blocks), weight) for K, N in sizes]
     return LatencyTable(_machine(weight), tuple(shapes))
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from rich.progress import track
-
 from rana_kernels.allocation.latency import LatencyTable
 from rana_kernels.allocation.method import Chooser, Method
 from rana_kernels.allocation.paper import Paper, Static
@@ -17,6 +15,7 @@ from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.quantization.moments import INPUTS
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats
+from rana_kernels.system.progress import track
 
 METHODS: dict[str, Method] = {
     method.name: method for method in (WholeModel(), RankAdaptor(), Paper(), Static())
@@ -71,7 +70,7 @@ def plan(
     stats.require(needs(request)["inputs"])
     choose = prepare(stats, request, store, progress)
     adapters: list[AdapterSpec] = []
-    for block in track(stats.blocks, "planning", disable=not progress, transient=True):
+    for block in track(stats.blocks, "planning", progress):
         adapters += choose(CalibratedBlock(stats.model, block, stats))
     head = None
     if request.changes_head and stats.head is not None:

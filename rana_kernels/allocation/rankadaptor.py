@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from rich.progress import track
 from torch import Tensor, nn
 
 from rana_kernels.allocation.curves import block_curves
@@ -33,6 +32,7 @@ from rana_kernels.nn.format import FLOAT
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats
 from rana_kernels.statistics.tensors import block_tensors, with_threshold
+from rana_kernels.system.progress import track
 
 
 class RankAdaptor(Method):
@@ -61,10 +61,7 @@ def plan_by_search(
     if is_described(model):
         raise ValueError("method 'rankadaptor' measures perplexity, wanted a model of transformers")
     calibrated = [CalibratedBlock(model, block, stats) for block in stats.blocks]
-    curves = [
-        block_curves(block, request.pricing)
-        for block in track(calibrated, "planning", disable=not progress, transient=True)
-    ]
+    curves = [block_curves(block, request.pricing) for block in track(calibrated, "planning", progress)]
     reference = plan_curves(stats, [ways for block in curves for ways in block], request)
     shares = _error_shares(calibrated, curves, reference)
 

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from rana_kernels.allocation.loss_model import EARLIER, InputShare, LossModel, features
 from rana_kernels.checkpoint.resume import ResumeDir
-from rana_kernels.system.files import write_json
+from rana_kernels.system.files import check_writable, write_json
+from rana_kernels.system.progress import meter
 
 FORMAT = 2
 CANDIDATES = 512  # for each measurement; the most promising one is measured
@@ -37,6 +37,8 @@ class Search:
                     None: no records. `own_history()` is the user's directory
     losses          result: nats a token of each measured allocation, the reference first
     baseline_loss   result: the loss that the reference is compared with, such as that of the dense model
+
+    Raises OSError for a history that cannot be written, and ValueError for one with a damaged record.
     """
 
     held_out: Tensor
@@ -49,6 +51,9 @@ class Search:
     def __post_init__(self) -> None:
         if self.evaluations < 1:
             raise ValueError(f"Search: evaluations is {self.evaluations}, wanted at least 1")
+        if self.history is not None:
+            check_writable(self.history)
+            _records(self.history)
 
     def summary(self, reference: str, baseline: str) -> str:
         """Return one line that compares the best allocation with the reference and the baseline."""
@@ -86,9 +91,8 @@ def best_allocation(
     search.losses.clear()
     journal = (store.load_json(JOURNAL) if store else None) or []
     tried = torch.zeros(0, len(inputs), dtype=torch.float64)
-    earlier = _earlier(kind, search.history)
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("searching", total=search.evaluations)
+    earlier = [run for run in _records(search.history) if run["kind"] == kind]
+    with meter("searching", search.evaluations, progress) as advance:
         for i in range(search.evaluations):
             if i == len(journal):
                 allocation = _propose(inputs, tried, search, earlier)
@@ -97,7 +101,7 @@ def best_allocation(
                     store.save_json(JOURNAL, journal)
             tried = torch.cat([tried, torch.tensor(journal[i]["allocation"], dtype=torch.float64)[None]])
             search.losses.append(journal[i]["loss"])
-            bar.update(task, advance=1, description=f"searching, {_gain(search)}")
+            advance(f"searching, {_gain(search)}")
     if search.history is not None:
         _record(kind, inputs, tried, search)
     return tried[search.losses.index(min(search.losses))]
@@ -156,11 +160,10 @@ def _candidates(inputs: list[InputShare], best: Tensor, generator: torch.Generat
 # records of earlier runs
 
 
-def _earlier(kind: str, history: Path | None) -> list[dict]:
+def _records(history: Path | None) -> list[dict]:
     if history is None or not history.is_dir():
         return []
-    runs = [_read(path) for path in sorted(history.glob("*.json"))]
-    return [run for run in runs if run["kind"] == kind]
+    return [_read(path) for path in sorted(history.glob("*.json"))]
 
 
 def _read(path: Path) -> dict:

@@ -11,8 +11,6 @@ separate ones, but it is one call. Therefore it is preferred if its error is at 
 
 from dataclasses import replace
 
-from rich.progress import track
-
 from rana_kernels.allocation.curves import block_curves
 from rana_kernels.allocation.method import Chooser, Method, chooser_of
 from rana_kernels.allocation.pricing import Pricing
@@ -25,6 +23,7 @@ from rana_kernels.model.plan import Plan
 from rana_kernels.nn.format import FLOAT
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats
+from rana_kernels.system.progress import track
 
 
 class WholeModel(Method):
@@ -49,7 +48,7 @@ def model_curves(stats: Stats, pricing: Pricing | None = None, progress: bool = 
     The factors of one block are in memory at a time.
     """
     curves: list[Ways] = []
-    for block in track(stats.blocks, "planning", disable=not progress, transient=True):
+    for block in track(stats.blocks, "planning", progress):
         curves += block_curves(CalibratedBlock(stats.model, block, stats), pricing)
     return curves
 

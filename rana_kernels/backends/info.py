@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from rana_kernels import backends
+from rana_kernels.backends.remedies import remedies
 from rana_kernels.system.cpu import features
 from rana_kernels.version import __version__
 
@@ -28,6 +30,7 @@ class Report:
     versions          {package: version}; None for a package that is not installed
     features          {vector extension that the CPU ops can use: whether this processor has it}
     build             compiler, torch and instruction sets of the build; None without the optional module `_C`
+    remedies          what makes it slow or incomplete here: a line for each thing, with its remedy
     """
 
     serving: dict[str, dict[str, str]]
@@ -38,12 +41,15 @@ class Report:
     versions: dict[str, str | None]
     features: dict[str, bool]
     build: dict[str, Any] | None
+    remedies: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __rich__(self) -> Group:
-        return Group(_serving_table(self.serving), _facts_table(self))
+        lines = [Text(f"- {line}") for line in self.remedies]
+        more = [Text("\nWhat would make it faster or complete here:"), *lines] if lines else []
+        return Group(_serving_table(self.serving), _facts_table(self), *more)
 
     def __str__(self) -> str:
         text = StringIO()
@@ -70,6 +76,7 @@ def report() -> Report:
         },
         features=features(),
         build=dict(host.build_facts()) if host else None,
+        remedies=remedies(),
     )
 
 

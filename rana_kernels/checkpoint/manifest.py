@@ -7,8 +7,9 @@
     model.safetensors    every tensor under its name in the state dict (large models: shards and an index)
     generation_config.json, the tokenizer's files      if there are any
     rana.json            the manifest, written last: format, versions, savings of the compression, and the
-                         size and SHA-256 of every other file except the model card, which people edit on
-                         the hub. Safetensors files have no checksum of their own
+                         size and SHA-256 of config.json and of the weights. Safetensors files have no
+                         checksum of their own. The other files are their owner's to change: chat templates,
+                         generation settings, the model card
 
 Loading checks the manifest, then sizes, then hashes, then the safetensors headers against the plan
 (`headers.py`). Only then does it read a tensor. No file can contain code.
@@ -33,6 +34,15 @@ from rana_kernels.version import __version__
 
 MANIFEST = "rana.json"
 CARD = "README.md"
+# What transformers calls the weights in a directory, with the variant that `save_pretrained` may put in
+_WEIGHTS = re.compile(
+    r"model(\.(?P<file>[^.]+?))?(-\d{5}-of-\d{5})?\.safetensors"
+    r"|model\.safetensors\.index(\.(?P<index>[^.]+))?\.json"
+)
+_MEANT = (
+    f"Copy the checkpoint again. If the change was meant: delete {MANIFEST}, read the directory with "
+    "AutoModelForCausalLM.from_pretrained, and write it there with its save_pretrained"
+)
 _MAX_MANIFEST = 16_000_000  # bytes
 
 
@@ -71,15 +81,26 @@ class Manifest:
             found = _sha256(self.directory / name)
             if found != self.files[name].sha256:
                 raise CheckpointError(
-                    f"{self.directory / name} is damaged: its SHA-256 is {found[:12]}…, wanted "
-                    f"{self.files[name].sha256[:12]}… by {MANIFEST}. Copy the checkpoint again"
+                    f"{self.directory / name} is damaged, or was changed since rana.save: its SHA-256 is "
+                    f"{found[:12]}…, wanted {self.files[name].sha256[:12]}… by {MANIFEST}. {_MEANT}"
                 )
 
 
-def write_manifest(directory: Path, model: nn.Module, plan: Plan, paths: Iterable[Path]) -> None:
-    """Write rana.json for the files among `paths`, all within `directory`, and force them to the disk."""
-    names = {path.relative_to(directory).as_posix(): path for path in sorted(paths) if path.is_file()}
-    files = {name: _describe(path) for name, path in names.items() if name not in (CARD, MANIFEST)}
+def weights_variant(name: str) -> str | None:
+    """Return the variant of a file of weights, "" for the usual one. None: `name` is no file of weights."""
+    found = _WEIGHTS.fullmatch(name)
+    return None if found is None else found["file"] or found["index"] or ""
+
+
+def _is_vouched_for(name: str) -> bool:
+    """Say whether the manifest lists a file: what decides the computation, and no other file."""
+    return name == "config.json" or weights_variant(name) is not None
+
+
+def write_manifest(directory: Path, model: nn.Module, plan: Plan) -> None:
+    """Write rana.json for the config and the weights in `directory`, and force them to the disk."""
+    paths = [path for path in sorted(directory.iterdir()) if _is_vouched_for(path.name)]
+    files = {path.name: _describe(path) for path in paths}
     config: Any = model.config
     data = {
         "format": CHECKPOINT_FORMAT,
@@ -110,6 +131,7 @@ def write_manifest(directory: Path, model: nn.Module, plan: Plan, paths: Iterabl
 def read_manifest(directory: str | os.PathLike) -> Manifest:
     """Read rana.json and check that every listed file exists and has its size. `verify` checks the hashes.
 
+    Entries for files that belong to their owner, which older versions wrote, are left out.
     Raises CheckpointError, whose message says what was found, what is wanted and what to do.
     """
     place = Path(directory)
@@ -133,7 +155,7 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
             f"{path}: files is {str(listed)[:200]}, wanted an object that lists config.json"
         )
     files = {name: _read_file(str(path), name, entry) for name, entry in listed.items()}
-    manifest = Manifest(place, files, facts)
+    manifest = Manifest(place, {name: file for name, file in files.items() if _is_vouched_for(name)}, facts)
     _check_sizes(manifest)
     return manifest
 
@@ -157,7 +179,7 @@ def _check_sizes(manifest: Manifest) -> None:
         if path.stat().st_size != file.bytes:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size} bytes, wanted {file.bytes} by {MANIFEST}: it is "
-                "truncated or changed. Copy the checkpoint again"
+                f"truncated, or was changed since rana.save. {_MEANT}"
             )
 
 

@@ -7,25 +7,34 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rana_kernels.checkpoint.manifest import MANIFEST
+from rana_kernels.system.files import check_writable
 
 
 def check_target(directory: str | os.PathLike) -> None:
-    """Raise FileExistsError if saving to `directory` would destroy anything but an older checkpoint."""
+    """Raise OSError unless `directory` can be written.
+
+    It is a FileExistsError if something else than an older checkpoint would be destroyed.
+    """
     place = Path(directory)
-    if not place.exists() or (place / MANIFEST).is_file():
-        return
-    if not place.is_dir() or any(place.iterdir()):
+    if place.exists() and not (place / MANIFEST).is_file() and not (place.is_dir() and _is_empty(place)):
         raise FileExistsError(
             f"{place} is there and no rana checkpoint (it has no {MANIFEST}): it is not overwritten. "
             "Choose another directory, or delete it first"
         )
+    if place.is_mount():
+        raise OSError(f"{place} is a mount point, which cannot be replaced: give a new directory within it")
+    check_writable(place.resolve().parent)
+
+
+def _is_empty(place: Path) -> bool:
+    return not any(place.iterdir())
 
 
 @contextmanager
 def replacing(directory: str | os.PathLike) -> Iterator[Path]:
     """Give a new directory to write into. It replaces `directory` if the block ends without an error.
 
-    Until then, an older checkpoint in `directory` stays as it is. Raises FileExistsError like `check_target`.
+    Until then, an older checkpoint in `directory` stays as it is. Raises OSError like `check_target`.
     """
     place = Path(directory).resolve()
     check_target(place)

@@ -16,7 +16,7 @@ from rana_kernels.allocation.request import formats
 from rana_kernels.allocation.search import Search, own_history
 from rana_kernels.checkpoint.manifest import read_manifest
 from rana_kernels.checkpoint.model_card import note
-from rana_kernels.checkpoint.replacement import check_target
+from rana_kernels.cli.forecast import forecast
 from rana_kernels.cli.lengths import row_length
 from rana_kernels.cli.options import (
     AsJson,
@@ -26,6 +26,7 @@ from rana_kernels.cli.options import (
     SearchHistory,
     SequenceLength,
     app,
+    check_output,
     hold_out,
     open_model,
     open_tokenizer,
@@ -34,15 +35,17 @@ from rana_kernels.cli.options import (
     unfinished_work,
 )
 from rana_kernels.cli.tables import show_compression
-from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.cli.tokens import find_files, read_token_ids
 from rana_kernels.compression.report import CompressReport
 from rana_kernels.compression.run import compress as compress_model
 from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import save
+from rana_kernels.model.architectures import find_blocks
 from rana_kernels.model.positions import require_rows
 from rana_kernels.rotation import run as rotation
 from rana_kernels.statistics.calibration import calibrate
 from rana_kernels.statistics.thresholds import evenly
+from rana_kernels.system.files import check_writable
 
 FLOPS_REDUCTION = 0.44
 
@@ -73,8 +76,8 @@ def compress(
     calibration: Annotated[
         Path,
         typer.Option(
-            help="Calibrate on this text (UTF-8), or on a .safetensors file with input_ids [n, T]. It should "
-            "be like the text that the model will read."
+            help="Calibrate on this text (UTF-8; of .jsonl, .json, .csv and .tsv the fields `text`), or on a "
+            ".safetensors file with input_ids [n, T]. It should be like the text that the model will read."
         ),
     ],
     output: Annotated[
@@ -181,20 +184,22 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Replace the linears of a model by adapters that skip work, and write the compressed model."""
-    check_target(output)
+    check_output(output)
+    if times is not None and not times.exists():
+        check_writable(times.parent)
     refuse_compressed(model)
+    find_files(calibration, evaluation)
     original, tokenizer = open_model(model, dtype), open_tokenizer(model)
-    vocabulary, progress = original.config.vocab_size, sys.stderr.isatty()
+    vocabulary = original.config.vocab_size
     length = row_length(original, sequence_length)
     token_ids = read_token_ids(calibration, tokenizer, vocabulary, length=length, tokens=tokens)
     require_rows(original, token_ids.shape[1], str(calibration))
     evaluated = None
     if evaluation is not None:
         evaluated = read_token_ids(evaluation, tokenizer, vocabulary, length=length)
-        dense = metrics.perplexity(original, evaluated, progress=progress).perplexity
     nothing_asked = all(asked is None for asked in (flops_reduction, time_reduction, bytes_reduction))
     flops = FLOPS_REDUCTION if nothing_asked else flops_reduction
-    latency = _latency(times, original, progress)
+    latency = _latency(times, original)
     search = None
     if METHODS[method.value].searches:
         token_ids, held_out = hold_out(token_ids)
@@ -207,10 +212,15 @@ def compress(
     widths = (bits.number, group.columns, lm_head_bits.number if lm_head_bits else None)
     own, of_head = formats(original, *widths)
     request = make_request(method.value, **asked, formats=own, lm_head_formats=of_head)
+    blocks = find_blocks(original)
+    METHODS[method.value].check(original, blocks, request)
+    print(forecast(original, blocks, token_ids, needs(request), search), file=sys.stderr)
+    if evaluated is not None:
+        dense = metrics.perplexity(original, evaluated).perplexity
     if rotate:
         some = token_ids[evenly(token_ids.numel(), rotation.TOKENS)]
-        rotation.rotate(original, some.split(4), seed=seed, progress=progress)
-    stats = calibrate(original, token_ids.split(4), seed=seed, progress=progress, **needs(request))
+        rotation.rotate(original, some.split(4), seed=seed)
+    stats = calibrate(original, token_ids.split(4), seed=seed, **needs(request))
     with unfinished_work(output) as resume_dir:
         report = compress_model(
             original,
@@ -221,11 +231,10 @@ def compress(
             lm_head_bits=widths[2],
             method=method.value,
             resume_dir=resume_dir,
-            progress=progress,
         )
         note(original, base_model=model, calibration={"data": calibration.name})
         if evaluated is not None and evaluation is not None:
-            found = metrics.perplexity(original, evaluated, progress=progress).perplexity
+            found = metrics.perplexity(original, evaluated).perplexity
             note(original, perplexity={"compressed": found, "dense": dense, "data": evaluation.name})
         save(original, output, tokenizer)
     _show(report, output, stats.tokens, search, as_json)
@@ -245,10 +254,10 @@ def _show(report: CompressReport, output: Path, tokens: int, search: Search | No
             print(search.summary("of global", "of the dense model"))
 
 
-def _latency(path: Path | None, model: nn.Module, progress: bool) -> LatencyTable | None:
+def _latency(path: Path | None, model: nn.Module) -> LatencyTable | None:
     """Read the times of kernels from `path`. If there is no such file, measure them and write it."""
     if path is None or path.exists():
         return None if path is None else LatencyTable.load(path)
-    table = measure_latency(model, progress)
+    table = measure_latency(model)
     table.save(path)
     return table

@@ -24,7 +24,7 @@ from rana_kernels.cli.options import (
     print_json,
 )
 from rana_kernels.cli.tables import show_evaluation
-from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.cli.tokens import find_files, read_token_ids
 from rana_kernels.compression.report import head_bytes, model_bytes
 from rana_kernels.evaluation import metrics
 from rana_kernels.evaluation.density import MARGIN, costs_of, planned_live
@@ -74,6 +74,7 @@ def evaluate_model(
     The tables show how the kept rows spread over tokens, and the tokens that keep most. A warning appears if
     the masks keep clearly more or fewer rows than planned.
     """
+    find_files(text)
     model = open_compressed(directory)
     tokenizer = open_tokenizer(directory)
     token_ids = read_token_ids(
@@ -85,11 +86,10 @@ def evaluate_model(
     found = _measure(model, token_ids)
     # evenly spaced sequences, because neighbours come from the same document
     some = token_ids[evenly(token_ids.numel(), LIVE_TOKENS)]
-    progress = sys.stderr.isatty()
     with count_live(model) as counts:
-        losses = metrics.token_losses(model, some, progress=progress)
-    dense_losses = None if original is None else metrics.token_losses(original, some, progress=progress)
-    compared = None if original is None else asdict(divergence(model, original, some, progress=progress))
+        losses = metrics.token_losses(model, some)
+    dense_losses = None if original is None else metrics.token_losses(original, some)
+    compared = None if original is None else asdict(divergence(model, original, some))
     plan = attached_plan(model)
     assert plan is not None, "load gives models with a plan"
     density = _density(plan, counts)
@@ -110,7 +110,7 @@ def evaluate_model(
 
 
 def _measure(model: Any, token_ids: Tensor) -> dict[str, float]:
-    found = metrics.perplexity(model, token_ids, progress=sys.stderr.isatty())
+    found = metrics.perplexity(model, token_ids)
     half = max(1, min(64, token_ids.shape[1] // 2))
     return {
         **asdict(found),

@@ -26,6 +26,8 @@ def show_info(
 ) -> None:
     """Report which backend serves each op, the instruction set, the threads and the versions.
 
+    For each thing that makes it slow or incomplete on this machine, a line says what to do.
+
     With a directory, report how its model is compressed: method, bits, and bytes.
     """
     found = info.report() if directory is None else None

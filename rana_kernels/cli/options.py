@@ -13,11 +13,16 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from safetensors import SafetensorError
 from torch import Tensor
 
+from rana_kernels.checkpoint.replacement import check_target
+from rana_kernels.cli.originals import check_weights, first_sentence, read_config
 from rana_kernels.integrations.transformers import load
+from rana_kernels.model.architectures import known_architecture
 from rana_kernels.model.head import output_head
 from rana_kernels.model.quantized import QUANT_METHOD, quantization_of, refuse_quantized_config
+from rana_kernels.system.files import check_writable
 
 HELD_OUT = 8  # one sequence of so many is held out for measurements
 GGUF_PACKAGES = ("gguf", "accelerate")  # what transformers needs to read a GGUF file
@@ -30,6 +35,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def begin(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of a failure: rana --debug COMMAND …")
+    ] = False,
+) -> None:
+    """Read the options in front of the command. `main` has looked for --debug itself."""
+
 
 # the settings of a command that passes all its arguments to another program
 UNCHANGED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -109,16 +124,23 @@ def open_model(name: str, dtype: Dtype) -> Any:
     """Load a dense model from a directory, a GGUF file or the hub, in floats.
 
     Raises FileNotFoundError for a missing directory or file, ImportError for a GGUF file if the packages that
-    read it are missing, and ValueError for a model without all the weights of a causal one.
+    read it are missing, and ValueError for a model that cannot be read or lacks weights of a causal one.
     """
     source = source_of(name)
     if "gguf_file" in source:
         source |= _dequantizing()
     else:
         source["use_safetensors"] = True
-    opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        **source, dtype=dtype.value, trust_remote_code=False, output_loading_info=True
-    )
+        read_config(name)
+        check_weights(name)
+    try:
+        opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            **source, dtype=dtype.value, trust_remote_code=False, output_loading_info=True
+        )
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{name}: the weights cannot be read ({first_sentence(error)}), wanted whole safetensors files"
+        ) from None
     model, found = opened
     if found["missing_keys"]:  # transformers makes them of random numbers
         what = (getattr(model.config, "architectures", None) or ["model"])[0]
@@ -137,14 +159,15 @@ def open_compressed(directory: Path) -> Any:
 
 
 def refuse_compressed(name: str) -> None:
-    """Raise ValueError, before any weight is read, if the config of a model says that it is no original."""
+    """Raise ValueError, before any weight is read, if the config says that a model cannot be compressed."""
     source = source_of(name)
     if "gguf_file" in source:  # it is read in floats, whatever it stores
         return
-    config = transformers.AutoConfig.from_pretrained(**source, trust_remote_code=False)
+    config = read_config(name)
     if quantization_of(config).get("quant_method") == QUANT_METHOD:
         raise ValueError(f"{name} is compressed already, wanted the original model")
     refuse_quantized_config(name, config)
+    known_architecture(name, config.model_type)
 
 
 def source_of(name: str | Path) -> dict[str, Any]:
@@ -187,14 +210,27 @@ def hold_out(token_ids: Tensor) -> tuple[Tensor, Tensor]:
     return token_ids[~held_out], token_ids[held_out]
 
 
+def check_output(output: Path) -> None:
+    """Raise OSError if `output`, or the unfinished work on it, cannot be written."""
+    check_target(output)
+    check_writable(_unfinished(output))
+
+
+def _unfinished(output: Path) -> Path:
+    return output.resolve().with_name(f"{output.resolve().name}.resume")
+
+
 @contextmanager
 def unfinished_work(output: Path) -> Iterator[Path]:
     """Give the directory for unfinished work on `output`. Delete it if the block ends without an error."""
-    place = output.resolve().with_name(f"{output.resolve().name}.resume")
+    place = _unfinished(output)
     try:
         yield place
-    except KeyboardInterrupt:
-        print("rana: interrupted. The same command goes on where this one stopped", file=sys.stderr)
+    except (KeyboardInterrupt, OSError, SafetensorError) as error:
+        what = (
+            "interrupted" if isinstance(error, KeyboardInterrupt) else f"stopped, {place} keeps what is done"
+        )
+        print(f"rana: {what}. The same command goes on where this one stopped", file=sys.stderr)
         raise
     shutil.rmtree(place)
 

@@ -1,6 +1,5 @@
 """`rana recover`."""
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +8,6 @@ import typer
 
 from rana_kernels.allocation.search import Search, own_history
 from rana_kernels.checkpoint.model_card import note
-from rana_kernels.checkpoint.replacement import check_target
 from rana_kernels.cli.lengths import row_length
 from rana_kernels.cli.options import (
     AsJson,
@@ -18,6 +16,7 @@ from rana_kernels.cli.options import (
     SearchHistory,
     SequenceLength,
     app,
+    check_output,
     dtype_name,
     hold_out,
     open_compressed,
@@ -26,7 +25,7 @@ from rana_kernels.cli.options import (
     print_json,
     unfinished_work,
 )
-from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.cli.tokens import find_files, read_token_ids
 from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import save
 from rana_kernels.model.positions import require_rows
@@ -101,6 +100,7 @@ def recover_model(
     from rana_kernels.recovery.run import Lora, recover
 
     _check_output(directory, output)
+    find_files(text, evaluation)
     model = open_compressed(directory)
     vocabulary, tokenizer = model.config.vocab_size, open_tokenizer(directory)
     length = row_length(model, sequence_length)
@@ -111,19 +111,18 @@ def recover_model(
     if evaluation is not None:
         evaluated = read_token_ids(evaluation, tokenizer, vocabulary, length=length)
     teacher = None if dense is None else open_model(dense, Dtype(dtype_name(model)))
-    progress = sys.stderr.isatty()
     training = Training(steps, batch, accumulate, learning_rate, seed)
     search = Search(held_out, evaluations, seed, history or own_history()) if evaluations else None
-    before = metrics.perplexity(model, evaluated, progress=progress).perplexity
+    before = metrics.perplexity(model, evaluated).perplexity
     trained_tokens = steps * batch * accumulate * token_ids.shape[1]
     facts = {"steps": steps, "tokens": trained_tokens, "rank": rank, "seed": seed}
     recovery = {**facts, "data": text.name, "dense": dense}
     with unfinished_work(output) as resume_dir:
         recover(
             model, token_ids, training, Lora(rank, search_steps),
-            dense=teacher, search=search, resume_dir=resume_dir, progress=progress,
+            dense=teacher, search=search, resume_dir=resume_dir,
         )  # fmt: skip
-        after = metrics.perplexity(model, evaluated, progress=progress).perplexity
+        after = metrics.perplexity(model, evaluated).perplexity
         data = f"sequences held out of {text.name}" if evaluation is None else evaluation.name
         found = {"compressed": after, "unrecovered": before, "data": data}
         # the dense perplexity in the model card, if any, may have been measured on other text
@@ -141,4 +140,4 @@ def recover_model(
 def _check_output(directory: Path, output: Path) -> None:
     if output.resolve() == directory.resolve():
         raise ValueError(f"{output} is the model to recover, wanted another directory to write")
-    check_target(output)
+    check_output(output)

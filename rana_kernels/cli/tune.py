@@ -1,6 +1,5 @@
 """`rana tune`."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +9,9 @@ import typer
 
 from rana_kernels.cli.options import AsJson, Checkpoint, app, device, open_tokenizer, print_json
 from rana_kernels.cli.tables import show_tuning
-from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.cli.tokens import find_files, read_token_ids
 from rana_kernels.integrations.transformers import load
+from rana_kernels.system.files import check_writable
 
 
 @app.command(
@@ -42,6 +42,9 @@ def tune_kernels(
     as_json: AsJson = False,
 ) -> None:
     """Find the fastest configurations of the Triton kernels on this GPU, for the layers of a model."""
+    find_files(text)
+    if output is not None:
+        check_writable(output.parent)
     if not torch.cuda.is_available():
         raise RuntimeError("tuning needs a CUDA device, and this machine has none")
     from rana_kernels.backends.triton import configurations
@@ -52,7 +55,7 @@ def tune_kernels(
     token_ids = read_token_ids(
         text, open_tokenizer(directory), model.config.vocab_size, length=length, tokens=length
     )
-    choices = tune(model, token_ids[:1].to(model.device), tokens, progress=sys.stderr.isatty())
+    choices = tune(model, token_ids[:1].to(model.device), tokens)
     gpu_name = configurations.gpu_name(model.device)
     write(path := output or configurations.own_table(gpu_name), gpu_name, choices)
     if as_json:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from rana_kernels.allocation.cost import reduction
@@ -51,7 +51,9 @@ from rana_kernels.quantization.moments import INPUTS
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats, calibrate_blocks
 from rana_kernels.statistics.tensors import block_tensors, with_threshold
+from rana_kernels.system.files import check_writable
 from rana_kernels.system.huge_pages import use_huge_pages
+from rana_kernels.system.progress import track
 
 
 @torch.inference_mode(False)
@@ -100,9 +102,12 @@ def compress(
     resume_dir        keeps finished blocks. After an interruption load the original model again, and the same
                       call continues from there
 
-    Raises ValueError for arguments that contradict each other or the model, before the model is changed.
+    Raises ValueError for arguments that contradict each other or the model, and OSError for a `resume_dir`
+    that cannot be written, before the model is changed.
     """
     started, model = time.monotonic(), admit(model, changes=True)
+    if resume_dir is not None:
+        check_writable(Path(resume_dir))
     if patterns is not None:
         describe(model, patterns)
     if (calibration is None) == (stats is None):
@@ -223,7 +228,7 @@ def _compress_blocks(
     """Replace the linears of these blocks. Return the adapters and their measurements."""
     adapters: list[AdapterSpec] = []
     measured: list[AdapterReport] = []
-    for block in track(blocks, "compressing", disable=not progress, transient=True):
+    for block in track(blocks, "compressing", progress):
         tensors, found, reports = _compress_block(CalibratedBlock(stats.model, block, stats), choose, store)
         install_block(stats.model, block, found, tensors)
         adapters += found

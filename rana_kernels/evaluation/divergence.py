@@ -8,10 +8,11 @@ the predictions of the dense model.
 from dataclasses import dataclass
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
+from rana_kernels.model.logits import Logits
 from rana_kernels.model.positions import require_rows
+from rana_kernels.system.progress import track
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ def divergence(
     """
     require_rows(model, input_ids.shape[1], "divergence: input_ids")
     kl = agreed = 0.0
-    for part in track(input_ids.split(batch), "comparing predictions", disable=not progress, transient=True):
+    for part in track(input_ids.split(batch), "comparing predictions", progress):
         expected, found = (_logits(each, part) for each in (dense, model))
-        # one sequence at a time, because float32 logits of a batch can be larger than the model
-        for p, q in zip(expected, found, strict=True):
+        for place in found.parts:
+            p, q = expected.of(*place), found.of(*place)
             kl += kl_of(p, q)
             agreed += float((p.argmax(-1) == q.argmax(-1)).sum())
     return Divergence(kl / input_ids.numel(), agreed / input_ids.numel())
@@ -51,5 +52,5 @@ def kl_of(dense: Tensor, model: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(dtype=torch.float64))
 
 
-def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    return model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False).logits
+def _logits(model: nn.Module, input_ids: Tensor) -> Logits:
+    return Logits(model, input_ids.to(next(model.parameters()).device))

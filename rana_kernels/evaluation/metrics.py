@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor, nn
 
 from rana_kernels.evaluation.live import LiveCount, count_live
+from rana_kernels.model.logits import Logits
 from rana_kernels.model.positions import require_rows
+from rana_kernels.system.progress import track
 
 
 @dataclass
@@ -53,14 +54,13 @@ def token_losses(model: nn.Module, input_ids: Tensor, *, batch: int = 4, progres
         raise ValueError(f"perplexity: input_ids has shape {list(input_ids.shape)}, wanted [n, T], T >= 2")
     require_rows(model, input_ids.shape[1], "perplexity: input_ids")
     found = []
-    for part in _batches(model, input_ids, batch, "measuring perplexity", progress):
-        logits = model(input_ids=part, use_cache=False).logits
-        # one sequence at a time, because the float32 logits of a batch can be larger than the model
-        found += [
-            F.cross_entropy(row[:-1].float(), ids[1:], reduction="none").cpu()
-            for row, ids in zip(logits, part, strict=True)
-        ]
-    losses = torch.stack(found)
+    for ids in _batches(model, input_ids, batch, "measuring perplexity", progress):
+        logits = Logits(model, ids)
+        for row, part in logits.parts:
+            follows = ids[row, 1:][part]  # the last token of a sequence predicts nothing
+            said = logits.of(row, part)[: len(follows)]
+            found.append(F.cross_entropy(said.float(), follows, reduction="none").cpu())
+    losses = torch.cat(found).view(len(input_ids), -1)
     if not losses.isfinite().all():
         mean = float(losses.double().mean())
         raise ValueError(f"perplexity: the mean loss is {mean}, wanted a finite number: the model is damaged")
@@ -103,7 +103,7 @@ def decode_speed(model: nn.Module, prompt: Tensor, new_tokens: int = 64) -> floa
 
 def _batches(model: nn.Module, input_ids: Tensor, batch: int, what: str, progress: bool) -> Iterator[Tensor]:
     parts = input_ids.split(batch)
-    for part in track(parts, what, disable=not progress, transient=True):
+    for part in track(parts, what, progress):
         yield part.to(_device(model))
 
 

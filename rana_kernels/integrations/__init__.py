@@ -10,6 +10,7 @@ from types import ModuleType
 # {a module of another library: our module that is imported right after it, to register something}
 _AFTER = {
     "transformers.quantizers.auto": "rana_kernels.integrations.transformers",  # its table of plug-ins
+    "transformers.modeling_utils": "rana_kernels.integrations.saving",
     "torch.distributed.tensor": "rana_kernels.integrations.dtensor",
 }
 

@@ -33,7 +33,7 @@ def _describing(upload: Callable[..., Any]) -> Callable[..., Any]:
             place = Path(working_dir)
             theirs = ModelCard((place / CARD).read_text(encoding="utf-8"))
             (place / CARD).write_text(_merged(theirs, write_card(self)), encoding="utf-8")
-            write_manifest(place, self, plan, _changed(place, files_timestamps))
+            write_manifest(place, self, plan)
         return upload(self, working_dir, repo_id, files_timestamps, **options)
 
     return describe_then_upload
@@ -47,11 +47,6 @@ def _merged(theirs: ModelCard, text: str) -> str:
         if ours.data.get(key) is None:
             ours.data[key] = value
     return str(ours)
-
-
-def _changed(place: Path, before: dict[str, float]) -> list[Path]:
-    """Return the files that will be uploaded. The user's directory may hold others besides the model's."""
-    return [path for path in place.iterdir() if path.stat().st_mtime > before.get(path.name, 0)]
 
 
 PushToHubMixin._upload_modified_files = _describing(  # type: ignore[method-assign]

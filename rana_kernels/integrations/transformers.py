@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rana_kernels.checkpoint.attachment import attached_plan, plan_from_config, plan_to_config, read_plan
 from rana_kernels.checkpoint.headers import CheckpointError, check_tensors
-from rana_kernels.checkpoint.manifest import CARD, MANIFEST, read_manifest, write_manifest
+from rana_kernels.checkpoint.manifest import CARD, MANIFEST, read_manifest
 from rana_kernels.checkpoint.model_card import write_card
 from rana_kernels.checkpoint.replacement import replacing
 from rana_kernels.integrations import hub  # noqa: F401  (what transformers uploads)
@@ -59,11 +59,10 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) 
             "keep the plan and the state dict instead (docs/models.md)"
         )
     with replacing(directory) as new:
-        model.save_pretrained(new)
+        model.save_pretrained(new)  # writes the manifest too (`saving.py`)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / CARD).write_text(write_card(model), encoding="utf-8")
-        write_manifest(new, model, plan, new.rglob("*"))
 
 
 def load(

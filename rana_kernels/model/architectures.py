@@ -194,9 +194,14 @@ def architecture(model: nn.Module) -> Architecture:
         described: Any = model
         return described.rana_architecture
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return known_architecture(type(model).__name__, model_type)
+
+
+def known_architecture(what: str, model_type: str | None) -> Architecture:
+    """Return the Architecture of a model type of the table. `what` is the model that has it."""
     if model_type not in ARCHITECTURES:
         raise ValueError(
-            f"{type(model).__name__}: model.config.model_type is {model_type!r}, wanted one of "
+            f"{what}: model.config.model_type is {model_type!r}, wanted one of "
             f"{', '.join(ARCHITECTURES)}. For a model of your own say with `patterns` which linear is "
             "what; another architecture is a line in rana_kernels/model/architectures.py"
         )

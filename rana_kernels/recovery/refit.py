@@ -3,7 +3,7 @@
 Weights that are to be quantised are rounded in the same pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,10 +18,13 @@ from rana_kernels.model.plan import AdapterSpec
 from rana_kernels.nn.factored import Factored, FactoredLinear, factored
 from rana_kernels.recovery.rounding import Rounding, outputs
 from rana_kernels.statistics.thresholds import threshold_for
+from rana_kernels.system.progress import meter
 
 
 @torch.no_grad()
-def refit(model: nn.Module, token_ids: Tensor, rounding: Rounding | None = None) -> None:
+def refit(
+    model: nn.Module, token_ids: Tensor, rounding: Rounding | None = None, progress: bool = True
+) -> None:
     """Fit the thresholds of a compressed model in factored form (`nn/factored.py`) on `token_ids` [n, T].
 
     rounding   gets the weights that the plan quantises, rounded. The model has their values as floats
@@ -33,7 +36,11 @@ def refit(model: nn.Module, token_ids: Tensor, rounding: Rounding | None = None)
     plan = attached_plan(model)
     assert plan is not None, "only compressed models have thresholds"
     found: dict[str, AdapterSpec] = {}
-    with _fitting(model, {a.names[0]: a for a in plan.adapters}, found, rounding):
+    planned = {adapter.names[0]: adapter for adapter in plan.adapters}
+    with (
+        meter("fitting thresholds", len(planned), progress) as advance,
+        _fitting(model, planned, found, rounding, advance),
+    ):
         decoder: Any = model.get_submodule(decoder_name(model))
         decoder(token_ids.to(next(model.parameters()).device), use_cache=False)
     adapters = tuple(found.get(adapter.names[0], adapter) for adapter in plan.adapters)
@@ -46,6 +53,7 @@ def _fitting(
     planned: dict[str, AdapterSpec],
     found: dict[str, AdapterSpec],
     rounding: Rounding | None,
+    advance: Callable[[], None],
 ) -> Iterator[None]:
     """Hold hooks that fit each module before it runs and add its new AdapterSpec to `found`."""
 
@@ -57,6 +65,7 @@ def _fitting(
                 found[name] = _fit(module, spec, x) if own is None else _fit_rounded(module, spec, x, own)
             elif own is not None:
                 own.round_dense(module, spec, x.float())
+            advance()
 
         return fit
 

@@ -85,9 +85,9 @@ def recover(
     pattern = _ranks(model, token_ids, training, lora, dense, search, store, progress)
     tuned = _with_lora(model, pattern, training.seed)
     state = store.file("training.safetensors") if store else None
-    train(tuned, token_ids, training, dense=dense, state=state, progress=progress)
+    train(tuned.get_base_model(), token_ids, training, dense=dense, state=state, progress=progress)
     tuned.merge_and_unload()
-    refit(model, token_ids[: max(1, count // token_ids.shape[1])], rounding)
+    refit(model, token_ids[: max(1, count // token_ids.shape[1])], rounding, progress)
     from_linears(model)
     if rounding is not None:
         install_rounded(model, rounding)
@@ -113,8 +113,8 @@ def _ranks(
 
     def measure(allocation: Tensor) -> float:
         tuned = _with_lora(model, lora_ranks.ranks(model, owner, allocation, lora.rank), training.seed)
-        train(tuned, token_ids, short, dense=dense, progress=False)
-        loss = perplexity(tuned, search.held_out, progress=False).nll
+        train(tuned.get_base_model(), token_ids, short, dense=dense, progress=False)
+        loss = perplexity(tuned.get_base_model(), search.held_out, progress=False).nll
         tuned.unload()
         return loss
 

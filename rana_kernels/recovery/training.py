@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rana_kernels.checkpoint.resume import differences, digest
+from rana_kernels.model.logits import Logits
 from rana_kernels.model.positions import require_rows
 from rana_kernels.system.files import write_whole
+from rana_kernels.system.progress import meter
 
 SAVED_EVERY = 25  # steps
 WARMUP = 0.05  # of the steps
@@ -74,11 +75,10 @@ def train(
     done = _restore(state, facts, trained, optimizer)
     losses: list[float] = []
     model.eval()
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("training", total=training.steps, completed=done)
+    with meter("training", training.steps, progress, done) as advance:
         for step in range(done, training.steps):
             losses.append(_step(model, optimizer, token_ids, training, step, dense))
-            bar.update(task, advance=1, description=f"training, loss {losses[-1]:.4f}")
+            advance(f"training, loss {losses[-1]:.4f}")
             if state and ((step + 1) % SAVED_EVERY == 0 or step + 1 == training.steps):
                 _save(state, facts, trained, optimizer, step + 1)
     return losses
@@ -96,9 +96,7 @@ def _step(
     device, total = next(model.parameters()).device, 0.0
     for part in range(training.accumulate):
         ids = _batch(token_ids, training, step * training.accumulate + part).to(device)
-        loss = _loss(model, ids, dense) / training.accumulate
-        loss.backward()
-        total += loss.item()
+        total += _differentiate(model, ids, dense, 1 / training.accumulate)
     if not math.isfinite(total):
         raise ValueError(
             f"train: the loss of step {step + 1} is {total}, wanted a finite number: lower the learning rate"
@@ -127,14 +125,24 @@ def _batch(token_ids: Tensor, training: Training, number: int) -> Tensor:
     return token_ids[order[place * training.batch :][: training.batch]]
 
 
-def _loss(model: Any, ids: Tensor, dense: Any) -> Tensor:
-    """Return the divergence from the dense model, or the cross-entropy without one."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    if dense is None:
-        return F.cross_entropy(logits, ids[:, 1:].flatten())
-    with torch.no_grad():
-        wanted = dense(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True)
+def _differentiate(model: nn.Module, ids: Tensor, dense: nn.Module | None, weight: float) -> float:
+    """Differentiate and return `weight` times the divergence from the dense model, or the cross-entropy."""
+    weight /= ids[:, 1:].numel()
+    wanted = None
+    if dense is not None:
+        with torch.no_grad():
+            wanted = Logits(dense, ids)
+
+    def loss(row: int, part: slice, logits: Tensor) -> Tensor:
+        follows = ids[row, 1:][part]  # the last token of a sequence predicts nothing
+        said = logits[: len(follows)].float()
+        if wanted is None:
+            return weight * F.cross_entropy(said, follows, reduction="sum")
+        with torch.no_grad():
+            aim = wanted.of(row, part)[: len(follows)].float().log_softmax(-1)
+        return weight * F.kl_div(said.log_softmax(-1), aim, reduction="sum", log_target=True)
+
+    return Logits(model, ids).backward(loss)
 
 
 # the state of an unfinished training: weights and moments in one file, which is replaced as a whole

@@ -12,8 +12,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from rich.progress import track
 from torch import Tensor
+
+from rana_kernels.system.progress import track
 
 STEPS = 300
 KEPT = 0.7  # the share of inputs that the masks keep
@@ -44,7 +45,7 @@ def learn(inputs: list[ReadInput], *, steps: int = STEPS, seed: int = 0, progres
     x = inputs[0].x
     Q = unit = torch.eye(x.shape[1], device=x.device)
     velocity, generator = torch.zeros_like(Q), torch.Generator().manual_seed(seed)
-    for step in track(range(steps), "rotating", disable=not progress, transient=True):
+    for step in track(range(steps), "rotating", progress):
         chosen = torch.randperm(len(inputs), generator=generator)[:INPUTS].tolist()
         ambient = torch.stack([_derivative(inputs[i], Q, generator) for i in chosen]).sum(0)
         along = Q.T @ ambient

@@ -13,6 +13,7 @@ from rana_kernels.rotation.learning import KEPT, ROUNDING, STEPS, ReadInput, lea
 from rana_kernels.rotation.stream import Stream, absorb, find_stream, scales_of, sorted_axes
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats, calibrate_blocks
+from rana_kernels.system.progress import track
 
 TOKENS = 8192  # of a calibration are enough to learn from
 
@@ -62,7 +63,7 @@ def rotate(
         model, blocks, calibration, sample_tokens=1, seed=seed, inputs=("qkv", "lm_head"), progress=progress
     )
     turned = 0
-    for block in blocks:
+    for block in track(blocks, "rotating value heads", progress):
         if has_value_heads(model, block):
             rotate_heads(CalibratedBlock(model, block, stats))
             turned += 1

@@ -7,14 +7,13 @@ get the same statistics as one.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -26,6 +25,7 @@ from rana_kernels.model.positions import require_rows
 from rana_kernels.statistics.fisher import Derivatives, sequences
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
 from rana_kernels.statistics.sampling import Sampler
+from rana_kernels.system.progress import track
 
 INPUTS = ("qkv", "o", "mlp", "down")  # of the blocks
 ALL_INPUTS = (*INPUTS, "lm_head")
@@ -173,7 +173,7 @@ def calibrate_blocks(
     sums, items = ProcessGroupSums(group, device), 0
     no_cache = {} if is_described(model) else {"use_cache": False}
     fisher = Derivatives(model, read, seed) if gradients else None
-    with alone(model), _collecting(model, read, wanted, batch, stats) as hooks, torch.no_grad():
+    with alone(model), _collecting(model, decoder, read, wanted, batch, stats), torch.no_grad():
         for items, kwargs in enumerate(_batches(model, calibration, progress and sums.rank == 0), 1):
             digest.update(_bytes(kwargs["input_ids"].flatten(), _unpadded(kwargs)))
             own = sums.owns(items - 1)
@@ -192,9 +192,7 @@ def calibrate_blocks(
                     if fisher:
                         fisher.importance.leave_out(batch.keep, batch.take)
                     others = {key: value for key, value in part.items() if key != "input_ids"}
-                    output = decoder(part["input_ids"], **others, **no_cache)
-                    if head and decoder is not model:  # the decoder stops before lm_head
-                        hooks[head.head](None, (output.last_hidden_state,))
+                    decoder(part["input_ids"], **others, **no_cache)
     if sampler.seen == 0:
         raise ValueError("calibrate: the calibration holds no tokens, wanted an iterable of input_ids")
     sums.require_same(digest.digest(), items)
@@ -237,12 +235,8 @@ def _batches(model: nn.Module, calibration: Iterable, progress: bool) -> Iterato
     if isinstance(calibration, Sequence):  # what can be read twice is checked before any of it is run
         for i, item in enumerate(calibration):
             _batch(model, item, i)
-    total = len(calibration) if isinstance(calibration, Sized) else None
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("calibrating", total=total)
-        for i, item in enumerate(calibration):
-            yield _batch(model, item, i)
-            bar.advance(task)
+    for i, item in enumerate(track(calibration, "calibrating", progress)):
+        yield _batch(model, item, i)
 
 
 def _batch(model: nn.Module, item: object, i: int) -> dict:
@@ -269,24 +263,39 @@ def _batch(model: nn.Module, item: object, i: int) -> dict:
 
 
 @contextmanager
-def _collecting(model: nn.Module, blocks: list[Block], wanted: tuple[str, ...], batch: _Batch, stats: Stats):
-    """Hold collecting hooks, which it yields by the first readers of every wanted input, in eval mode."""
-    handles, hooks, training = [], {}, [module for module in model.modules() if module.training]
+def _collecting(
+    model: nn.Module,
+    decoder: nn.Module,
+    blocks: list[Block],
+    wanted: tuple[str, ...],
+    batch: _Batch,
+    stats: Stats,
+):
+    """Hold collecting hooks at the first reader of every wanted input, in eval mode."""
+    handles, training = [], [module for module in model.modules() if module.training]
     try:
         for block in blocks:
             for name in (name for name in wanted if name in block.inputs):
                 reader, *others = block.inputs[name]
                 module = model.get_submodule(reader)
                 narrows = not others and _narrows(module)
-                hooks[reader] = _hook((block.index, name), reader, module, narrows, batch, stats)
-                handles.append(module.register_forward_pre_hook(of_this_thread(hooks[reader])))
+                collect = _hook((block.index, name), reader, module, narrows, batch, stats)
+                if name == "lm_head" and decoder is not model:
+                    # lm_head does not always run, and sees the output of the decoder in parts
+                    handles.append(decoder.register_forward_hook(of_this_thread(_of_output(collect))))
+                else:
+                    handles.append(module.register_forward_pre_hook(of_this_thread(collect)))
         model.eval()
-        yield hooks
+        yield
     finally:
         for handle in handles:
             handle.remove()
         for module in training:
             module.training = True
+
+
+def _of_output(collect: Callable[[Any, tuple[Tensor, ...]], None]):
+    return lambda _decoder, _args, output: collect(None, (output.last_hidden_state,))
 
 
 def _narrows(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ that matter more than others.
 """
 
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import distributed as dist
 from rana_kernels.model.architectures import Block, is_described
 from rana_kernels.model.hooks import of_this_thread
 from rana_kernels.model.linears import linear_of
+from rana_kernels.model.logits import Logits
 from rana_kernels.statistics.importance import Importance
 from rana_kernels.statistics.processes import ProcessGroupSums
 from rana_kernels.statistics.sampling import Sampler
@@ -70,11 +72,16 @@ class Derivatives:
         if sampled is not None:
             keep, take = self.sampler.select(count)
             place = unpadded.nonzero()[:, 0][take]
-            with torch.enable_grad(), self._differentiating(keep, place.to(ids.device)):
+            chances = shares(len(follows), self.tokens).to(ids.device)
+
+            def loss(_row: int, part: slice, logits: Tensor) -> Tensor:
+                wide, after = logits[: len(follows[part])].float(), follows[part]
+                labels = chosen(wide.detach(), chances[part]).masked_fill(after == 0, -100)
                 # with a sum, the derivative of a token does not depend on the number of tokens
-                logits = self._logits(kwargs)[0, :-1].float()
-                labels = drawn(logits.detach(), self.tokens).masked_fill(follows == 0, -100)
-                F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").backward()
+                return F.cross_entropy(wide, labels, ignore_index=-100, reduction="sum")
+
+            with torch.enable_grad(), self._differentiating(keep, place.to(ids.device)):
+                Logits(self.model, **kwargs).backward(loss)
             self.importance.finish_sequence(unpadded, *sampled)
         else:
             self.sampler.skip(count)
@@ -109,19 +116,6 @@ class Derivatives:
         slopes = [self.slopes[name] for name in self.keys]
         self.sampler.merge([*slopes, *(self.paired[key] for key in self.inputs.values())], sums)
 
-    def _logits(self, kwargs: dict[str, Any]) -> Tensor:
-        if is_described(self.model):
-            output = self.model(kwargs["input_ids"])
-            logits = getattr(output, "logits", output)
-        else:
-            logits = getattr(self.model(**kwargs, use_cache=False), "logits", None)
-        if not isinstance(logits, Tensor) or logits.dim() != 3:
-            raise ValueError(
-                f"calibrate: gradients need a loss, and {type(self.model).__name__} gives no logits, "
-                "wanted a model with a language-model head (or another method)"
-            )
-        return logits
-
     def _embeddings(self) -> nn.Module:
         if not is_described(self.model):
             return self.model.get_input_embeddings()  # type: ignore[operator]
@@ -133,44 +127,69 @@ class Derivatives:
 
         keep, take   the sampled tokens to keep, and those of this sequence to add
         """
+        self._new_slopes: dict[str, list[Tensor]] = {}
+        self._new_paired: dict[tuple[int, str], list[Tensor]] = {}
         wanted = [p for p in self.model.parameters() if p.requires_grad]
         hooks = [self._embeddings().register_forward_hook(of_this_thread(_start))]
         for name in self.keys:
             module = self.model.get_submodule(name)
-            hooks.append(module.register_forward_hook(of_this_thread(self._collector(name, keep, take))))
+            hooks.append(module.register_forward_hook(of_this_thread(self._collector(name, take))))
             if name in self.inputs:
-                record = of_this_thread(self._recorder(self.inputs[name], keep, take))
+                record = of_this_thread(self._recorder(self.inputs[name], take))
                 hooks.append(module.register_forward_pre_hook(record))
         try:
             for parameter in wanted:
                 parameter.requires_grad_(False)
             yield
+            _add(self.slopes, keep, self._new_slopes)
+            _add(self.paired, keep, self._new_paired)
         finally:
             for parameter in wanted:
                 parameter.requires_grad_(True)
             for hook in hooks:
                 hook.remove()
 
-    def _collector(self, name: str, keep: Tensor, take: Tensor):
-        def collect(gradient: Tensor) -> None:
+    def _collector(self, name: str, take: Tensor):
+        rows = _Rows(take)
+
+        def collect(here: Tensor, gradient: Tensor) -> None:
             wide = gradient.reshape(-1, gradient.shape[-1]).float()
-            self.importance.add(self.keys[name], wide)
+            self.importance.add(self.keys[name], name, wide)
             squares = wide.square().sum(0, dtype=torch.float64)
             # float64 sums of float32 values do not round, so their order does not matter, unless the values
             # of two sequences differ by seven orders of magnitude
             self.squares[name] = self.squares.get(name, 0) + squares.float().double()
-            slopes = (wide[take] @ linear_of(self.model, name).weight.detach().float()).bfloat16()
-            self.slopes[name] = _replaced(self.slopes.get(name), keep, slopes)
+            slopes = (wide[here] @ linear_of(self.model, name).weight.detach().float()).bfloat16()
+            self._new_slopes.setdefault(name, []).append(slopes)
 
-        return lambda _module, _args, output: output.register_hook(collect) and None
+        return lambda _module, _args, output: output.register_hook(partial(collect, rows.of(output))) and None
 
-    def _recorder(self, key: tuple[int, str], keep: Tensor, take: Tensor):
+    def _recorder(self, key: tuple[int, str], take: Tensor):
+        rows = _Rows(take)
+
         def record(_module: nn.Module, args: tuple) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1])
             self.importance.read(key, x)
-            self.paired[key] = _replaced(self.paired.get(key), keep, x[take])
+            self._new_paired.setdefault(key, []).append(x[rows.of(x)])
 
         return record
+
+
+class _Rows:
+    """The sampled tokens `take` of a sequence, ascending, for a module that reads it part by part."""
+
+    def __init__(self, take: Tensor) -> None:
+        self.take, self.begin = take, 0
+
+    def of(self, part: Tensor) -> Tensor:
+        """Return the indices of the sampled tokens in the next part [..., any] of the sequence."""
+        begin, self.begin = self.begin, self.begin + part.shape[:-1].numel()
+        return self.take[(self.take >= begin) & (self.take < self.begin)] - begin
+
+
+def _add(held: dict[Any, Tensor], keep: Tensor, new: dict[Any, list[Tensor]]) -> None:
+    for key, parts in new.items():
+        held[key] = _replaced(held.get(key), keep, torch.cat(parts))
 
 
 def _replaced(held: Tensor | None, keep: Tensor, new: Tensor) -> Tensor:
@@ -187,8 +206,17 @@ def sequences(kwargs: dict[str, Any]) -> list[dict[str, Any]]:
 
 def drawn(logits: Tensor, seed: int) -> Tensor:
     """Draw a token [T] from each distribution of `logits` [T, V]. A seed always gives the same tokens."""
-    share = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(seed)).to(logits.device)
-    sums = logits.softmax(-1).cumsum(-1)
+    return chosen(logits, shares(len(logits), seed).to(logits.device))
+
+
+def shares(count: int, seed: int) -> Tensor:
+    """Return random numbers [count, 1] from 0 to 1."""
+    return torch.rand(count, 1, generator=torch.Generator().manual_seed(seed))
+
+
+def chosen(logits: Tensor, share: Tensor) -> Tensor:
+    """Return the tokens [T] of `logits` [T, V] at which the sum of probabilities exceeds `share` [T, 1]."""
+    sums = logits.softmax(-1).cumsum_(-1)
     return (sums <= share * sums[:, -1:]).sum(-1).clamp(max=logits.shape[1] - 1)
 
 

@@ -22,8 +22,8 @@ class Importance:
 
     widths   K of every input, and of those in `summed` the moment is summed
 
-    `start` begins a sequence, `read` and `add` collect from it, and `finish_sequence` ends it. Importance is
-    on any scale until `finish`.
+    `read` and `add` collect from a sequence, which may come in parts, and `finish_sequence` ends it.
+    Importance is on any scale until `finish`.
     """
 
     def __init__(self, widths: Mapping[Key, int], summed: set[Key]) -> None:
@@ -31,27 +31,28 @@ class Importance:
         self.sampled = {key: torch.empty(0, 1) for key in widths}
         self.moments: dict[Key, Tensor] = {}
         self.totals: dict[Key, Tensor] = {}
-        self._inputs: dict[Key, Tensor] = {}
-        self._weights: dict[Key, Tensor] = {}
+        self._inputs: dict[Key, list[Tensor]] = {}
+        self._weights: dict[Key, dict[str, list[Tensor]]] = {}
 
     def read(self, key: Key, x: Tensor) -> None:
-        """Hold the input x [T, K] of the running sequence until its weights are known."""
+        """Hold the next tokens [T, K] of an input of the running sequence until their weights are known."""
         if key in self.summed:
-            self._inputs[key] = x
+            self._inputs.setdefault(key, []).append(x)
 
-    def add(self, key: Key, slopes: Tensor) -> None:
-        """Add the derivatives [T, N] by the outputs of one linear that reads this input."""
-        self._weights[key] = self._weights.get(key, 0) + slopes.square().sum(1)
+    def add(self, key: Key, name: str, slopes: Tensor) -> None:
+        """Add the derivatives [T, N] by the outputs of the linear `name`, for the next tokens it reads."""
+        parts = self._weights.setdefault(key, {}).setdefault(name, [])
+        parts.append(slopes.square().sum(1))
 
     def finish_sequence(self, unpadded: Tensor, keep: Tensor, take: Tensor) -> None:
         """Use what the sequence gave. The samples keep old tokens and take some of its unpadded tokens."""
         for key in self.widths:
-            weights = self._weights.pop(key)
+            weights = torch.stack([torch.cat(parts) for parts in self._weights.pop(key).values()]).sum(0)
             weights = weights[unpadded.to(weights.device)]
             self._sample(key, keep, weights[take.to(weights.device), None].cpu())
             self.totals[key] = self.totals.get(key, 0) + weights.sum(dtype=torch.float64).cpu()
             if key in self.summed:
-                x = self._inputs.pop(key)[unpadded.to(weights.device)].float()
+                x = torch.cat(self._inputs.pop(key))[unpadded.to(weights.device)].float()
                 product = exact((x * weights[:, None]).T @ x)
                 self.moments[key] = self.moments[key].add_(product) if key in self.moments else product
 

@@ -1,1 +1,1 @@
-"""Access to the machine: facts about the processor, huge pages, and files that are written whole."""
+"""Access to the machine: the processor, huge pages, files that are written whole, and progress."""

@@ -27,6 +27,11 @@ def features() -> dict[str, bool]:
     return {flag: flag in flags for needed in INSTRUCTION_SETS.values() for flag in sorted(needed)}
 
 
+def is_x86() -> bool:
+    """Say whether this is a processor whose flags `INSTRUCTION_SETS` lists."""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
 def runnable_instruction_sets() -> list[str]:
     """Return the names of `INSTRUCTION_SETS` that this process can run, from the least to the best."""
     flags, found = _flags(), []

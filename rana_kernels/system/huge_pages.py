@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 MADV_COLLAPSE = 25  # of linux/mman.h
@@ -35,6 +36,13 @@ def collapse(tensors: Iterable[Tensor]) -> int:
         if first < last and _advise(first, last - first):
             moved += last - first
     return moved
+
+
+def available() -> bool:
+    """Try whether this machine gives huge pages."""
+    if sys.platform != "linux" or not _SIZE.exists():
+        return False
+    return collapse([torch.zeros(2 * int(_SIZE.read_text()), dtype=torch.uint8)]) > 0
 
 
 def _advise(address: int, length: int) -> bool:

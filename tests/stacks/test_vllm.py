@@ -279,7 +279,7 @@ def test_damage_is_found(tmp_path):
     place = saved(model, hand_plan(model), tmp_path / "out")
     tensors = load_file(place / "model.safetensors")
     (place / "model.safetensors").write_bytes((place / "model.safetensors").read_bytes()[:-1] + b"\x01")
-    with pytest.raises(Exception, match="model.safetensors is damaged"):
+    with pytest.raises(Exception, match="model.safetensors is damaged, or"):
         engine_config(place)
     (place / MANIFEST).unlink()  # without it, what is missing and what does not fit are still found
     rows = tensors.pop("model.layers.0.self_attn.o_proj.weight")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.errors import TritonError
@@ -23,6 +22,7 @@ from triton.testing import do_bench_cudagraph
 from rana_kernels.backends.triton import configurations
 from rana_kernels.ops.quantized import is_quantized
 from rana_kernels.system.files import write_whole
+from rana_kernels.system.progress import track
 
 Call = tuple[str, tuple]  # an op's name and its arguments
 
@@ -97,10 +97,7 @@ def tune(
     progress   show a progress bar
     """
     problems = {key: calls for M in tokens for key, calls in record(model, input_ids[:, :M]).items()}
-    return {
-        key: _best(key, calls, time)
-        for key, calls in track(problems.items(), "tuning", disable=not progress, transient=True)
-    }
+    return {key: _best(key, calls, time) for key, calls in track(problems.items(), "tuning", progress)}
 
 
 def _best(key: str, calls: list[Call], time: Callable[[list[Call]], float]) -> Choice:
