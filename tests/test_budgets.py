@@ -286,7 +286,7 @@ def test_prices_are_what_adapters_say_of_themselves(demo):
 def test_time_and_memory_on_the_command_line(folder, tmp_path, run, monkeypatch):  # noqa: F811
     table, measured = tmp_path / "tables" / "times.json", []
 
-    def measure(model, progress):
+    def measure(model):
         measured.append(model)
         return made_of(model)
 

@@ -1,5 +1,7 @@
 """Logits a few tokens at a time: the same as those of the whole model, in every loss and its derivatives."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -41,14 +43,34 @@ def untied(architecture: str = "Llama") -> nn.Module:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_pieces_of_every_architecture_are_its_logits(architecture, in_pieces):
     model = make_model(architecture)
-    names = [name for name, _ in model.named_modules()]
     wanted = model(tokens(2)).logits
     in_pieces(model)
     found = Logits(model, tokens(2))
     assert [place for place in found.parts if place[0] == 1][-1] == (1, slice(35, 40))
     rows = torch.cat([found.of(*place) for place in found.parts])
     torch.testing.assert_close(rows, wanted.flatten(0, 1), rtol=1e-4, atol=1e-5)
-    assert [name for name, _ in model.named_modules()] == names
+
+
+@torch.no_grad()
+def test_another_thread_may_run_the_model_meanwhile(in_pieces):
+    """The model itself is not changed: between two pieces it gives what it always gave."""
+    model, ids = make_model("OPT"), tokens(2)
+    wanted, modules = model(ids).logits, dict(model.named_modules())
+    in_pieces()
+    found = Logits(model, ids)
+    for place in found.parts:
+        assert torch.equal(model(ids).logits, wanted) and dict(model.named_modules()) == modules
+        torch.testing.assert_close(found.of(*place), wanted[place], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_forward_that_accelerate_has_set_is_not_that_of_the_original(in_pieces):
+    model, ids = make_model(), tokens(2)
+    wanted = model(ids).logits
+    model.forward = partial(type(model).forward, model)
+    in_pieces(model)
+    found = Logits(model, ids)
+    torch.testing.assert_close(found.of(1, slice(35, 40)), wanted[1, 35:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "OPT", "Gemma2"])

@@ -1,10 +1,12 @@
 """Logits, a few tokens at a time: with a large vocabulary those of a batch take more memory than the model.
 
 The layers run on the whole batch. What follows them (lm_head, and scales or caps of some models) treats every
-token alone. It runs on a few tokens: as the model's own forward, in which a stand-in for the layers gives the
-hidden states of these tokens.
+token alone. It runs on a few tokens, as the forward of a twin of the model: the twin shares its modules, and
+has a stand-in for the layers, which gives the hidden states of these tokens. The model itself is not changed,
+so other threads may use it meanwhile.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,7 @@ class Logits:
     """
 
     def __init__(self, model: nn.Module, input_ids: Tensor, **others: Any) -> None:
-        self.model, self.input_ids = model, input_ids
+        self.input_ids = input_ids
         rows, length = input_ids.shape
         step, self._decoder = length, ""
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
@@ -33,6 +35,8 @@ class Logits:
             output = model.get_submodule(self._decoder)(input_ids, **others, use_cache=False)
             self._layers, self._output = output.last_hidden_state, type(output)
             self._hidden = self._layers.detach().requires_grad_(self._layers.requires_grad)
+            self._given = _Given()
+            self._tail = _twin(model, self._decoder, self._given)
         else:
             self._logits = _whole(model, input_ids, others)
         self.parts = [
@@ -43,14 +47,8 @@ class Logits:
         """Return the logits [t, V] of the tokens `part` of a row."""
         if not self._decoder:
             return self._logits[row, part]
-        parent, _, name = self._decoder.rpartition(".")
-        owner = self.model.get_submodule(parent)
-        layers = getattr(owner, name)
-        setattr(owner, name, _Given(self._output(last_hidden_state=self._hidden[row : row + 1, part])))
-        try:
-            return self.model(input_ids=self.input_ids[row : row + 1, part], use_cache=False).logits[0]
-        finally:
-            setattr(owner, name, layers)
+        self._given.output = self._output(last_hidden_state=self._hidden[row : row + 1, part])
+        return self._tail(input_ids=self.input_ids[row : row + 1, part], use_cache=False).logits[0]
 
     def backward(self, loss: Callable[[int, slice, Tensor], Tensor]) -> float:
         """Differentiate the sum of `loss(row, part, logits [t, V])` over all parts, and return it."""
@@ -70,12 +68,19 @@ class Logits:
 class _Given(nn.Module):
     """Stands for the layers of a model, and returns a given output."""
 
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
+    output: Any = None
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.output
+
+
+def _twin(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Return a model that shares all modules with `model`, but has `module` at `path`."""
+    name, _, rest = path.partition(".")
+    made: Any = copy.copy(model)
+    made._modules = {**model._modules, name: _twin(getattr(model, name), rest, module) if rest else module}
+    vars(made).pop("forward", None)  # accelerate sets one that is bound to the original
+    return made
 
 
 def _decoder_apart(model: nn.Module) -> str:
