@@ -22,14 +22,20 @@ from torch import Tensor, nn
 
 from rana_kernels.checkpoint.attachment import attach_plan, attached_facts, attached_plan
 from rana_kernels.model.admission import admit
+from rana_kernels.model.head import output_head
 from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, RanaReceiver
 from rana_kernels.nn.dense import QuantizedLinear
 from rana_kernels.nn.mlp import RanaMLP
 from rana_kernels.nn.split_mlp import RanaSplitMLP, join_mlp, split_mlp
 
+ALL_LINEAR = "all-linear"  # PEFT's word
+
 
 def add(model: nn.Module, config: LoraConfig) -> PeftModel:
     """Call `get_peft_model` for a compressed model. `target_modules` are named as in the dense model.
+
+    "all-linear" means all linears of the dense model but lm_head. PEFT alone takes those that are still
+    `nn.Linear`, which may be very few.
 
     Every RanaMLP of `model` is split, in place. `merge` joins it again.
     """
@@ -75,11 +81,20 @@ def _prepare(model: nn.Module, config: Any) -> None:
         if isinstance(module, RanaReceiver):
             # set in __dict__, because the owner must not become a submodule of its receiver
             module.__dict__["owner"] = owners[id(module.handoff)]
+    if config.target_modules == ALL_LINEAR:
+        config.target_modules = _all_linears(model)
     layers = {
         RanaLinear: LoraRank, RanaReceiver: _lora_of_receiver, RanaNeuronLinear: LoraNeuron,
         QuantizedLinear: _Lora,
     }  # fmt: skip
     config._register_custom_module(layers)
+
+
+def _all_linears(model: nn.Module) -> set[str]:
+    """Return the full names of the linears and adapters that a LoRA can stand beside, without lm_head."""
+    kinds = (nn.Linear, RanaLinear, RanaNeuronLinear, RanaReceiver, QuantizedLinear)
+    head = output_head(model)
+    return {name for name, m in model.named_modules() if isinstance(m, kinds) and m is not head}
 
 
 def _note_ranks(model: nn.Module) -> None:

@@ -62,6 +62,15 @@ def test_a_fresh_lora_changes_nothing_but_rounding(name):
     torch.testing.assert_close(logits(lora.add(model, config).eval()), wanted, rtol=1e-5, atol=1e-5)
 
 
+@every_model
+def test_all_linears_are_those_of_the_dense_model(name):
+    model, dense = compressed(name), make_model(name)
+    dense_names = {n for n, m in dense.named_modules() if isinstance(m, nn.Linear) and m is not dense.lm_head}
+    found = lora.add(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    adapted = {n.removeprefix("base_model.model.") for n, m in found.named_modules() if hasattr(m, "lora_A")}
+    assert {n for n in adapted if n} == dense_names
+
+
 @pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
 @every_model
 def test_saved_loaded_and_merged_it_stays_the_same(name, joint, tmp_path):
