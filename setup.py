@@ -5,7 +5,8 @@ The op libraries use torch's stable ABI, so one build serves every later torch a
 compiler, or without torch at build time, the package installs as pure Python: every op then runs on
 the plain PyTorch reference. The CUDA library is compiled wherever nvcc is found: it needs neither a card
 nor a torch with CUDA. RANA_BUILD=auto (the default) compiles what can be compiled; cpu or cuda insist on
-the CPU libraries, or on all of them; none asks for pure Python.
+the CPU libraries, or on all of them; wheel insists on the CPU libraries, and leaves out the host module, so
+that one wheel serves every Python; none asks for pure Python.
 """
 
 import ast
@@ -24,6 +25,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 STABLE_ABI = "0x020A000000000000"  # torch 2.10
+LIMITED_API = "cp310"  # the oldest Python of a wheel
 COMPILE = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi"]
 # false alarms inside the compiler's own vector headers
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
@@ -290,11 +292,11 @@ def say(line: str) -> None:
 def compiled() -> dict:
     """The arguments of setup() that have to do with compiling."""
     wanted = os.environ.get("RANA_BUILD", "auto")
-    if wanted not in ("auto", "cpu", "cuda", "none"):
-        sys.exit(f"RANA_BUILD is {wanted!r}, wanted auto, cpu, cuda or none")
+    if wanted not in ("auto", "cpu", "cuda", "wheel", "none"):
+        sys.exit(f"RANA_BUILD is {wanted!r}, wanted auto, cpu, cuda, wheel or none")
     obstacle = "RANA_BUILD=none" if wanted == "none" else why_not()
     if obstacle is not None:
-        if wanted in ("cpu", "cuda"):
+        if wanted in ("cpu", "cuda", "wheel"):
             sys.exit(f"rana_kernels: RANA_BUILD={wanted}, but {obstacle}")
         say(f"installing without compiled kernels, because {obstacle}; every op will run on plain PyTorch")
         return {}
@@ -302,10 +304,11 @@ def compiled() -> dict:
         sys.exit("rana_kernels: RANA_BUILD=cuda, but nvcc was not found (on the path, or in CUDA_HOME)")
     cuda = [cuda_library()] if wanted != "cpu" and nvcc() else []
     say(f"compiling the CPU kernels{' and, with ' + str(nvcc()) + ', the CUDA kernels' if cuda else ''}")
-    return {
-        "ext_modules": [*cuda, *op_libraries(), schemas_library(), *host_module()],
-        "cmdclass": build_command(),
-    }
+    stable = [*cuda, *op_libraries(), schemas_library()]
+    if wanted == "wheel":
+        options = {"bdist_wheel": {"py_limited_api": LIMITED_API}}
+        return {"ext_modules": stable, "cmdclass": build_command(), "options": options}
+    return {"ext_modules": [*stable, *host_module()], "cmdclass": build_command()}
 
 
 setup(**compiled())

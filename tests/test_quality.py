@@ -37,7 +37,7 @@ from tests.results import numbers_in
 
 BUDGETS = (0.56, 0.4)
 METHODS = ("teal", "cats", "global", "rotated")
-ROUNDED = ("rounded", "teal-4", "global-4", "global-auto", "rotated-4")
+ROUNDED = ("rounded", "teal-4", "global-4", "global-auto", "rotated-8")
 READS = (0.28, 0.22)
 
 

@@ -67,8 +67,8 @@ def ours(subject: Subject, scope: str, share: float, *, bits: int | str) -> Cand
 
 
 def rotated(subject: Subject, scope: str, share: float, *, bits: int) -> Candidate:
-    """Compress as `ours`, after a rotation that was learned for these bits."""
-    return ours(rotated_subject(subject, bits), scope, share, bits=bits)
+    """Compress as `ours`, after a rotation of the dense model."""
+    return ours(rotated_subject(subject), scope, share, bits=bits)
 
 
 CONTENDERS: dict[str, Callable[[Subject, str, float], Candidate]] = {
@@ -79,7 +79,7 @@ CONTENDERS: dict[str, Callable[[Subject, str, float], Candidate]] = {
     "global-8": partial(ours, bits=8),
     "global-4": partial(ours, bits=4),
     "global-auto": partial(ours, bits="auto"),
-    "rotated-4": partial(rotated, bits=4),
+    "rotated-8": partial(rotated, bits=8),
 }
 
 

@@ -67,14 +67,11 @@ class Subject:
 
 
 @cache
-def rotated_subject(subject: Subject, bits: int = 16) -> Subject:
-    """Return the subject with a model that `rana.rotate` has rotated for weights of so many bits.
-
-    Raise ValueError if that is impossible.
-    """
+def rotated_subject(subject: Subject) -> Subject:
+    """Return the subject with a model that `rana.rotate` has rotated. Raise ValueError if it cannot be."""
     dense = copy.deepcopy(subject.dense)
     some = some_rows(subject.calibration, rotation.TOKENS).split(BATCH)
-    rotation.rotate(dense, some, bits=bits, progress=False)
+    rotation.rotate(dense, some, progress=False)
     return replace(subject, dense=dense)
 
 

@@ -30,7 +30,7 @@ LABELS = {
     "global-8": "RaNA, global x 8 bits",
     "global-4": "RaNA, global x 4 bits",
     "global-auto": "RaNA, global x any bits",
-    "rotated-4": "RaNA, global, rotated x 4 bits",
+    "rotated-8": "RaNA, global, rotated x 8 bits",
 }
 LAYER_BUDGET = 0.56
 FAITHFUL = (

@@ -144,8 +144,8 @@ def compress(
         typer.Option(
             "--rotate",
             help="First rotate the value heads and the residual stream, so that masks lose less. Predictions "
-            "stay the same. Takes minutes, and a tied lm_head gets a weight of its own. For 16 bits: in 4 "
-            "bits it lost more than it gained where it was measured.",
+            "stay the same. Takes minutes, and a tied lm_head gets a weight of its own. For 16 and 8 bits: "
+            "in 4 bits it lost more than it gained where it was measured.",
         ),
     ] = False,
     method: Annotated[

@@ -39,8 +39,7 @@ def rotate_heads(calibrated: CalibratedBlock) -> None:
         own = slice(head * size, (head + 1) * size)
         readers = range(head * queries // values, (head + 1) * queries // values)
         places = [slice(i * size, (i + 1) * size) for i in readers]
-        moment, curvature = (torch.stack([t[:, i].T @ t[:, i] for i in places]).sum(0) for t in (x, slopes))
-        M = balanced(uncorrelated(moment, curvature), curvature, rows[own])
+        M = uncorrelated(*(torch.stack([t[:, i].T @ t[:, i] for i in places]).sum(0) for t in (x, slopes)))
         rows[own] = M @ rows[own]
         if bias is not None:
             bias[own] = M @ bias[own]
@@ -63,22 +62,6 @@ def uncorrelated(moment: Tensor, curvature: Tensor) -> Tensor:
     _, U = torch.linalg.eigh(factor.T @ curvature @ factor)
     M = torch.linalg.solve_triangular(factor, U.flip(1).T, upper=False, left=False)
     return M / M.norm(dim=1, keepdim=True)
-
-
-def balanced(M: Tensor, curvature: Tensor, rows: Tensor) -> Tensor:
-    """Return M [n, n] with each of its rows multiplied by a number, so that rounding v loses least.
-
-    Rounding gives all outputs of v that share a step errors of one size, in proportion to the size of `rows`
-    [n, K]. It loses most by outputs that are small and matter much. These numbers minimise the product of the
-    squared size of the rows of v and the sum of their outputs' curvature. For o, whose every input has steps
-    of its own, any numbers are the same.
-    """
-    inverse = torch.linalg.inv(M)
-    sizes, steep = (M @ rows).square().sum(1), (inverse.T @ curvature @ inverse).diagonal()
-    sizes, steep = (t.clamp_min(1e-8 * float(t.mean()) or 1.0) for t in (sizes, steep))
-    numbers = (steep / sizes).pow(0.25)
-    numbers *= (rows.square().sum() / (numbers.square() @ sizes)).sqrt()
-    return M * numbers[:, None]
 
 
 def _heads(config: Any) -> tuple[int, int, int]:

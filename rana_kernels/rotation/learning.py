@@ -1,10 +1,8 @@
-"""The learning of a rotation of the residual stream, for the least loss of masks and of rounding.
+"""The learning of a rotation of the residual stream, for the least loss of masks.
 
 The loss of an input's mask is taken as Σ x_i²·n_i² over the dropped inputs, with n_i² the mean square of the
 slope by input i. A mask that keeps a share of the largest terms is the best one for this sum, so its
-derivative by the rotation is that of the dropped terms alone. Rounding changes every weight of row i by a
-fraction of the row's size, so its loss is that fraction of the kept terms. Masks want few large terms, and
-rounding wants none: the two are weighed against each other. Q moves along the orthogonal matrices by Cayley
+derivative by the rotation is that of the dropped terms alone. Q moves along the orthogonal matrices by Cayley
 steps (Wen and Yin, 2013).
 """
 
@@ -20,28 +18,20 @@ STEPS = 300
 KEPT = 0.7  # the share of inputs that the masks keep
 INPUTS = 10  # inputs a step, chosen at random
 TOKENS = 768  # of each
-ROUNDING = {16: 0.0, 8: 3e-5, 4: 7e-3}  # by bits: the squared error of a rounded weight, of its square
 RATE, MOMENTUM = 0.03, 0.9
 SAMPLED = 8  # one value of so many decides the threshold
 
 
 @dataclass(frozen=True)
 class ReadInput:
-    """One input that is read from the stream.
-
-    x, slopes   [P, K] float32 of the same tokens
-    kept        the share that its mask keeps
-    rounding    the squared error of a rounded weight of its readers, of the weight's square
-    """
+    """One input that is read from the stream: tokens x [P, K] and their slopes [P, K], both float32."""
 
     x: Tensor
     slopes: Tensor
-    kept: float = KEPT
-    rounding: float = 0.0
 
 
 def learn(inputs: list[ReadInput], *, steps: int = STEPS, seed: int = 0, progress: bool = True) -> Tensor:
-    """Return the orthogonal Q [K, K] float32 for which x @ Q loses least, as far as `steps` lead."""
+    """Return the orthogonal Q [K, K] float32 for which masks of x @ Q lose least, as far as `steps` lead."""
     x = inputs[0].x
     Q = unit = torch.eye(x.shape[1], device=x.device)
     velocity, generator = torch.zeros_like(Q), torch.Generator().manual_seed(seed)
@@ -57,12 +47,12 @@ def learn(inputs: list[ReadInput], *, steps: int = STEPS, seed: int = 0, progres
 
 
 def loss_of(inputs: list[ReadInput], Q: Tensor | None = None) -> float:
-    """Return the sum over inputs of what masks and rounding of x @ Q lose, the mean over tokens."""
+    """Return the sum over inputs of what masks of x @ Q drop, mean over tokens. Without Q, of x."""
     total = 0.0
     for own in inputs:
         x, slopes = (own.x, own.slopes) if Q is None else (own.x @ Q, own.slopes @ Q)
-        norms = slopes.square().mean(0)
-        total += float((_lost(own, x, norms) * x * norms).sum()) / len(x)
+        terms = x.square() * slopes.square().mean(0)
+        total += float(torch.where(_dropped(terms), terms, 0).sum()) / len(x)
     return total
 
 
@@ -72,19 +62,15 @@ def _derivative(own: ReadInput, Q: Tensor, generator: torch.Generator) -> Tensor
     x, slopes = own.x[some], own.slopes[some]
     turned, steep = x @ Q, slopes @ Q
     norms = steep.square().mean(0)
-    lost = _lost(own, turned, norms)
+    lost = torch.where(_dropped(turned.square() * norms), turned, 0)
     by_x = 2 / len(x) * lost * norms
-    by_slopes = 2 / len(x) ** 2 * steep * (lost * turned).sum(0)
+    by_slopes = 2 / len(x) ** 2 * steep * lost.square().sum(0)
     return x.T @ by_x + slopes.T @ by_slopes
 
 
-def _lost(own: ReadInput, x: Tensor, norms: Tensor) -> Tensor:
-    """Return x where the mask drops it, and elsewhere the part of it that rounding loses."""
-    terms = x.square() * norms
+def _dropped(terms: Tensor) -> Tensor:
     some = terms.flatten()[::SAMPLED]
-    dropped = round((1 - own.kept) * len(some))
-    limit = some.kthvalue(dropped).values if dropped else 0.0
-    return torch.where(terms < limit, x, own.rounding * x)
+    return terms < some.kthvalue(max(1, round((1 - KEPT) * len(some)))).values
 
 
 def _orthogonal(Q: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import nn
 from rana_kernels.model.admission import admit, require_dense
 from rana_kernels.model.architectures import find_blocks
 from rana_kernels.rotation.heads import has_value_heads, rotate_heads
-from rana_kernels.rotation.learning import KEPT, ROUNDING, STEPS, ReadInput, learn, loss_of
-from rana_kernels.rotation.stream import Stream, absorb, find_stream, scales_of, sorted_axes
+from rana_kernels.rotation.learning import STEPS, ReadInput, learn, loss_of
+from rana_kernels.rotation.stream import Stream, absorb, find_stream, scales_of
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats, calibrate_blocks
 from rana_kernels.system.progress import track
@@ -23,8 +23,8 @@ class Rotation:
     """What a rotation did.
 
     blocks   the number of blocks whose value heads were rotated
-    gain     the part of the loss of masks and rounding on the residual stream that the rotation took away, as
-             estimated on the tokens that it was learned from
+    gain     the part of the loss of masks on the residual stream that the rotation took away, as estimated on
+             the tokens that it was learned from
     """
 
     blocks: int
@@ -33,34 +33,23 @@ class Rotation:
 
 @torch.inference_mode(False)
 def rotate(
-    model: nn.Module,
-    calibration: Iterable,
-    *,
-    bits: int = 16,
-    steps: int = STEPS,
-    seed: int = 0,
-    progress: bool = True,
+    model: nn.Module, calibration: Iterable, *, steps: int = STEPS, seed: int = 0, progress: bool = True
 ) -> Rotation:
     """Rotate the value heads and the residual stream of a dense model, in place, so that masks lose less.
 
     calibration   as in `calibrate`
-    bits          that the weights will have: 16, 8 or 4. What is good for masks is bad for rounding, so the
-                  rotation of the stream is learned for both
     steps         of learning the rotation of the stream; 0: rotate the value heads alone
 
     The predictions stay the same, up to the rounding of the new weights to the dtype of the model. Compress
     the model afterwards, with statistics of its own. An lm_head that is tied to the embedding gets a weight
-    of its own. Raises ValueError for bits that weights cannot have, and for a model that is not dense, or
-    whose residual stream cannot be rotated.
+    of its own. Raises ValueError for a model that is not dense, or whose residual stream cannot be rotated.
     """
-    if bits not in ROUNDING:
-        raise ValueError(f"rotate: bits is {bits!r}, wanted 16, 8 or 4")
     model = admit(model, changes=True)
     blocks = find_blocks(model)
     require_dense(model, blocks)
     stream = find_stream(model) if steps else None
     stats = calibrate_blocks(
-        model, blocks, calibration, sample_tokens=1, seed=seed, inputs=("qkv", "lm_head"), progress=progress
+        model, blocks, calibration, sample_tokens=1, seed=seed, inputs=("qkv",), progress=progress
     )
     turned = 0
     for block in track(blocks, "rotating value heads", progress):
@@ -69,26 +58,23 @@ def rotate(
             turned += 1
     if stream is None:
         return Rotation(turned, 0.0)
-    inputs = _inputs(model, stream, stats, ROUNDING[bits])
+    inputs = _inputs(model, stream, stats)
     Q = learn(inputs, steps=steps, seed=seed, progress=progress)
     before, after = loss_of(inputs), loss_of(inputs, Q)
-    absorb(model, stream, sorted_axes(model, stream, Q))
+    absorb(model, stream, Q)
     return Rotation(turned, 1 - after / before)
 
 
-def _inputs(model: nn.Module, stream: Stream, stats: Stats, rounding: float) -> list[ReadInput]:
-    """Return the inputs that are read from the stream, as they are before the weights of the norms."""
-    assert stats.head is not None, "find_stream requires lm_head"
-    read = {
-        names: (block, name) for block in (*stream.blocks, stats.head) for name, names in block.inputs.items()
-    }
+def _inputs(model: nn.Module, stream: Stream, stats: Stats) -> list[ReadInput]:
+    """Return the inputs of the blocks as they are before the weights of the norms."""
+    norm_before = {linears: norm for norm, linears in stream.readers.items()}
     found = []
-    for norm, linears in stream.readers.items():
-        block, name = read[linears]
+    for block in stream.blocks:
         calibrated = CalibratedBlock(model, block, stats)
-        x = calibrated.paired(name)
-        scales = scales_of(model.get_submodule(norm), x.shape[1]).float()
-        slopes = torch.stack([calibrated.slopes(linear) for linear in linears]).sum(0)
-        kept = 1.0 if block is stats.head else KEPT
-        found.append(ReadInput(x / scales, slopes * scales, kept, rounding))
+        for name in ("qkv", "mlp"):
+            x = calibrated.paired(name)
+            norm = model.get_submodule(norm_before[block.inputs[name]])
+            scales = scales_of(norm, x.shape[1]).float()
+            slopes = torch.stack([calibrated.slopes(linear) for linear in block.inputs[name]]).sum(0)
+            found.append(ReadInput(x / scales, slopes * scales))
     return found

@@ -94,18 +94,6 @@ def scales_of(norm: nn.Module, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def sorted_axes(model: Any, stream: Stream, Q: Tensor) -> Tensor:
-    """Return Q with its columns in the falling order of how much of the stream lm_head reads by them.
-
-    Neighbours share a step when weights are rounded, and lose least if they are of one size.
-    """
-    *_, (norm, (head,)) = stream.readers.items()
-    scales = scales_of(model.get_submodule(norm), len(Q)).float()
-    read = linear_of(model, head).weight.float() * scales @ Q
-    return Q[:, read.square().sum(0).argsort(descending=True, stable=True)]
-
-
-@torch.no_grad()
 def absorb(model: Any, stream: Stream, Q: Tensor) -> None:
     """Rotate the stream by Q [K, K], orthogonal: change all weights around it, in place.
 
