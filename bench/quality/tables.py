@@ -52,7 +52,8 @@ def page(data: dict[str, Any], name: str) -> str:
         if found:
             parts += [f"## {title}", FAITHFUL, faithfulness(found)] if _compared(found) else [f"## {title}"]
             parts += [_dense(data["dense"][scope]), quality(found)]
-            parts += [gaps(found)] if scope == "both" else []
+            compared = {row["method"] for row in found} & {"paper", "static"}
+            parts += [gaps(found)] if scope == "both" and compared else []
         if any(row["recovered"] and not row["failed"] for row in found):
             parts += ["Of the gap to dense in loss, recovery closes:", recovered(found)]
     for part in dict.fromkeys(part for row in rows for part in row["layers"]):
