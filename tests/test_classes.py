@@ -130,10 +130,12 @@ def test_a_class_that_could_not_be_loaded_is_not_saved(tmp_path):
         rana.load(tmp_path / "out")
 
 
-@pytest.mark.parametrize("command", [("eval", "--text", "x"), ("generate", "--prompt", "x")])
+@pytest.mark.parametrize("command", [("eval", "--text"), ("generate", "--prompt")])
 def test_commands_want_a_head_that_makes_logits(command, tmp_path, run):  # noqa: F811
     model = make_model().base_model
     rana.compress(model, [tokens()], **PAPER)
     rana.save(model, tmp_path / "out")
-    code, _, err = run(command[0], tmp_path / "out", *command[1:])
+    text = tmp_path / "text.txt"
+    text.write_text("some words")
+    code, _, err = run(command[0], tmp_path / "out", command[1], text)
     assert code == 1 and "holds a LlamaModel, wanted a model with an lm_head" in err

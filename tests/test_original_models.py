@@ -153,7 +153,9 @@ def test_the_command_invents_no_weights(kind, tmp_path, run):  # noqa: F811
     model = make_model(tie_word_embeddings=False)
     model = model.base_model if kind == "headless" else LlamaForSequenceClassification(model.config)
     model.save_pretrained(tmp_path / "model")
-    code, out, err = run("compress", tmp_path / "model", "--calibration", "x", "-o", tmp_path / "out")
+    text = tmp_path / "text.txt"
+    text.write_text("some words")
+    code, out, err = run("compress", tmp_path / "model", "--calibration", text, "-o", tmp_path / "out")
     assert code == 1 and out == ""
     assert f"has a {type(model).__name__} without lm_head.weight, wanted a model that writes text" in err
 

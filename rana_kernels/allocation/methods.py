@@ -82,7 +82,9 @@ def needs(request: Request) -> dict[str, Any]:
     """Return the arguments of `calibrate` that collect the statistics for a request."""
     own = METHODS[request.method].needs
     more = [*(INPUTS if request.quantized else ()), *(["lm_head"] if request.changes_head else [])]
-    return {**own, "inputs": tuple(sorted({*own["inputs"], *more}))}
+    # rounding weighs tokens by the derivatives of the loss
+    gradients = own["gradients"] or request.quantized
+    return {**own, "inputs": tuple(sorted({*own["inputs"], *more})), "gradients": gradients}
 
 
 def prepare(stats: Stats, request: Request, store: ResumeDir | None, progress: bool) -> Chooser:
