@@ -130,6 +130,12 @@ def test_a_class_that_could_not_be_loaded_is_not_saved(tmp_path):
         rana.load(tmp_path / "out")
 
 
+def test_a_model_without_a_head_is_rounded_without_a_loss():
+    model = make_model().base_model
+    report = rana.compress(model, [tokens()], **PAPER, bits=8)
+    assert set(report.plan.bits) == {8}
+
+
 @pytest.mark.parametrize("command", [("eval", "--text"), ("generate", "--prompt")])
 def test_commands_want_a_head_that_makes_logits(command, tmp_path, run):  # noqa: F811
     model = make_model().base_model

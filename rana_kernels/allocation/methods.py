@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import nn
+
 from rana_kernels.allocation.latency import LatencyTable
 from rana_kernels.allocation.method import Chooser, Method
 from rana_kernels.allocation.paper import Paper, Static
@@ -11,6 +13,7 @@ from rana_kernels.allocation.search import Search
 from rana_kernels.allocation.specs import dense_spec
 from rana_kernels.allocation.whole_model import WholeModel
 from rana_kernels.checkpoint.resume import ResumeDir
+from rana_kernels.model.head import output_head
 from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.quantization.moments import INPUTS
 from rana_kernels.statistics.block import CalibratedBlock
@@ -67,7 +70,7 @@ def plan(
         lm_head_formats=head_formats,
     )  # fmt: skip
     METHODS[method].check(stats.model, stats.blocks, request)
-    stats.require(needs(request)["inputs"])
+    stats.require(needs(request, stats.model)["inputs"])
     choose = prepare(stats, request, store, progress)
     adapters: list[AdapterSpec] = []
     for block in track(stats.blocks, "planning", progress):
@@ -78,12 +81,12 @@ def plan(
     return request.record(tuple(adapters), head if head is not None and head.changes else None)
 
 
-def needs(request: Request) -> dict[str, Any]:
+def needs(request: Request, model: nn.Module) -> dict[str, Any]:
     """Return the arguments of `calibrate` that collect the statistics for a request."""
     own = METHODS[request.method].needs
     more = [*(INPUTS if request.quantized else ()), *(["lm_head"] if request.changes_head else [])]
-    # rounding weighs tokens by the derivatives of the loss
-    gradients = own["gradients"] or request.quantized
+    # rounding weighs tokens by the derivatives of the loss, where there is one
+    gradients = own["gradients"] or (request.quantized and output_head(model) is not None)
     return {**own, "inputs": tuple(sorted({*own["inputs"], *more})), "gradients": gradients}
 
 

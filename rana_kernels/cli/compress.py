@@ -214,13 +214,13 @@ def compress(
     request = make_request(method.value, **asked, formats=own, lm_head_formats=of_head)
     blocks = find_blocks(original)
     METHODS[method.value].check(original, blocks, request)
-    print(forecast(original, blocks, token_ids, needs(request), search), file=sys.stderr)
+    print(forecast(original, blocks, token_ids, needs(request, original), search), file=sys.stderr)
     if evaluated is not None:
         dense = metrics.perplexity(original, evaluated).perplexity
     if rotate:
         some = token_ids[evenly(token_ids.numel(), rotation.TOKENS)]
         rotation.rotate(original, some.split(4), seed=seed)
-    stats = calibrate(original, token_ids.split(4), seed=seed, **needs(request))
+    stats = calibrate(original, token_ids.split(4), seed=seed, **needs(request, original))
     with unfinished_work(output) as resume_dir:
         report = compress_model(
             original,

@@ -196,7 +196,8 @@ def _target(
         def prepare_own(stats: Stats, store: ResumeDir | None, progress: bool) -> Chooser:
             return prepare(stats, request, store, progress)
 
-        return _Target(needs(request), repr(request), request.record(), request.changes_head, prepare_own)
+        wanted = needs(request, model)
+        return _Target(wanted, repr(request), request.record(), request.changes_head, prepare_own)
     given = [name for name, value in asked.items() if value is not None]
     given += ["bits"] if (own, head) != ((FLOAT,), (FLOAT,)) else []
     if given:
