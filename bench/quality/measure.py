@@ -34,7 +34,7 @@ class Row:
     asked       the budget that the method was given, so that it comes to that cost
     cost_ratio  the cost measured on the evaluation text; `tokens` has its quantiles over tokens
     kl, agreed  the divergence from the dense model's predictions (`rana_kernels.evaluation.divergence`)
-    layers      the share of its energy that each layer's output keeps (`kept_energy`)
+    layers      the share of its energy that each layer's output keeps (`kept_energy`), at one budget alone
     over_dense  the fraction by which its perplexity exceeds that of the dense model
     failed      why there is no candidate; the numbers are then missing
     """

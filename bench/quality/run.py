@@ -79,11 +79,12 @@ class Comparison:
 
     @property
     def _methods(self) -> list[str]:
-        known = rounded.CONTENDERS if self.scope == rounded.BYTES else CONTENDERS
-        part = self.scope not in ("both", rounded.BYTES)
-        return [
-            method for method in self.settings.methods if method in known and not (part and method in WHOLE)
-        ]
+        own = [method for method in self.settings.methods if method in self._contenders]
+        return [method for method in own if self.scope == "both" or method not in WHOLE]
+
+    @property
+    def _contenders(self) -> dict[str, Callable[[Subject, str, float], Candidate]]:
+        return rounded.CONTENDERS if self.scope == rounded.BYTES else CONTENDERS
 
     @property
     def _recovers(self) -> bool:
@@ -133,8 +134,7 @@ class Comparison:
         return candidate
 
     def _build(self, row: Row, cost_ratio: float) -> Candidate:
-        known = rounded.CONTENDERS if row.scope == rounded.BYTES else CONTENDERS
-        return known[row.method](self.subject, row.scope, cost_ratio)
+        return self._contenders[row.method](self.subject, row.scope, cost_ratio)
 
     def _found(self, row: Row) -> dict[str, Any]:
         return self.store.section("rows").get(row.key, {})

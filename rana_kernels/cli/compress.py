@@ -17,7 +17,7 @@ from rana_kernels.allocation.search import Search, own_history
 from rana_kernels.checkpoint.manifest import read_manifest
 from rana_kernels.checkpoint.model_card import note
 from rana_kernels.cli.forecast import forecast
-from rana_kernels.cli.lengths import row_length
+from rana_kernels.cli.lengths import read_rows, row_length
 from rana_kernels.cli.options import (
     AsJson,
     Bits,
@@ -35,13 +35,12 @@ from rana_kernels.cli.options import (
     unfinished_work,
 )
 from rana_kernels.cli.tables import show_compression
-from rana_kernels.cli.tokens import find_files, read_token_ids
+from rana_kernels.cli.tokens import find_files
 from rana_kernels.compression.report import CompressReport
 from rana_kernels.compression.run import compress as compress_model
 from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import save
 from rana_kernels.model.architectures import find_blocks
-from rana_kernels.model.positions import require_rows
 from rana_kernels.rotation import run as rotation
 from rana_kernels.statistics.calibration import calibrate
 from rana_kernels.statistics.thresholds import evenly
@@ -190,13 +189,9 @@ def compress(
     refuse_compressed(model)
     find_files(calibration, evaluation)
     original, tokenizer = open_model(model, dtype), open_tokenizer(model)
-    vocabulary = original.config.vocab_size
     length = row_length(original, sequence_length)
-    token_ids = read_token_ids(calibration, tokenizer, vocabulary, length=length, tokens=tokens)
-    require_rows(original, token_ids.shape[1], str(calibration))
-    evaluated = None
-    if evaluation is not None:
-        evaluated = read_token_ids(evaluation, tokenizer, vocabulary, length=length)
+    token_ids = read_rows(original, calibration, tokenizer, length, tokens)
+    evaluated = None if evaluation is None else read_rows(original, evaluation, tokenizer, length)
     nothing_asked = all(asked is None for asked in (flops_reduction, time_reduction, bytes_reduction))
     flops = FLOPS_REDUCTION if nothing_asked else flops_reduction
     latency = _latency(times, original)
@@ -212,15 +207,15 @@ def compress(
     widths = (bits.number, group.columns, lm_head_bits.number if lm_head_bits else None)
     own, of_head = formats(original, *widths)
     request = make_request(method.value, **asked, formats=own, lm_head_formats=of_head)
-    blocks = find_blocks(original)
+    blocks, wanted = find_blocks(original), needs(request, original)
     METHODS[method.value].check(original, blocks, request)
-    print(forecast(original, blocks, token_ids, needs(request, original), search), file=sys.stderr)
+    print(forecast(original, blocks, token_ids, wanted, search), file=sys.stderr)
     if evaluated is not None:
         dense = metrics.perplexity(original, evaluated).perplexity
     if rotate:
         some = token_ids[evenly(token_ids.numel(), rotation.TOKENS)]
         rotation.rotate(original, some.split(4), seed=seed)
-    stats = calibrate(original, token_ids.split(4), seed=seed, **needs(request, original))
+    stats = calibrate(original, token_ids.split(4), seed=seed, **wanted)
     with unfinished_work(output) as resume_dir:
         report = compress_model(
             original,

@@ -10,7 +10,7 @@ import typer
 from torch import Tensor
 
 from rana_kernels.checkpoint.attachment import attached_plan
-from rana_kernels.cli.lengths import row_length
+from rana_kernels.cli.lengths import read_rows, row_length
 from rana_kernels.cli.options import (
     AsJson,
     Checkpoint,
@@ -24,7 +24,7 @@ from rana_kernels.cli.options import (
     print_json,
 )
 from rana_kernels.cli.tables import show_evaluation
-from rana_kernels.cli.tokens import find_files, read_token_ids
+from rana_kernels.cli.tokens import find_files
 from rana_kernels.compression.report import head_bytes, model_bytes
 from rana_kernels.evaluation import metrics
 from rana_kernels.evaluation.density import MARGIN, costs_of, planned_live
@@ -32,7 +32,6 @@ from rana_kernels.evaluation.divergence import divergence
 from rana_kernels.evaluation.examples import Predictions, costs_of_predictions
 from rana_kernels.evaluation.live import LiveCount, count_live
 from rana_kernels.model.plan import Plan
-from rana_kernels.model.positions import require_rows
 from rana_kernels.statistics.thresholds import evenly
 
 LIVE_TOKENS = 16384  # for the count of kept rows: with fewer, the mean depends on the choice of documents
@@ -77,10 +76,7 @@ def evaluate_model(
     find_files(text)
     model = open_compressed(directory)
     tokenizer = open_tokenizer(directory)
-    token_ids = read_token_ids(
-        text, tokenizer, model.config.vocab_size, length=row_length(model, sequence_length), tokens=tokens
-    )
-    require_rows(model, token_ids.shape[1], str(text))
+    token_ids = read_rows(model, text, tokenizer, row_length(model, sequence_length), tokens)
     original = None if against is None else open_model(against, Dtype(dtype_name(model)))
     dense = None if original is None else _measure(original, token_ids)
     found = _measure(model, token_ids)

@@ -1,9 +1,13 @@
 """The lengths of rows and continuations that a model takes: a default is lowered, what was asked is not."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
-from rana_kernels.model.positions import positions_of
+from torch import Tensor
+
+from rana_kernels.cli.tokens import read_token_ids
+from rana_kernels.model.positions import positions_of, require_rows
 
 ROW = 512  # tokens, by default
 NEW = 100
@@ -15,6 +19,13 @@ def row_length(model: Any, asked: int | None) -> int:
     Raises ValueError if it is longer than the model's positions.
     """
     return _fitted(model, "--sequence-length", asked, ROW, 0)
+
+
+def read_rows(model: Any, path: Path, tokenizer: Any, length: int, tokens: int | None = None) -> Tensor:
+    """Do what `read_token_ids` does. Raise ValueError if the rows are longer than the model's positions."""
+    token_ids = read_token_ids(path, tokenizer, model.config.vocab_size, length=length, tokens=tokens)
+    require_rows(model, token_ids.shape[1], str(path))
+    return token_ids
 
 
 def count_new(model: Any, prompt: int, asked: int | None) -> int:

@@ -8,7 +8,7 @@ import typer
 
 from rana_kernels.allocation.search import Search, own_history
 from rana_kernels.checkpoint.model_card import note
-from rana_kernels.cli.lengths import row_length
+from rana_kernels.cli.lengths import read_rows, row_length
 from rana_kernels.cli.options import (
     AsJson,
     Checkpoint,
@@ -25,10 +25,9 @@ from rana_kernels.cli.options import (
     print_json,
     unfinished_work,
 )
-from rana_kernels.cli.tokens import find_files, read_token_ids
+from rana_kernels.cli.tokens import find_files
 from rana_kernels.evaluation import metrics
 from rana_kernels.integrations.transformers import save
-from rana_kernels.model.positions import require_rows
 from rana_kernels.recovery.training import Training
 
 
@@ -102,14 +101,9 @@ def recover_model(
     _check_output(directory, output)
     find_files(text, evaluation)
     model = open_compressed(directory)
-    vocabulary, tokenizer = model.config.vocab_size, open_tokenizer(directory)
-    length = row_length(model, sequence_length)
-    read = read_token_ids(text, tokenizer, vocabulary, length=length, tokens=tokens)
-    require_rows(model, read.shape[1], str(text))
-    token_ids, held_out = hold_out(read)
-    evaluated = held_out
-    if evaluation is not None:
-        evaluated = read_token_ids(evaluation, tokenizer, vocabulary, length=length)
+    tokenizer, length = open_tokenizer(directory), row_length(model, sequence_length)
+    token_ids, held_out = hold_out(read_rows(model, text, tokenizer, length, tokens))
+    evaluated = held_out if evaluation is None else read_rows(model, evaluation, tokenizer, length)
     teacher = None if dense is None else open_model(dense, Dtype(dtype_name(model)))
     training = Training(steps, batch, accumulate, learning_rate, seed)
     search = Search(held_out, evaluations, seed, history or own_history()) if evaluations else None

@@ -1,9 +1,9 @@
 """The importance of tokens to the rounding of weights.
 
-A rounded weight errs by every output, so a token counts as the squared derivatives of the loss by the outputs
-say, summed over the outputs of all linears that read one input. Moments of tokens that are weighed like this
-are the Hessian that GPTQ should see (GuidedQuant, arXiv 2505.07004). Without weights, tokens count whose
-predictions no error can change.
+The errors of rounded weights reach all outputs of a linear. A token therefore counts by the squared
+derivatives of the loss by these outputs, summed over the linears that read one input. Moments of tokens that
+are weighed like this are the Hessian that GPTQ should see (GuidedQuant, arXiv 2505.07004). Without weights, a
+token whose predictions no error can change counts as much as the others.
 """
 
 from collections.abc import Mapping
@@ -35,9 +35,8 @@ class Importance:
         self._weights: dict[Key, dict[str, list[Tensor]]] = {}
 
     def read(self, key: Key, x: Tensor) -> None:
-        """Hold the next tokens [T, K] of an input of the running sequence until their weights are known."""
-        if key in self.summed:
-            self._inputs.setdefault(key, []).append(x)
+        """Hold the next tokens [T, K] of an input in `summed` until their weights are known."""
+        self._inputs.setdefault(key, []).append(x)
 
     def add(self, key: Key, name: str, slopes: Tensor) -> None:
         """Add the derivatives [T, N] by the outputs of the linear `name`, for the next tokens it reads."""
