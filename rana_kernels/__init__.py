@@ -16,6 +16,7 @@ from rana_kernels.version import __version__
 if TYPE_CHECKING:
     from rana_kernels.allocation.methods import plan
     from rana_kernels.backends.info import report
+    from rana_kernels.checkpoint.budget import set_budget
     from rana_kernels.compression.run import compress
     from rana_kernels.integrations.transformers import load, save
     from rana_kernels.model.plan import Plan
@@ -36,6 +37,7 @@ __all__ = [
     "report",
     "rotate",
     "save",
+    "set_budget",
     "use_backend",
 ]
 
@@ -50,6 +52,7 @@ _HOMES = {
     "report": "backends.info",
     "rotate": "rotation.run",
     "save": "integrations.transformers",
+    "set_budget": "checkpoint.budget",
 }
 
 backends.load_libraries()

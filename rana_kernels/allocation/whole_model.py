@@ -12,6 +12,7 @@ separate ones, but it is one call. Therefore it is preferred if its error is at 
 from dataclasses import replace
 
 from rana_kernels.allocation.curves import block_curves
+from rana_kernels.allocation.dial import with_dial
 from rana_kernels.allocation.method import Chooser, Method, chooser_of
 from rana_kernels.allocation.pricing import Pricing
 from rana_kernels.allocation.request import Request
@@ -37,9 +38,11 @@ class WholeModel(Method):
         self, stats: Stats, request: Request, store: ResumeDir | None = None, progress: bool = True
     ) -> Chooser:
         curves = model_curves(stats, request.pricing, progress)
-        if request.in_bytes and stats.head is not None:
-            curves += head_curves(stats, stats.head, request)
-        return chooser_of(plan_curves(stats, curves, request))
+        of_head = head_curves(stats, stats.head, request) if request.in_bytes and stats.head else []
+        made = plan_curves(stats, [*curves, *of_head], request)
+        # in any other budget, norms and thresholds of linears without masks have a price
+        in_flops = request.flops_reduction is not None and request.max_memory is None
+        return chooser_of(with_dial(made, curves, masks_dense=in_flops))
 
 
 def model_curves(stats: Stats, pricing: Pricing | None = None, progress: bool = True) -> list[Ways]:

@@ -13,6 +13,7 @@ from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.cli.lengths import read_rows, row_length
 from rana_kernels.cli.options import (
     AsJson,
+    Budget,
     Checkpoint,
     Dtype,
     SequenceLength,
@@ -66,6 +67,7 @@ def evaluate_model(
         int | None, typer.Option(min=1, help="Use at most this many tokens of the text. Default: all.")
     ] = None,
     sequence_length: SequenceLength = None,
+    budget: Budget = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, tokens a second, and how many rows the masks keep.
@@ -74,7 +76,7 @@ def evaluate_model(
     the masks keep clearly more or fewer rows than planned.
     """
     find_files(text)
-    model = open_compressed(directory)
+    model = open_compressed(directory, budget)
     tokenizer = open_tokenizer(directory)
     token_ids = read_rows(model, text, tokenizer, row_length(model, sequence_length), tokens)
     original = None if against is None else open_model(against, Dtype(dtype_name(model)))

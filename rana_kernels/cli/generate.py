@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from rana_kernels.cli.lengths import count_new
-from rana_kernels.cli.options import AsJson, Checkpoint, app, open_compressed, open_tokenizer, print_json
+from rana_kernels.cli.options import (
+    AsJson,
+    Budget,
+    Checkpoint,
+    app,
+    open_compressed,
+    open_tokenizer,
+    print_json,
+)
 
 
 @app.command(
@@ -31,10 +39,11 @@ def generate(
             min=0.0, help="Sample at this temperature. With 0, the likeliest token is always taken."
         ),
     ] = 0.0,
+    budget: Budget = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt with a compressed model."""
-    model = open_compressed(directory)
+    model = open_compressed(directory, budget)
     tokenizer = open_tokenizer(directory)
     if tokenizer is None:
         raise ValueError(

@@ -11,6 +11,7 @@ from rana_kernels.checkpoint.attachment import read_plan
 from rana_kernels.checkpoint.manifest import read_manifest
 from rana_kernels.checkpoint.model_card import describe_bits
 from rana_kernels.cli.options import AsJson, app, print_json
+from rana_kernels.model.dial import cost_ratios
 from rana_kernels.model.plan import Plan
 
 
@@ -50,6 +51,7 @@ def _facts(directory: Path) -> dict[str, Any]:
     return {
         "method": plan.method,
         "block_flops_reduction": plan.reduction,
+        "budgets": [round(ratio, 3) for ratio in cost_ratios(plan)],
         "bits": describe_bits(plan),
         "linears_by_bits": {bits: _linears(plan, bits) for bits in plan.bits},
         "stored_bytes": manifest.facts["stored_bytes"],

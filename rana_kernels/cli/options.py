@@ -16,6 +16,7 @@ import typer
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rana_kernels.checkpoint.budget import set_budget
 from rana_kernels.checkpoint.replacement import check_target
 from rana_kernels.cli.originals import check_weights, first_sentence, read_config
 from rana_kernels.integrations.transformers import load
@@ -107,6 +108,15 @@ SearchHistory = Annotated[
         "Default: in your data directory.",
     ),
 ]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        metavar="RATIO",
+        help="Set the masks so that this share of the multiply-adds of the blocks' linears is left. `rana "
+        "info DIR` says what is in reach. Default: as compressed.",
+    ),
+]
 Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `rana compress` wrote.")]
 
 
@@ -150,9 +160,14 @@ def open_model(name: str, dtype: Dtype) -> Any:
     return model.to(device())
 
 
-def open_compressed(directory: Path) -> Any:
-    """Load a compressed model. Raise ValueError if it makes no logits, and CheckpointError as `load` does."""
+def open_compressed(directory: Path, budget: float | None = None) -> Any:
+    """Load a compressed model, with its masks at `budget` if there is one.
+
+    Raises ValueError if it makes no logits or cannot serve the budget, and CheckpointError as `load` does.
+    """
     model = load(directory, device=device())
+    if budget is not None:
+        set_budget(model, budget)
     if output_head(model) is None:
         raise ValueError(f"{directory} holds a {type(model).__name__}, wanted a model with an lm_head")
     return model

@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rana_kernels.checkpoint.attachment import attached_plan, plan_from_config, plan_to_config, read_plan
+from rana_kernels.checkpoint.budget import set_budget_of_environment
 from rana_kernels.checkpoint.headers import CheckpointError, check_tensors
 from rana_kernels.checkpoint.manifest import CARD, MANIFEST, read_manifest
 from rana_kernels.checkpoint.model_card import write_card
@@ -153,6 +154,7 @@ class RanaQuantizer(HfQuantizer):
         _convert(model, self.dtypes)
         # transformers places tensors itself, which bypasses the check of load_state_dict
         check_values(model)
+        set_budget_of_environment(model)
         use_huge_pages(model)
         return model
 

@@ -7,13 +7,24 @@ over the linears of the transformer blocks; a multiply-add is two FLOPs.
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from rana_kernels.nn.format import Format
 
 KINDS = ("rank", "neuron", "dense")
 METRICS = ("output", "loss")
-PLAN_FORMAT = 3  # of its JSON: raise it when fields or their meaning change
+PLAN_FORMAT = 4  # of its JSON: raise it when fields or their meaning change
+
+
+class Setting(NamedTuple):
+    """The mask of one neuron adapter at another budget than the planned one (`model/dial.py`).
+
+    live        expected mean live rows a token
+    threshold   the smallest score of a live row. None: `compress` chooses it, as for the adapter
+    """
+
+    live: float
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class AdapterSpec:
                   weighted by how strongly the loss depends on it
     bits          of its weights: 16 (floats of the model's dtype), 8 or 4. With 4, `rows` of ranks have 8
     group         columns of a weight that share a scale: 32, 64, 128, or None for a whole row
+    settings      of a neuron adapter: its mask at each budget of the dial, from the lowest cost
     """
 
     kind: str
@@ -48,10 +60,12 @@ class AdapterSpec:
     metric: str = "output"
     bits: int = 16
     group: int | None = None
+    settings: tuple[Setting, ...] = ()
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_sizes(self)
+        _check_settings(self)
 
     @property
     def width(self) -> int:
@@ -155,6 +169,8 @@ class Plan:
         for name in (name for adapter in self.all_adapters for name in adapter.names):
             _require(name not in seen, "Plan", f"the linear {name!r}", "two adapters", "one")
             seen.add(name)
+        dials = {len(adapter.settings) for adapter in self.all_adapters if adapter.settings}
+        _require(len(dials) < 2, "Plan", "settings of its adapters", sorted(dials), "equally many or none")
 
     @property
     def dense_flops(self) -> int:
@@ -229,10 +245,18 @@ def _read(kind: type, data: Any, where: str):
     known = {field.name for field in fields(kind)}
     unknown = sorted(set(data) - known)
     _require(not unknown, "Plan", f"{where} the fields", unknown, f"only {', '.join(sorted(known))}")
+    if kind is AdapterSpec and "settings" in data:
+        data = {**data, "settings": _read_settings(data["settings"], where)}
     try:
         return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
     except TypeError as error:
         raise ValueError(f"Plan: {where}: {error}") from None
+
+
+def _read_settings(data: Any, where: str) -> tuple[Setting, ...]:
+    pairs = isinstance(data, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in data)
+    _require(pairs, "Plan", f"{where} settings", data, "a list of pairs (live, threshold)")
+    return tuple(Setting(*pair) for pair in data)
 
 
 def _require(condition: bool, what: str, field: str, has: object, wanted: str) -> None:
@@ -285,3 +309,13 @@ def _check_sizes(a: AdapterSpec) -> None:
         _require(a.rank == 0, where, "rank", a.rank, "0, because it is dense")
     if a.kind != "dense":
         _require(a.live <= a.rank, where, "live", a.live, f"at most its rank, {a.rank}")
+
+
+def _check_settings(a: AdapterSpec) -> None:
+    where = f"Adapter {a.names!r}"
+    _require(a.kind == "neuron" or not a.settings, where, "settings", a.settings, "(): it has no neurons")
+    for live, threshold in a.settings:
+        fine = _is_number(live) and 0 <= live <= a.rank
+        _require(fine, where, "live of a setting", live, f"0 to its rank, {a.rank}")
+        fine = threshold is None or (_is_number(threshold) and threshold >= 0)
+        _require(fine, where, "threshold of a setting", threshold, "None or a finite number >= 0")

@@ -6,22 +6,30 @@ import torch
 from torch import Tensor
 
 from rana_kernels.model.install import is_fused
-from rana_kernels.model.plan import AdapterSpec
+from rana_kernels.model.plan import AdapterSpec, Setting
 from rana_kernels.statistics.block import CalibratedBlock
-from rana_kernels.statistics.thresholds import threshold_for
+from rana_kernels.statistics.thresholds import thresholds_for
 
 
 def with_threshold(calibrated: CalibratedBlock, adapter: AdapterSpec) -> AdapterSpec:
-    """Return the adapter with a threshold. If it has none, choose the one that keeps `live` rows a token."""
-    if adapter.kind == "dense" or adapter.threshold is not None:
+    """Return the adapter with its threshold and those of its settings.
+
+    One that is missing is chosen so that it keeps `live` rows a token of the calibration sample.
+    """
+    masks = [Setting(adapter.live, adapter.threshold), *adapter.settings]
+    if adapter.kind == "dense" or all(threshold is not None for _, threshold in masks):
         return adapter
     if adapter.kind == "rank":
         score = calibrated.rank_scores(adapter.names, adapter.metric)[:, : adapter.rank].abs()
     else:
         norms = calibrated.joint_norms(adapter.names, adapter.metric)
         score = calibrated.sample(calibrated.input_of(adapter.names)).abs() * norms
-    threshold, live = threshold_for(score, adapter.live)
-    return replace(adapter, threshold=threshold, live=live)
+    found = thresholds_for(score, [live for live, _ in masks])
+    own, *settings = (
+        Setting(live, threshold) if threshold is not None else Setting(kept, chosen)
+        for (live, threshold), (chosen, kept) in zip(masks, found, strict=True)
+    )
+    return replace(adapter, threshold=own.threshold, live=own.live, settings=tuple(settings))
 
 
 def block_tensors(calibrated: CalibratedBlock, adapters: list[AdapterSpec]) -> dict[str, Tensor]:
