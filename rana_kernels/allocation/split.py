@@ -16,8 +16,8 @@ from rana_kernels.statistics.thresholds import threshold_for
 
 RANK_STEP = 16
 PARTS = 4  # steps of `frontier` between few ranks that are always on and the ranks of the best split
-_BINS = 2048
-_OCTAVES = 64  # of the histogram, below the largest h²: smaller values add nothing that float32 can show
+_BINS = 2048  # of the histogram, 32 an octave of h²: 64 octaves below the largest, float32 shows no more
+_BIN_BITS = 23 - 5  # of a float32's mantissa that are within one bin
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class Splits:
         # ranks after the last multiple of 16 are never stored, but their energy counts as dropped
         self._energy += float(h[:, len(counts) * RANK_STEP :].square().sum(dtype=torch.float64))
         self._own = counts.double()
-        self._counts = counts.cumsum(0).double()
+        # of all ranks up to one: values in a bin and the larger ones, and the energy of these
+        upto = self._own.cumsum(0)
+        self._filled, self._holds = upto.cumsum(1), (upto * self._value).cumsum(1)
         self._ranks = torch.arange(1, len(counts) + 1, device=h.device, dtype=torch.float64) * RANK_STEP
 
     def priced(self, line: LinearCost) -> "Splits":
@@ -71,7 +73,7 @@ class Splits:
         """
         stored = split.rank // RANK_STEP
         room = split.live * self.tokens
-        bins = int(torch.searchsorted(self._counts[stored - 1].cumsum(0), room - 0.5)) + 1
+        bins = int(torch.searchsorted(self._filled[stored - 1], room - 0.5)) + 1
         counts = self._own[:stored, :bins]
         parts = counts.sum(1), (counts * self._value[:bins]).sum(1)
         share = max(1, self.tokens) * RANK_STEP
@@ -100,16 +102,18 @@ class Splits:
 
         The energy is -1 where the budget does not pay for one live rank.
         """
-        counts, ranks, line = self._counts, self._ranks, self.line
+        ranks, line = self._ranks, self.line
         live = ((budget - line.fixed - ranks * line.stored) / line.live).minimum(ranks)
         if len(ranks) == 0 or live[0] < 1 - ROUNDING:
             raise ValueError(
                 f"a rank adapter has a budget of {budget:.6g}, wanted at least {smallest_budget(line):.6g}, "
                 "for one live rank of 16: ask for a smaller reduction"
             )
-        # bins go from the largest values down: a bin gets the live values that the bins before it leave
-        room = live[:, None] * self.tokens - (counts.cumsum(1) - counts)
-        captured = (counts.minimum(room.clamp_min(0)) * self._value).sum(1)
+        # bins go from the largest values down, and the last one that is needed is needed in part
+        room = (live * self.tokens)[:, None]
+        last = torch.searchsorted(self._filled, room).clamp_max(_BINS - 1)
+        unused = (self._filled.gather(1, last) - room).clamp_min(0)
+        captured = (self._holds.gather(1, last) - unused * self._value[last])[:, 0]
         captured[live < 1 - ROUNDING] = -1
         return live, captured
 
@@ -129,18 +133,17 @@ class Splits:
 def _histogram(h: Tensor) -> tuple[Tensor, Tensor]:
     """Return a histogram [F / 16, bins] of h² for each 16 ranks, and the value [bins] of each bin.
 
-    Bins are logarithmic, the largest values first. A histogram serves every R with one pass over the sample,
-    where sorting would need one pass for each.
+    A bin holds the squares whose floats have the same leading bits, counted down from the largest. A histogram
+    serves every R with one pass over the sample, where sorting would need one pass for each.
     """
     blocks = h.shape[1] // RANK_STEP
-    square = h[:, : blocks * RANK_STEP].float().square()
-    top = (
-        square.max().clamp_min(torch.finfo(torch.float32).tiny).log2() if square.numel() else h.new_zeros(())
-    )
-    block = torch.arange(blocks, device=h.device).repeat_interleave(RANK_STEP) * _BINS
+    bits = h[:, : blocks * RANK_STEP].float().square().view(torch.int32)  # in the order of the squares
+    top = bits.max() if bits.numel() else bits.new_zeros(())
+    block = torch.arange(blocks, device=h.device, dtype=torch.int32).repeat_interleave(RANK_STEP) * _BINS
     counts = torch.zeros(blocks * _BINS, dtype=torch.int64, device=h.device)
-    for part in square.split(256):
-        bins = ((top - part.log2()) * (_BINS / _OCTAVES)).clamp(0, _BINS - 1).long()
-        counts += torch.bincount((bins + block).flatten(), minlength=blocks * _BINS)
-    middle = torch.arange(_BINS, device=h.device, dtype=torch.float64) + 0.5
-    return counts.view(blocks, _BINS), torch.exp2(top.double() - middle * (_OCTAVES / _BINS))
+    for part in bits.split(256):
+        bins = ((top - part) >> _BIN_BITS).clamp_max_(_BINS - 1) + block
+        counts += torch.bincount(bins.flatten(), minlength=blocks * _BINS)
+    width = 1 << _BIN_BITS
+    middle = top - torch.arange(_BINS, device=h.device, dtype=torch.int32) * width - width // 2
+    return counts.view(blocks, _BINS), middle.clamp_min(0).view(torch.float32).double()
