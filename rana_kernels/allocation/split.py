@@ -133,8 +133,8 @@ class Splits:
 def _histogram(h: Tensor) -> tuple[Tensor, Tensor]:
     """Return a histogram [F / 16, bins] of h² for each 16 ranks, and the value [bins] of each bin.
 
-    A bin holds the squares whose floats have the same leading bits, counted down from the largest. A histogram
-    serves every R with one pass over the sample, where sorting would need one pass for each.
+    A bin holds the squares whose floats have the same leading bits, counted down from the largest. A
+    histogram serves every R with one pass over the sample, where sorting would need one pass for each.
     """
     blocks = h.shape[1] // RANK_STEP
     bits = h[:, : blocks * RANK_STEP].float().square().view(torch.int32)  # in the order of the squares

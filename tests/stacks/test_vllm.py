@@ -68,7 +68,12 @@ def separate(plan: Plan, kinds: dict[str, tuple[str, int]]) -> Plan:
 @torch.no_grad()
 def saved(model: nn.Module, plan: Plan, place: Path) -> Path:
     """Compress and save `model`, with thresholds that no score equals."""
-    rana.compress(model, [tokens()], plan=masking(plan), progress=False)
+    return written(model, masking(plan), place)
+
+
+@torch.no_grad()
+def written(model: nn.Module, plan: Plan, place: Path) -> Path:
+    rana.compress(model, [tokens()], plan=plan, progress=False)
     for name, tensor in model.state_dict().items():
         # `compress` takes the score of a calibration token as the threshold, and the tests run such tokens.
         # The last bits of a score depend on how many tokens an op gets: 48 in `wanted`, 24 in vLLM. They
@@ -149,6 +154,59 @@ def test_the_models_of_vllm_compute_the_same(name, joint, first, tmp_path):
     # of GPT-2's own activation vLLM has kernels only
     model = make_model(name, **({"activation_function": "gelu"} if name == "GPT2" else {}))
     assert_same(saved(model, hand_plan(model, joint, o="rank", first=first), tmp_path / "out"))
+
+
+def in_bits(plan: Plan, bits: int) -> Plan:
+    """The plan with masks, and all weights in so many bits, those of lm_head too."""
+    adapters = tuple(replace(adapter, bits=bits, group=32) for adapter in masking(plan).adapters)
+    return Plan(adapters, lm_head=AdapterSpec("dense", ("lm_head",), 64, (128,), bits=bits, group=32))
+
+
+@on_cpu
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "kinds",
+    [(False, "rank"), (True, "rank"), (True, "neuron"), "mixed"],
+    ids=["separate", "joint", "neurons", "mixed"],
+)
+def test_weights_in_8_and_4_bits(kinds, bits, tmp_path):
+    model = make_model("Qwen2", intermediate_size=192)
+    if kinds == "mixed":
+        plan = separate(hand_plan(model), KINDS["mixed"])
+    else:
+        plan = hand_plan(model, kinds[0], o="rank", first=kinds[1])
+    assert_same(written(model, in_bits(plan, bits), tmp_path / "out"))
+
+
+@on_cpu
+def test_bits_of_linears_in_one_layer_may_differ(tmp_path):
+    model = make_model("Qwen2")
+    plan = separate(hand_plan(model), KINDS["mixed"])
+    widths = [16, 4, 8]
+    adapters = [
+        replace(a, bits=widths[i % 3], group=None if widths[i % 3] == 16 else 64)
+        for i, a in enumerate(masking(plan).adapters)
+    ]
+    assert_same(written(model, Plan(tuple(adapters)), tmp_path / "out"))
+
+
+@on_cpu
+def test_a_group_that_both_gate_and_up_share_is_refused(tmp_path):
+    from tests.stacks.vllm_on_cpu import Loaded
+
+    model = make_model("Qwen2")
+    place = written(model, in_bits(hand_plan(model, True, first="neuron"), 4), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="border at column 176, wanted a multiple of 32"):
+        Loaded(place)
+
+
+def test_quantised_weights_are_not_shared_out():
+    from rana_kernels.integrations.vllm.weights import Share, pieces_of
+
+    layer = SimpleNamespace(prefix="layers.0.o_proj", tp_rank=0, tp_size=2)
+    adapter = AdapterSpec("neuron", ("o_proj",), 64, (64,), 64, 16, 0.0, bits=4, group=32)
+    with pytest.raises(ValueError, match="have 4 bits, and 2 processes would share"):
+        pieces_of(layer, ["o_proj"], [adapter], Share(0, 32, 64), [64])
 
 
 @on_cpu

@@ -16,11 +16,13 @@ from torch import nn
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 
 from rana_kernels.checkpoint.attachment import plan_from_config
 from rana_kernels.checkpoint.headers import CheckpointError, read_header
 from rana_kernels.checkpoint.manifest import MANIFEST, read_manifest
+from rana_kernels.integrations.vllm.head import RanaHeadMethod
 from rana_kernels.integrations.vllm.method import RanaLinearMethod
 from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.model.quantized import QUANT_METHOD
@@ -41,13 +43,8 @@ class RanaConfig(QuantizationConfig):
                 "the model has a mask on lm_head, which vLLM has not: compress the original model again, "
                 "with flops_reduction"
             )
-        widths = {*plan.bits, plan.lm_head_bits}
-        if widths != {16}:
-            raise ValueError(
-                f"the model has weights in {min(widths)} bits, and vLLM takes them in 16: compress the "
-                "original model with bits=16"
-            )
         self.adapters = {name: adapter for adapter in plan.adapters for name in adapter.names}
+        self.head = plan.lm_head
         # the checkpoint has these tensors under the MLP's own name, vLLM under the MLP's first layer
         self._renamed: dict[str, str] = {}
         self.packed_modules_mapping["gate_up_proj"] = ["gate_proj", "up_proj"]  # Qwen3-MoE sets this too late
@@ -95,17 +92,19 @@ class RanaConfig(QuantizationConfig):
 
         Raises ValueError if the plan and vLLM group the linears differently.
         """
+        if isinstance(layer, ParallelLMHead) and self.head is not None:
+            return RanaHeadMethod(self.head)
         if not isinstance(layer, LinearBase):
             return None
         parent, _, own = prefix.rpartition(".")
         names = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(own, [own])]
         adapters = {name: self.adapters[name] for name in names if name in self.adapters}
-        if all(adapter.kind == "dense" for adapter in adapters.values()):
+        if not any(adapter.changes for adapter in adapters.values()):
             return UnquantizedLinearMethod()
         _check_names(prefix, names, adapters)
         if isinstance(layer, ColumnParallelLinear):
             owner = parent.rpartition(".")[2]
-            self._renamed[rf"(\.{owner})\.(B|threshold|norms)$"] = rf"\1.{own}.\2"
+            self._renamed[rf"(\.{owner})\.(B|B_scale|threshold|norms)$"] = rf"\1.{own}.\2"
         return RanaLinearMethod(names, list(dict.fromkeys(adapters.values())))
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]

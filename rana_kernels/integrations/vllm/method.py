@@ -67,16 +67,20 @@ class RanaLinearMethod(LinearMethodBase):
     def _compute(self, layer: nn.Module, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
         piece = self.pieces.pieces[index]
 
-        def own(name: str) -> Tensor:
+        def own(name: str) -> Any:
             return self.pieces.view(getattr(layer, name), name, index)
 
         if piece.adapter.kind == "dense":
+            if piece.adapter.format.quantized:
+                return torch.ops.rana.linear(x, own("qweight"), bias, own("qweight_scale"))
             return F.linear(x, own("weight"), bias)
-        rows, threshold = own("rows"), own("threshold")
+        rows, threshold, scale = own("rows"), own("threshold"), own("rows_scale")
         if piece.adapter.kind == "neuron":
-            return torch.ops.rana.masked_linear(x, rows, threshold, own("norms"), bias)
+            return torch.ops.rana.masked_linear(x, rows, threshold, own("norms"), bias, scale)
         if not piece.scattered:
-            return torch.ops.rana.masked_lowrank_linear(x, own("B"), rows, threshold, bias)
+            return torch.ops.rana.masked_lowrank_linear(
+                x, own("B"), rows, threshold, bias, own("B_scale"), scale
+            )
         # the mask is decided on the sum over all processes, not on each process's part of it
         h = tensor_model_parallel_reduce_scatter(F.linear(x.float(), own("B")))
         wide_bias = None if bias is None else bias.float()

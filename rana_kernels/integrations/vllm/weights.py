@@ -1,8 +1,8 @@
 """The tensors of one vLLM layer: how those of several adapters are packed, and which part a process holds.
 
-A layer has five flat tensors with the names of the checkpoint: B, rows, threshold, norms and weight. Each
-contains the tensors of all adapters of the layer, one after the other, so their ranks may differ. `weight`
-contains the dense linears.
+A layer has flat tensors with the names of the checkpoint (NAMES). Each contains the tensors of all adapters
+of the layer, one after the other, so their ranks may differ. `weight` and `qweight` contain the dense
+linears, in floats and in 8 or 4 bits. Where a layer has quantised weights, its flat weights are bytes.
 
 With tensor parallelism over P processes:
 
@@ -12,12 +12,13 @@ With tensor parallelism over P processes:
                        Rank adapter: a process has its columns of B and 1/P of the ranks, in float32. A
                        reduce-scatter of 4·R bytes a token sums h over the processes before it is masked.
 
-After a row-parallel layer, vLLM itself also sums y over the processes.
+After a row-parallel layer, vLLM itself also sums y over the processes. Quantised weights are not shared out.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,13 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from rana_kernels.checkpoint.headers import CheckpointError
 from rana_kernels.model.plan import AdapterSpec
+from rana_kernels.nn.format import Format
 
-NAMES = ("B", "rows", "threshold", "norms", "weight")
+MATRICES = ("B", "rows", "weight", "qweight")
+SCALES = ("B_scale", "rows_scale", "qweight_scale")
+VECTORS = ("threshold", "norms")  # float32
+NAMES = (*MATRICES, *SCALES, *VECTORS)
+ALIGNED = 64  # bytes: where the weights of an adapter begin among those of others
 _NUMBERS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the outputs of a merged layer
 
 
@@ -42,6 +48,25 @@ class Share:
     def of(self, tensor: Tensor, dim: int) -> Tensor:
         """Return this share of `tensor` along `dim`."""
         return tensor.narrow(dim, self.start, self.size)
+
+
+class Held(NamedTuple):
+    """A tensor that a process holds. dtype None: floats in the dtype of its layer, or of its name."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
+def _matrix(name: str, rows: int, columns: int, format: Format) -> dict[str, Held]:
+    """Return a weight, and its scale if it is quantised."""
+    if not format.quantized:
+        return {name: Held((rows, columns))}
+    weight, scale = format.empty(rows, columns, "meta")
+    return {name: Held(tuple(weight.shape), weight.dtype), f"{name}_scale": Held(tuple(scale.shape))}
+
+
+def _vector(name: str, size: int) -> dict[str, Held]:
+    return {name: Held((size,))}
 
 
 @dataclass(frozen=True)
@@ -75,14 +100,9 @@ class Piece:
         return self.ranks if self.adapter.kind == "rank" else self.inputs
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors that this process holds."""
-        K, N, rows = self.inputs.size, self.width, self.masked.size
-        if self.adapter.kind == "rank":
-            return {"B": (self.ranks.total, K), "rows": (rows, N), "threshold": (rows,)}
-        if self.adapter.kind == "neuron":
-            return {"rows": (rows, N), "threshold": (rows,), "norms": (rows,)}
-        return {"weight": (N, K)}
+    def held(self) -> dict[str, Held]:
+        """The shapes and dtypes of the tensors that this process holds."""
+        return self._tensors(self.inputs.size, self.width, self.masked.size)
 
     def stored(self, name: str, output: int) -> list[tuple[int, ...]]:
         """Return the shapes that tensor `name` of output number `output` may have in the checkpoint.
@@ -91,17 +111,26 @@ class Piece:
         are stored once for all outputs of the adapter.
         """
         K, rows, total = self.inputs.total, self.masked.total, sum(column.total for column in self.columns)
-        one = self.columns[output - self.first].total
-        shapes: dict[str, list[tuple[int, ...]]] = {
-            "B": [(self.ranks.total, K)],
-            "rows": [(rows, total), (rows, one)],
-            "weight": [(total, K)],
-        }
-        return shapes.get(name, [(rows,)]) if name in self.shapes else []
+        widths = [total]
+        if name in ("rows", "rows_scale"):
+            widths.append(self.columns[output - self.first].total)
+        found = (self._tensors(K, width, rows).get(name) for width in widths)
+        return [held.shape for held in found if held is not None]
+
+    def _tensors(self, K: int, N: int, rows: int) -> dict[str, Held]:
+        adapter = self.adapter
+        if adapter.kind == "dense":
+            return _matrix("qweight" if adapter.format.quantized else "weight", N, K, adapter.format)
+        of_rows = _matrix("rows", rows, N, adapter.rows_format(N))
+        if adapter.kind == "neuron":
+            return {**of_rows, **_vector("threshold", rows), **_vector("norms", rows)}
+        return {**_matrix("B", self.ranks.total, K, adapter.format), **of_rows, **_vector("threshold", rows)}
 
     def fill(self, name: str, mine: Tensor, stored: Tensor, output: int) -> int:
         """Copy this process's part of a stored tensor into `mine`, and return the number of elements."""
-        if name == "B":
+        if self.adapter.format.quantized:
+            part = stored  # of one process
+        elif name == "B":
             part = self.inputs.of(stored, 1)
         elif name in ("threshold", "norms"):
             part = self.masked.of(stored, 0)
@@ -110,11 +139,23 @@ class Piece:
         elif stored.shape == self.stored(name, output)[0]:
             part = self._columns(self.masked.of(stored, 0), 1)
         else:
-            index = output - self.first
-            part = self.columns[index].of(self.masked.of(stored, 0), 1)
-            mine = mine.narrow(1, sum(column.size for column in self.columns[:index]), part.shape[1])
+            part = self.columns[output - self.first].of(self.masked.of(stored, 0), 1)
+        if name in ("rows", "rows_scale") and part.shape != mine.shape:  # those of one output
+            first = sum(column.size for column in self.columns[: output - self.first])
+            self._require_border(first)
+            mine = mine.narrow(1, self._tensors(1, first, 1)[name].shape[1], part.shape[1])
         mine.copy_(part)
         return mine.numel()
+
+    def _require_border(self, column: int) -> None:
+        """Raise CheckpointError if rows that end before `column` cannot be put beside those from there on."""
+        format = self.adapter.rows_format(self.width)
+        if not format.splits_at(column):
+            raise CheckpointError(
+                f"{', '.join(self.adapter.names)} have one mask, rows of their own in {format.bits} bits, "
+                f"and a border at column {column}, wanted a multiple of {format.border}: compress the original "
+                "model with another group"
+            )
 
     def _columns(self, tensor: Tensor, dim: int) -> Tensor:
         blocks = tensor.split([column.total for column in self.columns], dim)
@@ -126,6 +167,7 @@ class Pieces:
 
     def __init__(self, prefix: str, pieces: list[Piece]) -> None:
         self.prefix, self.pieces = prefix, pieces
+        self._bytes = any(piece.adapter.format.quantized for piece in pieces)
         self._loaded: dict[str, dict[tuple[int, int], int]] = {name: {} for name in NAMES}
 
     def register(self, layer: nn.Module, dtype: torch.dtype) -> None:
@@ -134,20 +176,37 @@ class Pieces:
         Thresholds and norms are float32. If rank values are summed over processes, all tensors are float32.
         """
         scattered = any(piece.scattered for piece in self.pieces)
+        self._floats = torch.float32 if scattered else dtype
         for name in NAMES:
-            wide = scattered or name in ("threshold", "norms")
-            data = torch.empty(self._size(name), dtype=torch.float32 if wide else dtype)
+            flat = torch.uint8 if self._in_bytes(name) else self._dtype(name)
+            data = torch.empty(self._place(name, len(self.pieces)), dtype=flat)
             parameter = nn.Parameter(data, requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": partial(self.load, name)})
             layer.register_parameter(name, parameter)
 
-    def _size(self, name: str, before: int | None = None) -> int:
-        return sum(prod(piece.shapes[name]) for piece in self.pieces[:before] if name in piece.shapes)
+    def _in_bytes(self, name: str) -> bool:
+        return self._bytes and name in MATRICES
 
-    def view(self, flat: Tensor, name: str, index: int) -> Tensor:
-        """Return the tensor of adapter number `index`, as a view of the layer's flat tensor."""
-        shape = self.pieces[index].shapes[name]
-        return flat.narrow(0, self._size(name, index), prod(shape)).view(shape)
+    def _dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of what is no whole number."""
+        return torch.float32 if name in VECTORS else torch.float16 if name in SCALES else self._floats
+
+    def _place(self, name: str, index: int) -> int:
+        """Return where the tensor of adapter number `index` begins in the flat tensor, or where that ends."""
+        held = (piece.held[name] for piece in self.pieces[:index] if name in piece.held)
+        if not self._in_bytes(name):
+            return sum(prod(one.shape) for one in held)
+        sizes = (prod(one.shape) * (one.dtype or self._floats).itemsize for one in held)
+        return sum(-(-size // ALIGNED) * ALIGNED for size in sizes)
+
+    def view(self, flat: Tensor, name: str, index: int) -> Tensor | None:
+        """Return the tensor of adapter number `index`, a view of the layer's flat tensor, if it has one."""
+        held = self.pieces[index].held.get(name)
+        if held is None:
+            return None
+        dtype = held.dtype or self._dtype(name)
+        units = prod(held.shape) * (dtype.itemsize if self._in_bytes(name) else 1)
+        return flat.narrow(0, self._place(name, index), units).view(dtype).view(held.shape)
 
     def load(self, name: str, flat: nn.Parameter, stored: Tensor, shard: str | int | None = None) -> None:
         """Copy this process's part of one tensor of the checkpoint. This is vLLM's `weight_loader`.
@@ -185,17 +244,24 @@ class Pieces:
                 f"wanted {wanted[0] if wanted else 'none'} by the plan"
             )
         mine = self.view(flat.data, name, index)
+        assert mine is not None, "its shapes are those wanted"
         self._loaded[name][index, output] = piece.fill(name, mine, stored, output)
 
     def check(self, layer: nn.Module) -> None:
-        """Raise CheckpointError unless all tensors were loaded and every threshold is finite and >= 0."""
+        """Raise CheckpointError unless all tensors were loaded, every threshold is finite and >= 0, and every
+        scale finite.
+        """
         for name in NAMES:
-            found, wanted = sum(self._loaded[name].values()), self._size(name)
+            wanted = sum(prod(piece.held[name].shape) for piece in self.pieces if name in piece.held)
+            found = sum(self._loaded[name].values())
             if found != wanted:
                 raise CheckpointError(f"{self.prefix}: {found} of {wanted} numbers of {name} were loaded")
         threshold = layer.get_parameter("threshold")
         if not (threshold.isfinite() & (threshold >= 0)).all():
             raise CheckpointError(f"{self.prefix}: a threshold is negative or not finite")
+        for name in SCALES:
+            if not layer.get_parameter(name).isfinite().all():
+                raise CheckpointError(f"{self.prefix}: {name} has values that are not finite")
 
 
 def pieces_of(
@@ -248,6 +314,12 @@ def _ranks(layer: LinearBase, adapter: AdapterSpec, inputs: Share) -> Share:
 def _check(
     layer: LinearBase, adapter: AdapterSpec, names: tuple[str, ...], inputs: Share, columns: list[Share]
 ) -> None:
+    if adapter.format.quantized and layer.tp_size > 1:
+        raise ValueError(
+            f"{layer.prefix}: {', '.join(adapter.names)} have {adapter.bits} bits, and {layer.tp_size} "
+            "processes would share their groups: set tensor_parallel_size=1, or compress the original model "
+            "with bits=16"
+        )
     if names != adapter.names:
         raise ValueError(
             f"{layer.prefix}: one adapter has {', '.join(adapter.names)}, which are no neighbours in this "
