@@ -153,8 +153,8 @@ class Piece:
         if not format.splits_at(column):
             raise CheckpointError(
                 f"{', '.join(self.adapter.names)} have one mask, rows of their own in {format.bits} bits, "
-                f"and a border at column {column}, wanted a multiple of {format.border}: compress the original "
-                "model with another group"
+                f"and a border at column {column}, wanted a multiple of {format.border}: compress the "
+                "original model with another group"
             )
 
     def _columns(self, tensor: Tensor, dim: int) -> Tensor:
