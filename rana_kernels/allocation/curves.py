@@ -6,6 +6,7 @@ square of Σ slope_i·x_i over the dropped inputs, twice the rise in loss. What 
 energy of its dropped ranks, each output weighted by how strongly the loss depends on it.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -31,14 +32,32 @@ JOINT = 1 / 1.01
 
 
 def block_curves(calibrated: CalibratedBlock, pricing: Pricing | None = None) -> list[Ways]:
-    """Return the ways to adapt each input's linears: each linear alone, or all of them jointly."""
+    """Return the ways to adapt each input's linears: each linear alone, or all of them jointly.
+
+    Joint ranks are tried where ranks are the best choice for one of the linears alone, at some cost: the
+    decomposition of stacked weights takes longest of all.
+    """
     offers = BlockOffers(calibrated, pricing or Pricing())
     curves: list[Ways] = []
     for names in calibrated.block.inputs.values():
         apart = [offers.of_linear(name) for name in names]
-        joint = [[*offers.ranks(names), *offers.neurons(names)]]
-        curves.append([apart, joint] if len(names) > 1 else [apart])
+        if len(names) == 1:
+            curves.append([apart])
+            continue
+        ranks = offers.ranks(names) if any(map(_has_best_ranks, apart)) else ()
+        curves.append([apart, [[*ranks, *offers.neurons(names)]]])
     return curves
+
+
+def _has_best_ranks(curve: Curve) -> bool:
+    """Say whether no choice without ranks costs as little as one with ranks and loses as little."""
+    least = math.inf
+    for choice in sorted(curve, key=lambda choice: (choice.cost, choice.adapter.kind == "rank")):
+        if choice.adapter.kind != "rank":
+            least = min(least, choice.error)
+        elif choice.error < least:
+            return True
+    return False
 
 
 class BlockOffers:

@@ -10,7 +10,7 @@ from vllm.distributed import tensor_model_parallel_reduce_scatter
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from rana_kernels import ops  # noqa: F401  (defines torch.ops.rana)
-from rana_kernels.integrations.vllm.weights import Pieces, Share, pieces_of
+from rana_kernels.integrations.vllm.weights import Piece, Pieces, Share, pieces_of
 from rana_kernels.model.plan import AdapterSpec
 
 
@@ -59,16 +59,25 @@ class RanaLinearMethod(LinearMethodBase):
         """Compute the output of the layer."""
         outputs, column = [], 0
         for i, piece in enumerate(self.pieces.pieces):
-            part = None if bias is None else bias[column : column + piece.width]
-            outputs.append(self._compute(layer, i, x, part))
-            column += piece.width
+            for output, width in self._parts(i, piece):
+                part = None if bias is None else bias[column : column + width]
+                outputs.append(self._compute(layer, i, output, x, part))
+                column += width
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
-    def _compute(self, layer: nn.Module, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _parts(self, index: int, piece: Piece) -> list[tuple[int | None, int]]:
+        """Return (output or None for all, width) for each op call of an adapter."""
+        if index not in self.pieces.apart:
+            return [(None, piece.width)]
+        return [(piece.first + i, column.size) for i, column in enumerate(piece.columns)]
+
+    def _compute(
+        self, layer: nn.Module, index: int, output: int | None, x: Tensor, bias: Tensor | None
+    ) -> Tensor:
         piece = self.pieces.pieces[index]
 
         def own(name: str) -> Any:
-            return self.pieces.view(getattr(layer, name), name, index)
+            return self.pieces.view(getattr(layer, name), name, index, output)
 
         if piece.adapter.kind == "dense":
             if piece.adapter.format.quantized:

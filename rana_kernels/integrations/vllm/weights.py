@@ -32,6 +32,7 @@ from rana_kernels.nn.format import Format
 MATRICES = ("B", "rows", "weight", "qweight")
 SCALES = ("B_scale", "rows_scale", "qweight_scale")
 VECTORS = ("threshold", "norms")  # float32
+ROWS = ("rows", "rows_scale")
 NAMES = (*MATRICES, *SCALES, *VECTORS)
 ALIGNED = 64  # bytes: where the weights of an adapter begin among those of others
 _NUMBERS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the outputs of a merged layer
@@ -104,6 +105,10 @@ class Piece:
         """The shapes and dtypes of the tensors that this process holds."""
         return self._tensors(self.inputs.size, self.width, self.masked.size)
 
+    def held_of(self, output: int) -> dict[str, Held]:
+        """What this process would hold if the adapter computed one output alone."""
+        return self._tensors(self.inputs.size, self.columns[output - self.first].size, self.masked.size)
+
     def stored(self, name: str, output: int) -> list[tuple[int, ...]]:
         """Return the shapes that tensor `name` of output number `output` may have in the checkpoint.
 
@@ -112,7 +117,7 @@ class Piece:
         """
         K, rows, total = self.inputs.total, self.masked.total, sum(column.total for column in self.columns)
         widths = [total]
-        if name in ("rows", "rows_scale"):
+        if name in ROWS:
             widths.append(self.columns[output - self.first].total)
         found = (self._tensors(K, width, rows).get(name) for width in widths)
         return [held.shape for held in found if held is not None]
@@ -140,22 +145,11 @@ class Piece:
             part = self._columns(self.masked.of(stored, 0), 1)
         else:
             part = self.columns[output - self.first].of(self.masked.of(stored, 0), 1)
-        if name in ("rows", "rows_scale") and part.shape != mine.shape:  # those of one output
+        if part.shape != mine.shape:  # the rows of one output
             first = sum(column.size for column in self.columns[: output - self.first])
-            self._require_border(first)
-            mine = mine.narrow(1, self._tensors(1, first, 1)[name].shape[1], part.shape[1])
+            mine = mine.narrow(1, first, part.shape[1])
         mine.copy_(part)
         return mine.numel()
-
-    def _require_border(self, column: int) -> None:
-        """Raise CheckpointError if rows that end before `column` cannot be put beside those from there on."""
-        format = self.adapter.rows_format(self.width)
-        if not format.splits_at(column):
-            raise CheckpointError(
-                f"{', '.join(self.adapter.names)} have one mask, rows of their own in {format.bits} bits, "
-                f"and a border at column {column}, wanted a multiple of {format.border}: compress the "
-                "original model with another group"
-            )
 
     def _columns(self, tensor: Tensor, dim: int) -> Tensor:
         blocks = tensor.split([column.total for column in self.columns], dim)
@@ -163,10 +157,14 @@ class Piece:
 
 
 class Pieces:
-    """The adapters of one layer in the order of its outputs, and a count of the numbers loaded so far."""
+    """The adapters of one layer in the order of its outputs, and a count of the numbers loaded so far.
+
+    apart   the numbers of those with quantised rows that are stored once for each output. They stay apart,
+            because a group of columns would belong to two outputs
+    """
 
     def __init__(self, prefix: str, pieces: list[Piece]) -> None:
-        self.prefix, self.pieces = prefix, pieces
+        self.prefix, self.pieces, self.apart = prefix, pieces, set[int]()
         self._bytes = any(piece.adapter.format.quantized for piece in pieces)
         self._loaded: dict[str, dict[tuple[int, int], int]] = {name: {} for name in NAMES}
 
@@ -179,7 +177,7 @@ class Pieces:
         self._floats = torch.float32 if scattered else dtype
         for name in NAMES:
             flat = torch.uint8 if self._in_bytes(name) else self._dtype(name)
-            data = torch.empty(self._place(name, len(self.pieces)), dtype=flat)
+            data = torch.zeros(self._place(name, len(self.pieces)), dtype=flat)
             parameter = nn.Parameter(data, requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": partial(self.load, name)})
             layer.register_parameter(name, parameter)
@@ -193,20 +191,38 @@ class Pieces:
 
     def _place(self, name: str, index: int) -> int:
         """Return where the tensor of adapter number `index` begins in the flat tensor, or where that ends."""
-        held = (piece.held[name] for piece in self.pieces[:index] if name in piece.held)
-        if not self._in_bytes(name):
-            return sum(prod(one.shape) for one in held)
-        sizes = (prod(one.shape) * (one.dtype or self._floats).itemsize for one in held)
-        return sum(-(-size // ALIGNED) * ALIGNED for size in sizes)
+        return sum(self._room(name, piece) for piece in self.pieces[:index] if name in piece.held)
 
-    def view(self, flat: Tensor, name: str, index: int) -> Tensor | None:
-        """Return the tensor of adapter number `index`, a view of the layer's flat tensor, if it has one."""
-        held = self.pieces[index].held.get(name)
+    def _room(self, name: str, piece: Piece) -> int:
+        """Return the room of one adapter in a flat tensor, whether its rows are stored apart or not."""
+        whole, apart = self._units(name, piece.held[name]), 0
+        if piece.adapter.format.quantized:
+            outputs = range(piece.first, piece.first + len(piece.columns))
+            apart = sum(self._units(name, piece.held_of(output)[name]) for output in outputs)
+        return max(whole, apart) if name in ROWS else whole
+
+    def _units(self, name: str, held: Held) -> int:
+        count = prod(held.shape)
+        if not self._in_bytes(name):
+            return count
+        return -(-count * (held.dtype or self._floats).itemsize // ALIGNED) * ALIGNED
+
+    def view(self, flat: Tensor, name: str, index: int, output: int | None = None) -> Tensor | None:
+        """Return the tensor of adapter number `index`, a view of the layer's flat tensor, if it has one.
+
+        output   that of the rows, for an adapter in `apart`
+        """
+        piece, start = self.pieces[index], self._place(name, index)
+        held = piece.held.get(name)
         if held is None:
             return None
+        if output is not None and name in ROWS:
+            before = range(piece.first, output)
+            start += sum(self._units(name, piece.held_of(other)[name]) for other in before)
+            held = piece.held_of(output)[name]
         dtype = held.dtype or self._dtype(name)
         units = prod(held.shape) * (dtype.itemsize if self._in_bytes(name) else 1)
-        return flat.narrow(0, self._place(name, index), units).view(dtype).view(held.shape)
+        return flat.narrow(0, start, units).view(dtype).view(held.shape)
 
     def load(self, name: str, flat: nn.Parameter, stored: Tensor, shard: str | int | None = None) -> None:
         """Copy this process's part of one tensor of the checkpoint. This is vLLM's `weight_loader`.
@@ -243,7 +259,10 @@ class Pieces:
                 f"{self.prefix}: {name} of {', '.join(piece.adapter.names)} has shape {tuple(stored.shape)}, "
                 f"wanted {wanted[0] if wanted else 'none'} by the plan"
             )
-        mine = self.view(flat.data, name, index)
+        is_apart = tuple(stored.shape) != wanted[0] and piece.adapter.format.quantized
+        if is_apart:
+            self.apart.add(index)
+        mine = self.view(flat.data, name, index, output if is_apart else None)
         assert mine is not None, "its shapes are those wanted"
         self._loaded[name][index, output] = piece.fill(name, mine, stored, output)
 
@@ -252,7 +271,7 @@ class Pieces:
         scale finite.
         """
         for name in NAMES:
-            wanted = sum(prod(piece.held[name].shape) for piece in self.pieces if name in piece.held)
+            wanted = sum(self._count(name, i) for i in range(len(self.pieces)))
             found = sum(self._loaded[name].values())
             if found != wanted:
                 raise CheckpointError(f"{self.prefix}: {found} of {wanted} numbers of {name} were loaded")
@@ -262,6 +281,14 @@ class Pieces:
         for name in SCALES:
             if not layer.get_parameter(name).isfinite().all():
                 raise CheckpointError(f"{self.prefix}: {name} has values that are not finite")
+
+    def _count(self, name: str, index: int) -> int:
+        """Return how many numbers adapter number `index` has in the checkpoint."""
+        piece = self.pieces[index]
+        if name in ROWS and index in self.apart:
+            outputs = range(piece.first, piece.first + len(piece.columns))
+            return sum(prod(piece.held_of(output)[name].shape) for output in outputs)
+        return prod(piece.held[name].shape) if name in piece.held else 0
 
 
 def pieces_of(
