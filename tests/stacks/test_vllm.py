@@ -191,7 +191,8 @@ def test_bits_of_linears_in_one_layer_may_differ(tmp_path):
 
 
 def test_quantised_weights_are_not_shared_out():
-    from rana_kernels.integrations.vllm.weights import Share, pieces_of
+    from rana_kernels.integrations.vllm.pieces import Share
+    from rana_kernels.integrations.vllm.weights import pieces_of
 
     layer = SimpleNamespace(prefix="layers.0.o_proj", tp_rank=0, tp_size=2)
     adapter = AdapterSpec("neuron", ("o_proj",), 64, (64,), 64, 16, 0.0, bits=4, group=32)
@@ -275,7 +276,8 @@ def run_processes(place: Path, out: Path) -> torch.Tensor:
 
 
 def test_ranks_must_be_divisible():
-    from rana_kernels.integrations.vllm.weights import Share, pieces_of
+    from rana_kernels.integrations.vllm.pieces import Share
+    from rana_kernels.integrations.vllm.weights import pieces_of
 
     layer = SimpleNamespace(prefix="layers.0.o_proj", tp_rank=0, tp_size=3)
     adapter = AdapterSpec("rank", ("o_proj",), 96, (64,), 32, 16, 0.0)

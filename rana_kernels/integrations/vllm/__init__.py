@@ -2,7 +2,7 @@
 
 For vLLM, "rana" is a quantization method, which the checkpoint's config names. vLLM's models merge linears
 that read the same input (q, k and v; gate and up). One layer of vLLM therefore holds several of our adapters
-(`weights.py`) and computes them one after the other (`method.py`).
+(`pieces.py`, `weights.py`) and computes them one after the other (`method.py`).
 """
 
 from __future__ import annotations

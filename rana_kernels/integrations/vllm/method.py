@@ -10,7 +10,8 @@ from vllm.distributed import tensor_model_parallel_reduce_scatter
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from rana_kernels import ops  # noqa: F401  (defines torch.ops.rana)
-from rana_kernels.integrations.vllm.weights import Piece, Pieces, Share, pieces_of
+from rana_kernels.integrations.vllm.pieces import Piece, Share
+from rana_kernels.integrations.vllm.weights import Pieces, pieces_of
 from rana_kernels.model.plan import AdapterSpec
 
 
