@@ -311,4 +311,5 @@ def compiled() -> dict:
     return {"ext_modules": [*stable, *host_module()], "cmdclass": build_command()}
 
 
-setup(**compiled())
+if __name__ == "__main__":
+    setup(**compiled())
