@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import rana_kernels as rana
-from hub_kernel.tree import NAME, write_tree
+from hub_kernel.tree import write_tree
 from hub_kernel.variant import build_variant
 from rana_kernels.nn.dense import DenseLinear
 from rana_kernels.ops import reference
@@ -67,9 +67,7 @@ def test_kernelize_puts_the_layers_into_a_compressed_model(repository, kernel, b
     for name, module in [*used.items(), ("Linear", nn.Linear), ("Linear", DenseLinear)]:
         monkeypatch.setattr(module, "kernel_layer_name", None, raising=False)
         kernels.replace_kernel_forward_from_hub(module, name)
-        mapping[name] = {
-            "cpu": kernels.LocalLayerRepository(repo_path=repository, package_name=NAME, layer_name=name)
-        }
+        mapping[name] = {"cpu": kernels.LocalLayerRepository(repository, layer_name=name)}
     with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
         kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cpu")
     replaced = [m for m in model.modules() if m.forward.__func__.__module__ == f"{kernel.__name__}.layers"]
