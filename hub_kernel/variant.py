@@ -57,9 +57,13 @@ def compile_library(tree: Path, identifier: str, target: Path) -> None:
     macros |= {"CPU_KERNEL": "1", "Py_LIMITED_API": PYTHON_ABI}
     flags = [*setup.COMPILE, *setup.QUIET]
     library = CppExtension(identifier, [], define_macros=[*macros.items()], extra_compile_args=flags)
-    compiler, (linker, *options) = setup.compile_command(library), setup.link_command(library)
+    compiler = setup.compile_command(library)
     written = [tree / "csrc" / "cpu" / f"for_{name}.cpp" for name in SETS]
-    sources = [tree / "torch-ext" / "torch_binding.cpp", *filter(Path.exists, written)]
+    sources = [
+        tree / "torch-ext" / "torch_binding.cpp",
+        tree / setup.GLIBC_CPP,
+        *filter(Path.exists, written),
+    ]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(setup.jobs()) as pool:
         objects = [f"{folder}/{source.stem}.o" for source in sources]
 
@@ -67,7 +71,7 @@ def compile_library(tree: Path, identifier: str, target: Path) -> None:
             subprocess.run([*compiler, "-c", source, "-o", output], check=True)
 
         list(pool.map(compile_one, sources, objects))
-        subprocess.run([linker, *objects, *options, "-o", target], check=True)
+        subprocess.run([*setup.link_command(library, objects), "-o", target], check=True)
 
 
 def complete(folder: Path, identifier: str) -> None:
