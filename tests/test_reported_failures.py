@@ -135,6 +135,13 @@ def test_text_that_says_nothing_is_refused(text, message):
     refused(make_model(), message, text=text)
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+def test_rows_that_are_all_the_same_are_enough(bits):
+    """The moment of such text has rank 1, and GPTQ has to invert it."""
+    model = compress(make_model(), [torch.full((3, 40), 7)], bits=bits)
+    assert logits(model).isfinite().all()
+
+
 def test_fewer_tokens_than_the_hidden_size_are_enough():
     assert logits(compress(make_model(), [tokens(1, 5)], bits=4)).isfinite().all()
 
