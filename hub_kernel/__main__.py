@@ -9,7 +9,7 @@ from hub_kernel.variant import build_variant
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hub_kernel", description=__doc__)
-    parser.add_argument("output", type=Path, help="the folder to write; an older tree there is removed")
+    parser.add_argument("output", type=Path, help="the folder to write; an older tree there is replaced")
     parser.add_argument(
         "--build", action="store_true", help="compile the CPU variant too, which takes minutes"
     )

@@ -18,7 +18,7 @@ from setup import INSTRUCTION_SETS
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = Path(__file__).parent / "shipped"
-NAME = "rana_kernels"
+NAME, REPOSITORY = "rana_kernels", "rana-kernels"  # of the Python package, and as the Hub writes it
 VERSION = 0  # of the functions and layers; 0 promises nothing about the next one
 BASELINE = "baseline"  # of every processor, x86 or not
 SETS = tuple(INSTRUCTION_SETS["x86_64"])
@@ -29,15 +29,18 @@ OWN_REGISTRATION = r"STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, \1, m)\2" +
 
 
 def write_tree(folder: Path, sets: Iterable[str] = SETS) -> Path:
-    """Write the tree into `folder` and return it. An older tree there is removed.
+    """Write the tree into `folder` and return it. An older tree there is replaced, but for files of others.
 
     sets   the instruction sets of x86-64 that get CPU ops of their own, beside the baseline
 
     Raises ValueError for a folder that holds something else.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "build.toml").exists():
-        raise ValueError(f"{folder} holds something other than a kernel repository: name a new folder")
-    shutil.rmtree(folder, ignore_errors=True)
+    toml = folder / "build.toml"
+    ours = toml.is_file() and f'name = "{REPOSITORY}"' in toml.read_text()
+    if folder.exists() and any(folder.iterdir()) and not ours:
+        raise ValueError(f"{folder} holds something other than this kernel repository: name a new folder")
+    for part in ("build", "csrc", "torch-ext"):
+        shutil.rmtree(folder / part, ignore_errors=True)
     # from the least to the best
     sets = [name for name in SETS if name == BASELINE or name in sets]
     _write_python(folder / "torch-ext" / NAME)
@@ -48,7 +51,7 @@ def write_tree(folder: Path, sets: Iterable[str] = SETS) -> Path:
     shutil.copy(SHIPPED / "torch_binding.cpp", folder / "torch-ext")
     for name in ("CARD.md", "flake.nix"):
         shutil.copy(SHIPPED / name, folder)
-    (folder / "build.toml").write_text(_build_toml(folder, sets))
+    toml.write_text(_build_toml(folder, sets))
     return folder
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch.utils.cpp_extension import CppExtension
 
 import setup
-from hub_kernel.tree import NAME, SETS, SHIPPED, VERSION
+from hub_kernel.tree import NAME, REPOSITORY, SETS, SHIPPED, VERSION
 
 OPS_PY = '''"""The namespace of this build."""
 
@@ -90,7 +90,7 @@ def metadata(folder: Path, identifier: str) -> dict:
         if path.suffix in (".py", ".so")
     }
     return {
-        "name": NAME.replace("_", "-"),
+        "name": REPOSITORY,
         "id": identifier,
         "version": VERSION,
         "license": "Apache-2.0",

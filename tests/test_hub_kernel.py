@@ -113,11 +113,21 @@ def test_build_toml_lists_the_files_that_are_there(tree):
     assert compiled == [f"csrc/cpu/for_{name}.cpp" for name in INSTRUCTION_SETS["x86_64"]]
 
 
-def test_a_folder_of_something_else_is_not_emptied(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something other than a kernel repository"):
+@pytest.mark.parametrize("name", ["thesis.txt", "build.toml"])
+def test_a_folder_of_something_else_is_not_touched(name, tmp_path):
+    (tmp_path / name).write_text('name = "years-of-work"')
+    with pytest.raises(ValueError, match="holds something other than this kernel repository"):
         write_tree(tmp_path)
-    assert (tmp_path / "thesis.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_older_tree_is_replaced_and_its_git_repository_stays(tmp_path):
+    tree = write_tree(tmp_path / "tree")
+    for name in (".git/config", "csrc/gone.h"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_text("")
+    write_tree(tree)
+    assert (tree / ".git/config").exists() and not (tree / "csrc/gone.h").exists()
 
 
 def test_metadata_says_what_the_variant_is(kernel):
