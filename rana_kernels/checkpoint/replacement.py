@@ -15,7 +15,7 @@ def check_target(directory: str | os.PathLike) -> None:
 
     It is a FileExistsError if something else than an older checkpoint would be destroyed.
     """
-    place = Path(directory)
+    place = Path(directory).resolve()
     if place.exists() and not (place / MANIFEST).is_file() and not (place.is_dir() and _is_empty(place)):
         raise FileExistsError(
             f"{place} is there and no rana checkpoint (it has no {MANIFEST}): it is not overwritten. "
@@ -23,7 +23,12 @@ def check_target(directory: str | os.PathLike) -> None:
         )
     if place.is_mount():
         raise OSError(f"{place} is a mount point, which cannot be replaced: give a new directory within it")
-    check_writable(place.resolve().parent)
+    if place.is_dir() and Path.cwd().is_relative_to(place):
+        raise OSError(
+            f"{place} is the working directory or holds it, and is replaced as a whole: give a "
+            "directory within it, or change to another one first"
+        )
+    check_writable(place.parent)
 
 
 def _is_empty(place: Path) -> bool:

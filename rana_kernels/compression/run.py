@@ -15,7 +15,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rana_kernels.allocation.cost import reduction
@@ -54,9 +53,10 @@ from rana_kernels.statistics.tensors import block_tensors, with_threshold
 from rana_kernels.system.files import check_writable
 from rana_kernels.system.huge_pages import use_huge_pages
 from rana_kernels.system.progress import track
+from rana_kernels.system.torch_state import plain_torch
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def compress(
     model: nn.Module,
     calibration: Iterable | None = None,

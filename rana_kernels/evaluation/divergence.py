@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rana_kernels.model.logits import Logits
-from rana_kernels.model.positions import require_rows
+from rana_kernels.model.positions import require_ids, require_rows
 from rana_kernels.system.progress import track
 
 
@@ -36,6 +36,7 @@ def divergence(
     Raises ValueError for rows that are longer than the model's positions.
     """
     require_rows(model, input_ids.shape[1], "divergence: input_ids")
+    require_ids(model, input_ids, "divergence: input_ids")
     kl = agreed = 0.0
     for part in track(input_ids.split(batch), "comparing predictions", progress):
         expected, found = (_logits(each, part) for each in (dense, model))

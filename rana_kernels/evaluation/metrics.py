@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rana_kernels.evaluation.live import LiveCount, count_live
 from rana_kernels.model.logits import Logits
-from rana_kernels.model.positions import require_rows
+from rana_kernels.model.positions import require_ids, require_rows
 from rana_kernels.system.progress import track
 
 
@@ -53,6 +53,7 @@ def token_losses(model: nn.Module, input_ids: Tensor, *, batch: int = 4, progres
     if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] < 2:
         raise ValueError(f"perplexity: input_ids has shape {list(input_ids.shape)}, wanted [n, T], T >= 2")
     require_rows(model, input_ids.shape[1], "perplexity: input_ids")
+    require_ids(model, input_ids, "perplexity: input_ids")
     found = []
     for ids in _batches(model, input_ids, batch, "measuring perplexity", progress):
         logits = Logits(model, ids)

@@ -16,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.checkpoint.manifest import weights_variant, write_manifest
+from rana_kernels.integrations import resizing  # noqa: F401  (what transformers resizes)
 from rana_kernels.model.plan import Plan
 
 

@@ -58,9 +58,38 @@ def _is_a(module: nn.Module, kind: str) -> bool:
 
 
 def require_dense(model: nn.Module, blocks: list[Block]) -> None:
-    """Raise ValueError unless the linears of `blocks` are plain floats, and the whole model is in memory."""
-    refuse_quantized(model, (name for block in blocks for name in block.linears))
+    """Raise ValueError unless the linears of `blocks` are plain floats, and each is used in one place.
+
+    Also unless the whole model is in memory, and its weights are finite.
+    """
+    names = [name for block in blocks for name in block.linears]
+    refuse_quantized(model, names)
+    _refuse_shared(model, names)
     require_in_memory(model)
+    _require_finite(model)
+
+
+def _refuse_shared(model: nn.Module, names: list[str]) -> None:
+    """Raise ValueError if two linears are one module: each place needs a mask of its own."""
+    places: dict[nn.Module, str] = {}
+    for name in names:
+        first = places.setdefault(model.get_submodule(name), name)
+        if first != name:
+            raise ValueError(
+                f"{first} and {name} are one module, which layers share, wanted a module for each: copy it "
+                "(copy.deepcopy), so that each layer gets masks of its own"
+            )
+
+
+def _require_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            extremes = torch.stack(torch.aminmax(parameter.detach()))
+            if not extremes.isfinite().all():
+                raise ValueError(
+                    f"{name} holds values that are not finite, wanted finite weights: its file is damaged, "
+                    "or the weights overflowed when they became 16-bit numbers"
+                )
 
 
 def require_in_memory(model: nn.Module) -> None:

@@ -232,12 +232,15 @@ def decoder_paths(model: nn.Module) -> list[str]:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """Return all transformer blocks of `model`, first to last."""
+    """Return all transformer blocks of `model`, first to last. Raise ValueError if there are none."""
     known, decoder = architecture(model), decoder_name(model)
     layers = ".".join(filter(None, [decoder, known.layers]))
     config = getattr(model, "config", None)
     activation = ACTIVATIONS.get(getattr(config, known.activation, known.activation))
-    children = list(model.get_submodule(layers).named_children())
+    # not named_children: that leaves out a layer that is there twice
+    children = [(name, layer) for name, layer in model.get_submodule(layers)._modules.items() if layer]
+    if not children:
+        raise ValueError(f"{type(model).__name__} has no layers in {layers}, wanted at least one")
     return [
         _block(_without_experts(known, layer), f"{layers}.{name}", i, activation)
         for i, (name, layer) in enumerate(children)

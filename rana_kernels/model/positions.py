@@ -1,8 +1,9 @@
-"""The positions of a model: how many tokens of one text it takes, and the check of what is given to it."""
+"""The text that a model takes: how many tokens, of which vocabulary. The checks of what is given to it."""
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def positions_of(model: nn.Module) -> int | None:
@@ -32,3 +33,25 @@ def require_rows(model: nn.Module, length: int, what: str) -> None:
             f"{what} has rows of {length} tokens, wanted at most {limit}, the positions of "
             f"{type(model).__name__}: cut them into shorter rows"
         )
+
+
+def require_ids(model: nn.Module, input_ids: Tensor, what: str) -> None:
+    """Raise ValueError if a token id has no embedding. `what` is the subject of the message."""
+    known = vocabulary_of(model)
+    if known is None or not input_ids.numel():
+        return
+    low, high = (int(bound) for bound in torch.aminmax(input_ids))
+    if low < 0 or high >= known:
+        raise ValueError(
+            f"{what} has token {low if low < 0 else high}, wanted 0 to {known - 1}, the vocabulary of "
+            f"{type(model).__name__}: tokenise the text with the tokenizer of this model"
+        )
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """Return the number of embeddings of the model, or None for a model of somebody's own."""
+    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        return getattr(find(), "num_embeddings", None)
+    except NotImplementedError:
+        return None

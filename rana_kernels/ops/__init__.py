@@ -21,10 +21,10 @@ torch.compile. `schemas.py` lists them, `reference.py` specifies them in plain P
 `rana_kernels.backends` holds the faster implementations.
 """
 
-import torch
 from torch import Tensor
 
 from rana_kernels.ops import registration
+from rana_kernels.ops._ops import ops
 from rana_kernels.ops.schemas import SCHEMAS
 
 __all__ = ["SCHEMAS", "linear", "masked_linear", "masked_lowrank_linear", "masked_mlp"]
@@ -46,7 +46,7 @@ def masked_linear(
     h [..., R] · rows [R, N] · threshold [] or [R] · norms [R] · bias [N]
     rows_scale [R, groups] -> y [..., N]
     """
-    return torch.ops.rana.masked_linear.default(h, rows, threshold, norms, bias, rows_scale)
+    return ops.masked_linear.default(h, rows, threshold, norms, bias, rows_scale)
 
 
 def masked_lowrank_linear(
@@ -63,7 +63,7 @@ def masked_lowrank_linear(
     x [..., K] · B [R, K] · rows [R, N] · threshold [] or [R] · bias [N]
     B_scale, rows_scale [R, groups] -> y [..., N]
     """
-    return torch.ops.rana.masked_lowrank_linear.default(x, B, rows, threshold, bias, B_scale, rows_scale)
+    return ops.masked_lowrank_linear.default(x, B, rows, threshold, bias, B_scale, rows_scale)
 
 
 def masked_mlp(
@@ -99,7 +99,7 @@ def masked_mlp(
     Without B, up and gate are neuron adapters with one mask on x: up_rows, gate_rows [K, I] ·
     threshold [] or [K] · norms [K] or None.
     """
-    return torch.ops.rana.masked_mlp.default(
+    return ops.masked_mlp.default(
         x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias, down_rows, down_norms, down_threshold,
         down_bias, activation, B_scale, up_scale, gate_scale, down_scale,
     )  # fmt: skip
@@ -115,4 +115,4 @@ def linear(
     lm_head uses this op, and so do linears that stay dense beside adapters. On CUDA, many tokens go through
     torch's own matrix product.
     """
-    return torch.ops.rana.linear.default(x, weight, bias, weight_scale)
+    return ops.linear.default(x, weight, bias, weight_scale)

@@ -5,6 +5,9 @@ and rounds each gradient once. It consists of plain torch ops, so it runs on any
 Quantised weights and their scales get no gradient.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -34,28 +37,30 @@ def _affine(z: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
+_ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "relu": lambda grad, h: grad * (h > 0),
+    "relu2": lambda grad, h: grad * 2 * h.relu(),
+}
+
+
 def _activation_gradient(grad: Tensor, h: Tensor, activation: str) -> Tensor:
-    aten = torch.ops.aten
-    match activation:
-        case "silu":
-            return aten.silu_backward(grad, h)
-        case "gelu":
-            return aten.gelu_backward(grad, h)
-        case "gelu_tanh":
-            return aten.gelu_backward(grad, h, approximate="tanh")
-        case "relu":
-            return grad * (h > 0)
-        case "relu2":
-            return grad * 2 * h.relu()
-    raise ValueError(f"activation is {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+    if activation not in _ACTIVATION_GRADIENTS:
+        raise ValueError(f"activation is {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+    return _ACTIVATION_GRADIENTS[activation](grad, h)
 
 
 def _like(gradients: list[Tensor | None], inputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Give each gradient the shape and dtype of its input. Absent and quantised inputs get None."""
-    return tuple(
-        None if g is None or t is None or is_quantized(t) else g.reshape(t.shape).to(t.dtype)
-        for g, t in zip(gradients, inputs, strict=True)
-    )
+
+    def like(gradient: Tensor | None, t: Tensor | None) -> Tensor | None:
+        if gradient is None or t is None or is_quantized(t):
+            return None
+        return gradient.reshape(t.shape).to(t.dtype)
+
+    return tuple(map(like, gradients, inputs))
 
 
 def save(ctx, inputs, output) -> None:

@@ -5,6 +5,7 @@ Quantised weights are dequantised, which is exact in float32.
 float64 inputs stay in float64, so that tests can compare gradients with finite differences.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,6 +17,14 @@ from rana_kernels.ops.checks import widen
 from rana_kernels.ops.mlp import combine, gate_ranks
 from rana_kernels.ops.quantized import dequantize
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda h: F.relu(h).square(),
+}
+
 
 def keep(h: Tensor, threshold: Tensor, norms: Tensor | None = None) -> Tensor:
     """Return the mask, [..., R] bool: False where `|h|·norms < threshold`. NaN is therefore kept."""
@@ -25,18 +34,9 @@ def keep(h: Tensor, threshold: Tensor, norms: Tensor | None = None) -> Tensor:
 
 def activate(h: Tensor, activation: str) -> Tensor:
     """Apply the pointwise nonlinearity of an MLP. `activation` is a name that `masked_mlp` accepts."""
-    match activation:
-        case "silu":
-            return F.silu(h)
-        case "gelu":
-            return F.gelu(h)
-        case "gelu_tanh":
-            return F.gelu(h, approximate="tanh")
-        case "relu":
-            return F.relu(h)
-        case "relu2":
-            return F.relu(h).square()
-    raise ValueError(f"activation is {activation!r}, wanted one of {', '.join(checks.ACTIVATIONS)}")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}, wanted one of {', '.join(checks.ACTIVATIONS)}")
+    return _ACTIVATIONS[activation](h)
 
 
 def masked_linear(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rana_kernels.ops import checks, gradients, reference
+from rana_kernels.ops._ops import add_op_namespace_prefix, ops
 from rana_kernels.ops.schemas import SCHEMAS
 
 # These arguments have one dtype for every dtype of the input. Autocast does not convert them.
@@ -24,22 +25,20 @@ def _fake(name: str):
 
 
 def _argument_names(name: str) -> list[str]:
-    return [a.name for a in getattr(torch.ops.rana, name).default._schema.arguments]
+    return [a.name for a in getattr(ops, name).default._schema.arguments]
 
 
 def _autocast(name: str, device: str):
     """Return the op for autocast: it converts the input and float weights, and no other argument."""
-    op = getattr(torch.ops.rana, name).default
+    op = getattr(ops, name).default
     key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-    names = _argument_names(name)
+    fixed = [n in _FIXED_ARGUMENTS for n in _argument_names(name)]
 
     def kernel(*args):
         dtype = torch.get_autocast_dtype(device)
         cast = [
-            a.to(dtype)
-            if isinstance(a, Tensor) and a.is_floating_point() and n not in _FIXED_ARGUMENTS
-            else a
-            for n, a in zip(names, args, strict=False)
+            a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and not fixed[i] else a
+            for i, a in enumerate(args)
         ]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return op(*cast)
@@ -49,13 +48,16 @@ def _autocast(name: str, device: str):
 
 def register() -> torch.library.Library:
     """Define every op of `SCHEMAS`. The registrations live as long as the library that is returned."""
-    library = torch.library.Library("rana", "DEF")
+    library = torch.library.Library(ops.name, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"rana::{name}", _fake(name), lib=library)
+        torch.library.register_fake(add_op_namespace_prefix(name), _fake(name), lib=library)
         torch.library.register_autograd(
-            f"rana::{name}", getattr(gradients, name), setup_context=gradients.save, lib=library
+            add_op_namespace_prefix(name),
+            getattr(gradients, name),
+            setup_context=gradients.save,
+            lib=library,
         )
         library.impl(name, _autocast(name, "cpu"), "AutocastCPU")
         library.impl(name, _autocast(name, "cuda"), "AutocastCUDA")

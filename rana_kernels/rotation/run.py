@@ -14,6 +14,7 @@ from rana_kernels.rotation.stream import Stream, absorb, find_stream, scales_of
 from rana_kernels.statistics.block import CalibratedBlock
 from rana_kernels.statistics.calibration import Stats, calibrate_blocks
 from rana_kernels.system.progress import track
+from rana_kernels.system.torch_state import plain_torch
 
 TOKENS = 8192  # of a calibration are enough to learn from
 
@@ -31,7 +32,7 @@ class Rotation:
     gain: float
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def rotate(
     model: nn.Module, calibration: Iterable, *, steps: int = STEPS, seed: int = 0, progress: bool = True
 ) -> Rotation:

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from rana_kernels.model.admission import admit, require_dense
 from rana_kernels.model.architectures import Block, decoder_name, find_blocks, is_described
 from rana_kernels.model.head import head_block
 from rana_kernels.model.hooks import alone, of_this_thread
-from rana_kernels.model.positions import require_rows
+from rana_kernels.model.positions import require_ids, require_rows
 from rana_kernels.statistics.fisher import Derivatives, sequences
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
 from rana_kernels.statistics.sampling import Sampler
 from rana_kernels.system.progress import track
+from rana_kernels.system.torch_state import plain_torch
 
 INPUTS = ("qkv", "o", "mlp", "down")  # of the blocks
 ALL_INPUTS = (*INPUTS, "lm_head")
@@ -108,7 +110,7 @@ class _Batch:
     take: Tensor
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def calibrate(
     model: nn.Module,
     calibration: Iterable,
@@ -196,6 +198,8 @@ def calibrate_blocks(
     if sampler.seen == 0:
         raise ValueError("calibrate: the calibration holds no tokens, wanted an iterable of input_ids")
     sums.require_same(digest.digest(), items)
+    if fisher and fisher.tokens == 0:
+        raise ValueError("calibrate: no row has two tokens, wanted longer rows: the loss needs a next token")
     for found in stats.inputs.values():
         sums.reduce(found.moment)
     sampler.merge([found.sample for found in stats.inputs.values()], sums)
@@ -227,7 +231,7 @@ def _wanted(inputs: Iterable[str]) -> tuple[str, ...]:
 
 
 def _batches(model: nn.Module, calibration: Iterable, progress: bool) -> Iterator[dict]:
-    if isinstance(calibration, Tensor | Mapping | str):
+    if isinstance(calibration, Tensor | Mapping | str | PathLike):
         raise ValueError(
             f"calibrate: the calibration is one {type(calibration).__name__}, wanted an iterable of "
             "input_ids tensors or of dicts of model inputs: put it in a list"
@@ -247,11 +251,12 @@ def _batch(model: nn.Module, item: object, i: int) -> dict:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         has = f"dtype {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
         raise ValueError(f"calibrate: input_ids of item {i} has {has}, wanted a tensor of integers")
-    if ids.dim() not in (1, 2):
+    if ids.dim() not in (1, 2) or ids.shape[-1] == 0:
         raise ValueError(
-            f"calibrate: input_ids of item {i} has shape {list(ids.shape)}, wanted [T] or [batch, T]"
+            f"calibrate: input_ids of item {i} has shape {list(ids.shape)}, wanted [T] or [batch, T], T > 0"
         )
     require_rows(model, ids.shape[-1], f"calibrate: input_ids of item {i}")
+    require_ids(model, ids, f"calibrate: input_ids of item {i}")
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(

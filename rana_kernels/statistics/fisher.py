@@ -76,6 +76,8 @@ class Derivatives:
 
             def loss(_row: int, part: slice, logits: Tensor) -> Tensor:
                 wide, after = logits[: len(follows[part])].float(), follows[part]
+                if not wide.isfinite().all():
+                    raise ValueError("calibrate: the logits hold values that are not finite")
                 labels = chosen(wide.detach(), chances[part]).masked_fill(after == 0, -100)
                 # with a sum, the derivative of a token does not depend on the number of tokens
                 return F.cross_entropy(wide, labels, ignore_index=-100, reduction="sum")
