@@ -211,6 +211,21 @@ def test_a_cache_is_given_back_and_goes_on(steps):
     assert torch.equal(cropped.keys[:, :, :11], held) and not cropped.keys[:, :, 11:].ne(1).any()
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_cache_is_written_in_other_modes(mode, steps):
+    """A cache that was made in inference mode goes on outside of it, and the other way round."""
+    model = quickened(wide_model())
+    cache = DynamicCache(config=model.config)
+    given = {CACHE: cache, "use_cache": True}
+    with mode():
+        model(PROMPT, **given)
+        model(input_ids=tokens(1, 1), **given)
+    with torch.no_grad() if mode is torch.inference_mode else torch.inference_mode():
+        for length in (1, 2, 1):
+            logits = model(input_ids=tokens(1, length), **given).logits
+    assert cache.get_seq_length() == 9 + 5 and logits.isfinite().all() and len(steps) == 3
+
+
 def test_models_without_a_step_say_so(capsys, steps):
     model = wide_model("GPT2")
     wanted = model.generate(PROMPT, max_new_tokens=5, **GREEDY)

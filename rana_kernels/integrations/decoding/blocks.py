@@ -23,12 +23,24 @@ def decode(
     decoder = model.model
     x = decoder.embed_tokens(input_ids)
     rotation = decoder.rotary_emb(x, positions.expand(len(x), 1))
-    delta = None
+    for layer in layers:
+        layer.reserve()
+    x = _through_blocks(decoder, x, rotation, seen, layers)
+    return model.lm_head(x)
+
+
+# In inference mode our ops are called without the Python that would record derivatives. What outlives a step
+# is made outside, because such tensors could not be written to later.
+@torch.inference_mode()
+def _through_blocks(
+    decoder: Any, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor | None, layers: list[GrowingLayer]
+) -> Tensor:
+    x, delta = x.clone(), None
     for block, layer in zip(decoder.layers, layers, strict=True):
         normal = _normalize(block.input_layernorm, x, delta)
         delta = _attend(block.self_attn, normal, rotation, seen, layer)
         delta = block.mlp(_normalize(block.post_attention_layernorm, x, delta))
-    return model.lm_head(_normalize(decoder.norm, x, delta))
+    return _normalize(decoder.norm, x, delta)
 
 
 def _normalize(norm: Any, x: Tensor, delta: Tensor | None = None) -> Tensor:
@@ -45,8 +57,6 @@ def _attend(
         q = _normalize(attention.q_norm, q.reshape(heads)).flatten(-2)
         k = _normalize(attention.k_norm, k.reshape(heads)).flatten(-2)
     keys, values = layer.rooms()
-    keys.reserve(1)
-    values.reserve(1)
     y = torch.ops.rana_between.attend(
         q, k, v, *rotation, seen, keys.memory, values.memory, keys.length, attention.scaling
     )

@@ -5,6 +5,7 @@ The cache that transformers makes by default copies all its keys and values for 
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -22,9 +23,10 @@ class Room:
         return self.memory.narrow(2, 0, self.length)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for so many more tokens. What is held is copied if there is none."""
+        """Make room for so many more tokens. What is held is copied if there is none, or if it is frozen."""
         length = self.length + tokens
-        if length > self.memory.shape[2] or not self.memory.is_contiguous():
+        frozen = self.memory.is_inference() and not torch.is_inference_mode_enabled()
+        if length > self.memory.shape[2] or not self.memory.is_contiguous() or frozen:
             batch, heads, _, D = self.memory.shape
             memory = self.memory.new_empty(batch, heads, length + max(SPARE, length // 2), D)
             memory.narrow(2, 0, self.length).copy_(self.held())
@@ -65,11 +67,16 @@ class GrowingLayer(DynamicLayer):
             raise RuntimeError("GrowingLayer: it is empty, wanted a prompt to be read first")
         return self.key_room, self.value_room
 
+    def reserve(self, tokens: int = 1) -> None:
+        """Make room for so many more tokens."""
+        for room in self.rooms():
+            room.reserve(tokens)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **given: Any) -> tuple:
         if self.key_room is None or self.get_seq_length() == 0:
             return super().update(key_states, value_states, *args, **given)
+        self.reserve(key_states.shape[2])
         for room, new in zip(self.rooms(), (key_states, value_states), strict=True):
-            room.reserve(new.shape[2])
             room.memory.narrow(2, room.length, new.shape[2]).copy_(new)
             room.length += new.shape[2]
         return self.keys, self.values

@@ -5,6 +5,7 @@ model spends in the ops. Sampling, streaming and stopping stay with `generate`, 
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -68,7 +69,7 @@ def _require_step(model: PreTrainedModel) -> None:
 
 
 def _with_step(forward: Callable) -> Callable:
-    @functools.wraps(forward)  # transformers reads its signature
+    @functools.wraps(forward)
     def step_or_forward(model: Any, *args: Any, **given: Any) -> Any:
         if args or not _is_step(model, given):
             return forward(model, *args, **given)
@@ -84,6 +85,8 @@ def _with_step(forward: Callable) -> Callable:
         output[name] = given[name]
         return output
 
+    # transformers asks for it in every step, and would follow `__wrapped__` each time
+    step_or_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return step_or_forward
 
 
