@@ -131,11 +131,12 @@ def _rounded(model: PreTrainedModel, kind: str) -> PreTrainedModel:
 
 def _torchao(model: PreTrainedModel, bits: int) -> tuple[PreTrainedModel, int]:
     """Return the model with torchao's weights in 8 or 4 bits, and the bytes of its linears."""
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    four = {"group_size": widths.GROUP, "int4_packing_format": "opaque"}
     made, weights = twin(model), sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    quantize_(made, Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig(**four))
+    four = PrototypeInt4WeightOnlyConfig(group_size=widths.GROUP)  # its format for a CPU
+    quantize_(made, Int8WeightOnlyConfig() if bits == 8 else four)
     return made, weights if bits == 8 else weights * 5 // 8  # a step and a zero point of 16 bits for 32
 
 
