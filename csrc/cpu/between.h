@@ -48,16 +48,22 @@ void rotate(const T* x, const T* cos, const T* sin, int64_t D, T* y) {
   }
 }
 
-// scores[l] = scale · q·keys[l] for `length` keys, which are D elements apart. Where seen[l] is 0, it is -inf.
+// So many queries read keys and values together.
+constexpr int64_t kQueries = 4;
+
+// scores[j][l] = scale · q[j]·keys[l] for `length` keys, which are D elements apart; queries are in whole chunks. Where
+// seen[l] is 0, it is -inf.
 template <class T>
-void score(const T* q, const T* keys, int64_t length, int64_t D, float scale, const bool* seen, float* scores) {
+void score(const Chunk* q, const T* keys, int64_t length, int64_t D, float scale, const bool* seen, float* scores) {
+  const int64_t chunks = chunks_of(D);
   for (int64_t l = 0; l < length; l++) {
-    Vec products{};
-    for (int64_t i = 0; i < D; i += kChunk) {
-      const Chunk a = load_first(q + i, D - i), b = load_first(keys + l * D + i, D - i);
-      products += a.lo * b.lo + a.hi * b.hi;
+    Vec products[kQueries] = {};
+    for (int64_t c = 0; c < chunks; c++) {
+      const Chunk key = load_first(keys + l * D + c * kChunk, D - c * kChunk);
+      for (int64_t j = 0; j < kQueries; j++) products[j] = multiply_add(products[j], q[j * chunks + c], key);
     }
-    scores[l] = seen && !seen[l] ? -INFINITY : scale * sum(products);
+    for (int64_t j = 0; j < kQueries; j++)
+      scores[j * length + l] = seen && !seen[l] ? -INFINITY : scale * sum(products[j]);
   }
 }
 
@@ -76,17 +82,19 @@ inline void softmax(float* scores, int64_t length) {
   for (int64_t l = 0; l < length; l++) scores[l] /= total;
 }
 
-// y = the sum of `length` values, D elements apart, each by its share.
+// y[j] = the sum of `length` values, D elements apart, each by its share[j], for the first `count` of kQueries queries.
 template <class T>
-void mix(const float* shares, const T* values, int64_t length, int64_t D, T* y) {
+void mix(const float* shares, const T* values, int64_t length, int64_t D, int64_t count, T* y) {
   for (int64_t i = 0; i < D; i += kChunk) {
-    Chunk total{};
+    Chunk totals[kQueries] = {};
     for (int64_t l = 0; l < length; l++) {
       const Chunk v = load_first(values + l * D + i, D - i);
-      total.lo += shares[l] * v.lo;
-      total.hi += shares[l] * v.hi;
+      for (int64_t j = 0; j < kQueries; j++) {
+        totals[j].lo += shares[j * length + l] * v.lo;
+        totals[j].hi += shares[j * length + l] * v.hi;
+      }
     }
-    store_first(y + i, total, D - i);
+    for (int64_t j = 0; j < count; j++) store_first(y + j * D + i, totals[j], D - i);
   }
 }
 
@@ -138,20 +146,27 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& c
     T *all_keys = static_cast<T*>(keys.mutable_data_ptr()), *all_values = static_cast<T*>(values.mutable_data_ptr());
     T* out = static_cast<T*>(y.mutable_data_ptr());
     parallel(batch * heads, 2 * queries * (length + 1) * D, [&](int64_t begin, int64_t end) {
-      std::vector<float> shares(length + 1);
-      std::vector<T> turned(D);
+      const int64_t chunks = chunks_of(D), seen_length = length + 1;
+      std::vector<float> shares(kQueries * seen_length);
+      std::vector<Chunk> turned(kQueries * chunks);
+      std::vector<T> one(D);
       for (int64_t i = begin; i < end; i++) {  // a head of a text
         T *own_keys = all_keys + i * room * D, *own_values = all_values + i * room * D;
         const int64_t text = i / heads;
         const T *c = cosines.data + text * D, *s = sines.data + text * D;
         rotate(key.data + i * D, c, s, D, own_keys + length * D);
         std::copy_n(value.data + i * D, D, own_values + length * D);
-        for (int64_t j = i * queries; j < (i + 1) * queries; j++) {
-          rotate(query.data + j * D, c, s, D, turned.data());
-          score(turned.data(), own_keys, length + 1, D, float(scale), mask ? mask->data + text * (length + 1) : nullptr,
+        for (int64_t first = 0; first < queries; first += kQueries) {
+          const int64_t count = std::min(kQueries, queries - first), at = (i * queries + first) * D;
+          for (int64_t j = 0; j < count; j++) {
+            rotate(query.data + at + j * D, c, s, D, one.data());
+            for (int64_t k = 0; k < chunks; k++)
+              turned[j * chunks + k] = load_first(one.data() + k * kChunk, D - k * kChunk);
+          }
+          score(turned.data(), own_keys, seen_length, D, float(scale), mask ? mask->data + text * seen_length : nullptr,
                 shares.data());
-          softmax(shares.data(), length + 1);
-          mix(shares.data(), own_values, length + 1, D, out + j * D);
+          for (int64_t j = 0; j < count; j++) softmax(shares.data() + j * seen_length, seen_length);
+          mix(shares.data(), own_values, seen_length, D, count, out + at);
         }
       }
     });
