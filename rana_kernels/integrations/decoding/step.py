@@ -1,7 +1,7 @@
 """The step of one token in place of transformers' own: `quicken`, and when the step is taken.
 
-Between our ops, a step of transformers spends more time in Python and in torch's small ops than a quantised
-model spends in the ops. Sampling, streaming and stopping stay with `generate`, which calls `forward`.
+Between our ops, a step of transformers spends much time in Python and in torch's small ops, which quantised
+weights do not shorten. Sampling, streaming and stopping stay with `generate`, which calls `forward`.
 """
 
 import functools
