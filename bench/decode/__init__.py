@@ -5,4 +5,6 @@ random_adapters  adapters for random weights
 steps            a prompt and the tokens after it, through a static cache
 measure          contenders take turns; how the time of a token is divided; speculative decoding with RaNA as
                  the draft of its own dense model
+rivals           whole programs in one table: transformers, llama.cpp, torchao, ours (`widths`)
+gguf_files       the files for llama.cpp; `llama_cpp` is the process that reads them
 """

@@ -1,6 +1,7 @@
 """The command: `python -m bench.decode`."""
 
 import sys
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +12,11 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from bench.__main__ import require_green_tests
+from bench.decode import rivals as others
 from bench.decode.measure import (
     Setting,
     Steps,
@@ -30,6 +32,7 @@ from bench.gpu.tests import require_green_gates
 from bench.kernels.cases import COST_RATIO
 from bench.kernels.timing import thread_counts, using
 from bench.kernels.weights import DTYPES
+from bench.quality import smollm2
 from bench.report.results import RESULTS, Row, card, conditions, processor, write, write_csv
 from bench.report.tables import show
 from rana_kernels.evaluation.metrics import perplexity
@@ -41,7 +44,7 @@ console = Console(record=True, width=None if sys.stdout.isatty() else 160)
 
 def main(
     model: Annotated[
-        str, typer.Argument(help=f"{', '.join(SHAPES)}, or the directory of a model with its texts.")
+        str, typer.Argument(help=f"{', '.join(SHAPES)}, smollm2, or the directory of a model with its texts.")
     ],
     prompt: Annotated[
         list[int] | None, typer.Option(help="Tokens before; several times for several; default 32 and 1024.")
@@ -64,6 +67,10 @@ def main(
         bool, typer.Option(help="Run the tests of the ops first; without them nothing is written.")
     ] = True,
     output: Annotated[Path | None, typer.Option(help="CSV; default bench/results/decode-….csv.")] = None,
+    rivals: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Compare with {', '.join(others.RIVALS)}; several times for several."),
+    ] = None,
 ) -> None:
     """Time whole models in turns: dense, dense with our product, static low rank, RaNA.
 
@@ -76,8 +83,16 @@ def main(
     models of 7B take a card three minutes to compile.
 
     Example:  python -m bench.decode Llama-3.2-1B --prompt 32 --batch 1 --threads 1
+    With --rivals, whole programs write texts: transformers, the rivals, and ours in 16, 8 and 4 bits, dense
+    and at three costs. One text; `turn` tokens a round. --no-tests then writes to --output alone, marked
+    untested.
+
+    With others:  python -m bench.decode Llama-3.2-1B --rivals llama.cpp --rounds 5 --turn 32
     On a card:  python -m bench.decode Llama-2-7B --device cuda --compile --prompt 32 --batch 1 --turn 32
     """
+    if rivals:
+        others.check(rivals)
+        _check_output(tests, output)
     prompt, batch = prompt or [32, 1024], batch or [1, 2, 4, 8]
     on_card = device == "cuda"
     if tests:
@@ -86,10 +101,13 @@ def main(
     torch.manual_seed(0)
     mode = "compiled" if compile else "eager"
     stamp = conditions(device)
-    folder = None if model in SHAPES else Path(model)
+    folder = None if model in SHAPES else smollm2.fetch() if model == smollm2.NAME else Path(model)
     texts = {}
     if folder:
         texts = {name: _text(folder, name, tokens) for name in ("calibration", "evaluation")}
+    if rivals:
+        return _compare(model, folder, texts, rivals, threads, prompt[0], turn, rounds, tests, output, stamp)
+    if folder:
         models = from_directory(folder, texts["calibration"], cost_ratio, DTYPES[dtype], device)
     else:
         models = from_random(random_model(SHAPES[model], DTYPES[dtype], device), cost_ratio)
@@ -120,6 +138,34 @@ def main(
         write_csv(path, stamp, timed)
         write(path.with_suffix(".txt"), console.export_text())
         console.print(f"wrote {path}, and all that was printed to {path.with_suffix('.txt').name}")
+
+
+def _check_output(tests: bool, output: Path | None) -> None:
+    if not tests and (output is None or output.resolve().is_relative_to(RESULTS)):
+        raise typer.BadParameter(f"--no-tests needs an --output outside of {RESULTS}: it is untested")
+
+
+def _compare(
+    name: str, folder: Path | None, texts: dict[str, Tensor], rivals: list[str], threads: list[int] | None,
+    prompt: int, turn: int, rounds: int, tests: bool, output: Path | None, stamp: str,
+) -> None:  # fmt: skip
+    """Write the table of whole programs. All weights are bfloat16 before they are rounded."""
+    model: PreTrainedModel = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        if folder
+        else random_model(SHAPES[name], torch.bfloat16, "cpu")
+    )
+    stamp += "".join(f", {others.RIVALS[rival]} {version(others.RIVALS[rival])}" for rival in rivals)
+    stamp += "" if tests else ", untested"
+    console.print(f"{Path(name).name}, prompt {prompt}, {turn} tokens: {stamp}")
+    rows: list[Row] = []
+    for row in others.compare(model, texts, rivals, threads or thread_counts(), prompt, turn, rounds):
+        rows.append({"model": Path(name).name, "prompt": prompt, **row})
+        console.print(", ".join(f"{key} {value}" for key, value in row.items()), soft_wrap=True)
+    show(console, "whole programs (medians)", rows)
+    path = output or RESULTS / f"rivals-{Path(name).name}-{processor()}.csv".lower()
+    write_csv(path, stamp, rows)
+    console.print(f"wrote {path}")
 
 
 def _text(folder: Path, name: str, tokens: int) -> Tensor:

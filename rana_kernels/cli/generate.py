@@ -14,6 +14,7 @@ from rana_kernels.cli.options import (
     open_compressed,
     open_tokenizer,
     print_json,
+    quicken_or_say,
 )
 
 
@@ -53,6 +54,7 @@ def generate(
     if asked["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty, wanted at least one token")
     new_tokens = count_new(model, asked["input_ids"].shape[1], max_new_tokens)
+    quicken_or_say(model)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     started = time.perf_counter()
     written = model.generate(

@@ -19,6 +19,7 @@ from torch import Tensor
 from rana_kernels.checkpoint.budget import set_budget
 from rana_kernels.checkpoint.replacement import check_target
 from rana_kernels.cli.originals import check_weights, first_sentence, read_config
+from rana_kernels.integrations.decoding import quicken
 from rana_kernels.integrations.transformers import load
 from rana_kernels.model.architectures import known_architecture
 from rana_kernels.model.head import output_head
@@ -171,6 +172,14 @@ def open_compressed(directory: Path, budget: float | None = None) -> Any:
     if output_head(model) is None:
         raise ValueError(f"{directory} holds a {type(model).__name__}, wanted a model with an lm_head")
     return model
+
+
+def quicken_or_say(model: Any) -> None:
+    """Give the model its fast step of generation, or say on stderr why transformers' own remains."""
+    try:
+        quicken(model)
+    except ValueError as error:
+        print(f"rana: tokens are decoded by transformers' own step: {error}", file=sys.stderr)
 
 
 def refuse_compressed(name: str) -> None:

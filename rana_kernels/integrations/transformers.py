@@ -10,6 +10,7 @@ may therefore use only modules that transformers' table of quantization methods 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from rana_kernels.model.plan import Plan
 from rana_kernels.model.quantized import QUANT_METHOD
 from rana_kernels.nn.base import check_values
 from rana_kernels.system.huge_pages import use_huge_pages
+
+# what a program does to every model that it lets transformers load (`rana serve`)
+after_loading: list[Callable[[Any], None]] = []
 
 
 def save(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) -> None:
@@ -156,6 +160,8 @@ class RanaQuantizer(HfQuantizer):
         check_values(model)
         set_budget_of_environment(model)
         use_huge_pages(model)
+        for act in after_loading:
+            act(model)
         return model
 
     def is_serializable(self, **_) -> bool:

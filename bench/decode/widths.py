@@ -1,0 +1,166 @@
+"""Our models for a table with rivals: weights in 16, 8 or 4 bits, dense or masked at several costs.
+
+A model with random weights has neuron adapters everywhere and one set of weights for all costs, which are
+told apart by thresholds. A trained model is compressed for every cost.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import rana_kernels as rana
+from bench.decode.models import twin
+from bench.kernels.weights import threshold_for_live
+from rana_kernels.compression.report import head_bytes, read_bytes
+from rana_kernels.integrations.decoding import quicken
+from rana_kernels.model.architectures import Block, find_blocks
+from rana_kernels.model.head import head_names, untie_head
+from rana_kernels.model.install import install
+from rana_kernels.model.linears import linear_of
+from rana_kernels.model.plan import AdapterSpec, Plan
+from rana_kernels.nn.adapters import RanaNeuronLinear
+from rana_kernels.nn.base import AdapterModule
+from rana_kernels.nn.mlp import RanaMLP
+from rana_kernels.system.huge_pages import use_huge_pages
+
+GROUP = 32
+SAMPLE = 64  # tokens that set the thresholds of a random model
+Thresholds = list[tuple[AdapterModule, Tensor]]
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A model, and what to call before it is timed: the models of several costs may be one.
+
+    read, stored   bytes of the blocks' linears and lm_head: those that a token reads, and all of them
+    """
+
+    model: PreTrainedModel
+    cost_ratio: float
+    read: int
+    stored: int
+    prepare: Callable[[], None] = lambda: None
+
+
+def dense(model: PreTrainedModel, bits: int, calibration: Tensor | None) -> Ours:
+    """Return the dense model in so many bits, rounded with the calibration, or at random without one."""
+    plan = _plan(model, bits, lambda block: [("dense", (name,)) for name in block.linears])
+    made = twin(model)
+    if calibration is not None:
+        rana.compress(made, calibration.split(8), plan=plan, progress=False)
+    else:
+        _install(made, plan)
+    return _ours(made, plan, 1.0)
+
+
+def masked(
+    model: PreTrainedModel, bits: int, ratios: tuple[float, ...], calibration: Tensor | None
+) -> list[Ours]:
+    """Return a model for each cost of the blocks' linears."""
+    if calibration is not None:
+        return [_compressed(model, bits, ratio, calibration) for ratio in ratios]
+    plan = _plan(model, bits, _neurons)
+    made = twin(model)
+    _install(made, plan)
+    found = []
+    for ratio in ratios:
+        adapters = tuple(replace(a, live=ratio * a.rank) for a in plan.adapters)
+        thresholds = _thresholds(made, ratio)
+        ours = _ours(made, plan.with_adapters(adapters), ratio)
+        found.append(replace(ours, prepare=lambda thresholds=thresholds: _set(thresholds)))
+    return found
+
+
+def _ours(model: PreTrainedModel, plan: Plan, cost_ratio: float) -> Ours:
+    use_huge_pages(model)
+    quicken(model)
+    size = model.dtype.itemsize
+    head = head_bytes(model) if plan.lm_head is None else plan.lm_head.stored_bytes(size)
+    stored = plan.stored_bytes(size) + head
+    return Ours(model, cost_ratio, read_bytes(model, plan, size), stored)
+
+
+def _compressed(model: PreTrainedModel, bits: int, ratio: float, calibration: Tensor) -> Ours:
+    made = twin(model)
+    asked = {"flops_reduction": 1 - ratio, "bits": bits, "progress": False}
+    return _ours(made, rana.compress(made, calibration.split(8), **asked).plan, ratio)
+
+
+def _plan(model: PreTrainedModel, bits: int, kinds: Callable[[Block], list]) -> Plan:
+    specs = [_spec(model, bits, *kind) for block in find_blocks(model) for kind in kinds(block)]
+    head = None if bits == 16 else _spec(model, bits, "dense", tuple(head_names(model)))
+    return Plan(tuple(specs), lm_head=head)
+
+
+def _neurons(block: Block) -> list[tuple[str, tuple[str, ...]]]:
+    return [("neuron", names) for names in (block.qkv, (block.o,), block.expanding, (block.down,))]
+
+
+def _spec(model: PreTrainedModel, bits: int, kind: str, names: tuple[str, ...]) -> AdapterSpec:
+    linears = [linear_of(model, name) for name in names]
+    K = linears[0].in_features
+    rows = (K, float(K)) if kind == "neuron" else (0, 0.0)
+    widths = tuple(linear.out_features for linear in linears)
+    return AdapterSpec(kind, names, K, widths, *rows, bits=bits, group=None if bits == 16 else GROUP)
+
+
+def _install(model: PreTrainedModel, plan: Plan) -> None:
+    """Put the modules of a plan in place, with random weights of a size that leaves values near 1."""
+    if plan.lm_head is not None:
+        untie_head(model)
+    install(model, plan)
+    for module in model.modules():
+        if isinstance(module, AdapterModule):
+            for name, columns in module.matrices.items():
+                _randomize(getattr(module, name), getattr(module, f"{name}_scale"), columns)
+            for name, buffer in module.named_buffers(recurse=False):
+                if name == "norms":
+                    buffer.fill_(1.0)
+
+
+@torch.no_grad()
+def _randomize(weight: Tensor, scale: Tensor | None, columns: int) -> None:
+    std = max(len(weight), columns) ** -0.5
+    if scale is None:
+        weight.normal_(std=std)
+    else:
+        packed = weight.dtype == torch.uint8
+        weight.random_(0, 256) if packed else weight.random_(-127, 128)
+        scale.fill_(std / (4.6 if packed else 73))  # the standard deviation of such values is 1 by it
+
+
+@torch.no_grad()
+def _thresholds(model: PreTrainedModel, ratio: float) -> Thresholds:
+    """Run a few random tokens. Each adapter sets its thresholds so that it keeps `ratio` of its inputs."""
+    found: Thresholds = []
+
+    def keep(module: AdapterModule, h: Tensor) -> None:
+        scores = h.reshape(-1, h.shape[-1]).float().abs()
+        threshold = threshold_for_live(round(ratio * scores.shape[1]), scores).expand(scores.shape[1])
+        module.set_threshold(threshold)
+        found.append((module, threshold))
+
+    def before(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        keep(module, inputs[0])
+        if isinstance(module, RanaMLP):
+            a = module.op_arguments()
+            product = torch.ops.rana.masked_linear
+            up = product(inputs[0], a.up_rows, a.threshold, a.norms, None, a.up_scale)
+            gate = product(inputs[0], a.gate_rows, a.threshold, a.norms, None, a.gate_scale)
+            keep(module.get_submodule(module.names[2]), nn.functional.silu(gate) * up)
+
+    parts = [m for m in model.modules() if isinstance(m, RanaNeuronLinear | RanaMLP)]
+    hooks = [part.register_forward_pre_hook(before) for part in parts]
+    torch.manual_seed(0)
+    model(torch.randint(model.config.vocab_size, (1, SAMPLE)), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _set(thresholds: Thresholds) -> None:
+    for module, threshold in thresholds:
+        module.set_threshold(threshold)

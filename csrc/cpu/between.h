@@ -1,0 +1,189 @@
+// What stands between the ops in a step that decodes one token of each text, for blocks like Llama's. Two calls take
+// the place of forty of torch's, each of which takes longer to call than to compute.
+//
+// Values are rounded to the dtype where torch's ops round them; sums are float32.
+#pragma once
+
+#include "activation.h"
+#include "launch.h"
+
+namespace {
+
+// Rounds a chunk to T.
+template <class T>
+Chunk rounded(Chunk c) {
+  T values[kChunk];
+  store(values, c);
+  return load(values);
+}
+
+// x += delta, unless delta is null. Then y = weight · x / sqrt(mean(x²) + eps). All have `width` elements.
+template <class T>
+void add_rms_norm_token(T* x, const T* delta, const T* weight, int64_t width, float eps, T* y) {
+  Vec squares{};
+  for (int64_t i = 0; i < width; i += kChunk) {
+    Chunk c = load_first(x + i, width - i);
+    if (delta) {
+      const Chunk d = load_first(delta + i, width - i);
+      c = rounded<T>({c.lo + d.lo, c.hi + d.hi});
+      store_first(x + i, c, width - i);
+    }
+    squares += c.lo * c.lo + c.hi * c.hi;
+  }
+  const float factor = 1.0f / std::sqrt(sum(squares) / width + eps);
+  for (int64_t i = 0; i < width; i += kChunk) {
+    const Chunk c = load_first(x + i, width - i), w = load_first(weight + i, width - i);
+    const Chunk normal = rounded<T>({c.lo * factor, c.hi * factor});
+    store_first(y + i, {w.lo * normal.lo, w.hi * normal.hi}, width - i);
+  }
+}
+
+// Rotates a vector of D elements by the angles of its position.
+template <class T>
+void rotate(const T* x, const T* cos, const T* sin, int64_t D, T* y) {
+  for (int64_t i = 0; i < D; i++) {
+    const int64_t other = i < D / 2 ? i + D / 2 : i - D / 2;
+    const float turned = i < D / 2 ? -float(x[other]) : float(x[other]);
+    y[i] = T(float(T(float(x[i]) * float(cos[i]))) + float(T(turned * float(sin[i]))));
+  }
+}
+
+// So many queries read keys and values together.
+constexpr int64_t kQueries = 4;
+
+// scores[j][l] = scale · q[j]·keys[l] for `length` keys, which are D elements apart; queries are in whole chunks. Where
+// seen[l] is 0, it is -inf.
+template <class T>
+void score(const Chunk* q, const T* keys, int64_t length, int64_t D, float scale, const bool* seen, float* scores) {
+  const int64_t chunks = chunks_of(D);
+  for (int64_t l = 0; l < length; l++) {
+    Vec products[kQueries] = {};
+    for (int64_t c = 0; c < chunks; c++) {
+      const Chunk key = load_first(keys + l * D + c * kChunk, D - c * kChunk);
+      for (int64_t j = 0; j < kQueries; j++) products[j] = multiply_add(products[j], q[j * chunks + c], key);
+    }
+    for (int64_t j = 0; j < kQueries; j++)
+      scores[j * length + l] = seen && !seen[l] ? -INFINITY : scale * sum(products[j]);
+  }
+}
+
+// Replaces the scores by their softmax.
+inline void softmax(float* scores, int64_t length) {
+  const float most = *std::max_element(scores, scores + length);
+  float total = 0.0f;
+  for (int64_t l = 0; l < length; l += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, length - l);
+    Vec v = splat(-INFINITY);
+    std::memcpy(&v, scores + l, count * sizeof(float));
+    v = exp(v - most);
+    std::memcpy(scores + l, &v, count * sizeof(float));
+    for (int64_t i = 0; i < count; i++) total += v[i];
+  }
+  for (int64_t l = 0; l < length; l++) scores[l] /= total;
+}
+
+// y[j] = the sum of `length` values, D elements apart, each by its share[j], for the first `count` of kQueries queries.
+template <class T>
+void mix(const float* shares, const T* values, int64_t length, int64_t D, int64_t count, T* y) {
+  for (int64_t i = 0; i < D; i += kChunk) {
+    Chunk totals[kQueries] = {};
+    for (int64_t l = 0; l < length; l++) {
+      const Chunk v = load_first(values + l * D + i, D - i);
+      for (int64_t j = 0; j < kQueries; j++) {
+        totals[j].lo += shares[j * length + l] * v.lo;
+        totals[j].hi += shares[j * length + l] * v.hi;
+      }
+    }
+    for (int64_t j = 0; j < count; j++) store_first(y + j * D + i, totals[j], D - i);
+  }
+}
+
+// These functions have one caller, `rana_kernels/integrations/decoding`. Their checks say that memory is not overrun.
+inline void require(bool right, const char* wanted) {
+  if (!right) throw std::runtime_error(std::string("rana_between: wanted ") + wanted);
+}
+
+inline void require_like(const Tensor& t, const Tensor& x, int64_t count, const char* wanted) {
+  require(t.scalar_type() == x.scalar_type() && t.numel() == count, wanted);
+}
+
+Tensor add_rms_norm(const Tensor& x, const OptionalTensor& delta, const Tensor& weight, double eps) {
+  const int64_t width = last_size(x), tokens = tokens_of(x);
+  require(x.is_contiguous(), "a contiguous x");
+  require_like(weight, x, width, "a weight for each element of a token, in the dtype of x");
+  if (delta) require_like(*delta, x, x.numel(), "a delta like x");
+  Tensor y = empty_output(x, width);
+  for_dtype(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const auto d = packed<T>(delta);
+    const Packed<T> w(weight);
+    T *in = static_cast<T*>(x.mutable_data_ptr()), *out = static_cast<T*>(y.mutable_data_ptr());
+    for (int64_t m = 0; m < tokens * width; m += width)
+      add_rms_norm_token<T>(in + m, d ? d->data + m : nullptr, w.data, width, float(eps), out + m);
+  });
+  return y;
+}
+
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+              const OptionalTensor& seen, const Tensor& keys, const Tensor& values, int64_t length, double scale) {
+  const int64_t batch = keys.size(0), heads = keys.size(1), room = keys.size(2), D = keys.size(3);
+  const int64_t queries = last_size(q) / (heads * D);  // that read one head of keys
+  require(keys.is_contiguous() && values.is_contiguous() && length < room, "contiguous keys and values with room");
+  require_like(keys, q, batch * heads * room * D, "keys in the dtype of q");
+  require_like(values, q, keys.numel(), "values like keys");
+  require_like(q, keys, batch * heads * queries * D, "heads of q that share keys evenly");
+  require_like(k, q, batch * heads * D, "one new key a head");
+  require_like(v, q, batch * heads * D, "one new value a head");
+  require_like(cos, q, batch * D, "cosines for each text");
+  require_like(sin, q, batch * D, "sines for each text");
+  require(!seen || (seen->scalar_type() == ScalarType::Bool && seen->numel() == batch * (length + 1)),
+          "`seen` to be bool, for each text and token");
+  Tensor y = empty_output(q, last_size(q));
+  for_dtype(q.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const Packed<T> query(q), key(k), value(v), cosines(cos), sines(sin);
+    const auto mask = packed<bool>(seen);
+    T *all_keys = static_cast<T*>(keys.mutable_data_ptr()), *all_values = static_cast<T*>(values.mutable_data_ptr());
+    T* out = static_cast<T*>(y.mutable_data_ptr());
+    parallel(batch * heads, 2 * queries * (length + 1) * D, [&](int64_t begin, int64_t end) {
+      const int64_t chunks = chunks_of(D), seen_length = length + 1;
+      std::vector<float> shares(kQueries * seen_length);
+      std::vector<Chunk> turned(kQueries * chunks);
+      std::vector<T> one(D);
+      for (int64_t i = begin; i < end; i++) {  // a head of a text
+        T *own_keys = all_keys + i * room * D, *own_values = all_values + i * room * D;
+        const int64_t text = i / heads;
+        const T *c = cosines.data + text * D, *s = sines.data + text * D;
+        rotate(key.data + i * D, c, s, D, own_keys + length * D);
+        std::copy_n(value.data + i * D, D, own_values + length * D);
+        for (int64_t first = 0; first < queries; first += kQueries) {
+          const int64_t count = std::min(kQueries, queries - first), at = (i * queries + first) * D;
+          for (int64_t j = 0; j < count; j++) {
+            rotate(query.data + at + j * D, c, s, D, one.data());
+            for (int64_t k = 0; k < chunks; k++)
+              turned[j * chunks + k] = load_first(one.data() + k * kChunk, D - k * kChunk);
+          }
+          score(turned.data(), own_keys, seen_length, D, float(scale), mask ? mask->data + text * seen_length : nullptr,
+                shares.data());
+          for (int64_t j = 0; j < count; j++) softmax(shares.data() + j * seen_length, seen_length);
+          mix(shares.data(), own_values, seen_length, D, count, out + at);
+        }
+      }
+    });
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(rana_between, m) {
+  m.def("add_rms_norm(Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
+  m.def(
+      "attend(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? seen, Tensor(a!) keys, Tensor(b!) values, "
+      "int length, float scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rana_between, CPU, m) {
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("attend", TORCH_BOX(&attend));
+}

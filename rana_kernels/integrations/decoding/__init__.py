@@ -1,0 +1,10 @@
+"""Generation with little besides the ops in a step. `quicken(model)` is all that a program calls.
+
+step     the step of one token: when it is taken, and what it computes
+blocks   one token through the blocks of a Llama and its relatives
+cache    keys and values that grow without being copied
+"""
+
+from rana_kernels.integrations.decoding.step import quicken
+
+__all__ = ["quicken"]
