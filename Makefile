@@ -28,18 +28,26 @@ help:
 # It keeps what it compiled, even where the machine says otherwise, because the tests start many processes.
 INSTALL := pip install -qq --no-compile
 export PYTHONDONTWRITEBYTECODE :=
-$(VENV)/ready: pyproject.toml
+# What the compilers need, and numpy, without which torch warns. With -j2 the rest is installed while they run.
+$(VENV)/torch: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(INSTALL) -U pip "setuptools>=77" wheel
 	$(BIN)/$(INSTALL) "torch==2.13.0"
-	$(BIN)/$(INSTALL) ninja pybind11 rich safetensors typer transformers accelerate gguf matplotlib \
+	$(BIN)/$(INSTALL) ninja pybind11 "numpy<2.4"
+	touch $@
+
+$(VENV)/compiled: $(VENV)/torch $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+$(VENV)/ready: $(VENV)/torch
+	$(BIN)/$(INSTALL) rich safetensors typer transformers accelerate gguf matplotlib \
 	    hypothesis pytest pytest-benchmark pytest-xdist "numpy<2.4"
 	$(BIN)/$(INSTALL) --no-deps "triton==3.6.0"
 	touch $@
 
 # pip would hide what the build says, so setup.py compiles first and pip only makes the package importable.
-$(VENV)/built: $(VENV)/ready $(SOURCES)
-	$(BIN)/python setup.py -q build_ext --inplace
+$(VENV)/built: $(VENV)/compiled $(VENV)/ready
 	RANA_BUILD=none $(BIN)/pip install -qq --no-build-isolation --no-deps -e .
 	touch $@
 
