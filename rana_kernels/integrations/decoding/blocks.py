@@ -1,7 +1,7 @@
 """One token of each text through the blocks of a Llama, or of a model whose blocks compute the same.
 
 The modules of linears and MLPs are called as transformers calls them. What stands between them is computed
-by `csrc/cpu/between.cpp`.
+by `csrc/cpu/between.h`.
 """
 
 from typing import Any

@@ -2,6 +2,8 @@
 // the place of forty of torch's, each of which takes longer to call than to compute.
 //
 // Values are rounded to the dtype where torch's ops round them; sums are float32.
+#pragma once
+
 #include "activation.h"
 #include "launch.h"
 
