@@ -403,7 +403,7 @@ def test_cost_is_measured_checked_and_extrapolated(compression):
 
 
 def test_the_decompositions_counted_are_those_that_are_done(monkeypatch):
-    """This holds if joint ranks are tried and chosen for up and gate, and q, k and v, and nothing is dense."""
+    """This holds if joint ranks are tried and taken for up and gate, and q, k and v, and nothing is dense."""
     monkeypatch.setattr(curves, "_has_best_ranks", lambda curve: True)
     shape, done = cost.block_shape(64), []
     model = cost.random_block(64)
