@@ -8,6 +8,7 @@ Cholesky factor, which serves all widths.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rana_kernels.nn.format import Format
@@ -55,6 +56,7 @@ class RoundingLoss:
     def __init__(self, calibrated: CalibratedBlock) -> None:
         self.calibrated, self.moments = calibrated, Moments(calibrated)
         self._unexplained: dict[str, Tensor] = {}
+        self._by_row: dict[tuple[tuple[str, ...], Format], Tensor] = {}
 
     def dense(self, name: str, format: Format) -> float:
         """Return the loss of a dense linear in a quantised format."""
@@ -83,12 +85,25 @@ class RoundingLoss:
         norms = self.calibrated.joint_norms(names, "loss")
         masked = [self.moments.of_masked(names, threshold_at(share), norms) for share in SHARES[1:-1]]
         parts = [*map(unexplained_inputs, masked), self._unexplained_of(names)]
-        rows, losses = self.calibrated.weight(names).T, {}
+        losses = {}
         for format in wanted:
-            own = format.for_rows(rows.shape[1])
-            errors = row_errors(rows, own.bits, own.group, self._importance(names))
+            errors = self._row_errors(names, format)
             losses[format] = NeuronLoss((0.0, *(float(part @ errors) for part in parts)))
         return losses
+
+    def _row_errors(self, names: tuple[str, ...], format: Format) -> Tensor:
+        """Return `row_errors` of the rows of stacked weights, those of each linear computed once.
+
+        That is their sum, unless a group of columns belongs to two linears.
+        """
+        widths = [self.calibrated.linear(name).out_features for name in names]
+        if len(names) > 1 and all(map(format.splits_at, widths[:-1])) and widths[-1] % 2 == 0:
+            return torch.stack([self._row_errors((name,), format) for name in names]).sum(0)
+        key = (names, format)
+        if key not in self._by_row:
+            rows, own = self.calibrated.weight(names).T, format.for_rows(sum(widths))
+            self._by_row[key] = row_errors(rows, own.bits, own.group, self._importance(names))
+        return self._by_row[key]
 
     def _column_errors(self, weight: Tensor, names: tuple[str, ...], format: Format) -> Tensor:
         moment, parts = self.moments.of_input(names), self._unexplained_of(names)
