@@ -9,6 +9,7 @@ that are left in bfloat16.
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import nn
 from transformers.utils import logging
 
 import rana_kernels as rana
-from bench.decode.measure import Setting, take_turns
 from bench.quality.smollm2 import LENGTH, fetch
 from bench.quality.subject import BATCH, Subject, open_subject
 from bench.report.tables import terminal_table
@@ -26,7 +26,8 @@ from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.cli.options import Dtype
 from rana_kernels.compression.report import model_bytes, read_bytes
 from rana_kernels.evaluation.divergence import divergence
-from rana_kernels.evaluation.metrics import perplexity
+from rana_kernels.evaluation.metrics import decode_speed, perplexity
+from rana_kernels.integrations.decoding import quicken
 from rana_kernels.model.plan import Plan
 from rana_kernels.system.files import write_json
 
@@ -34,15 +35,15 @@ CALIBRATION, EVALUATION = 8192, 12288  # tokens
 VARIANTS = ((8, 0.80), (4, 0.70))  # bits, and the share of the multiply-adds of the blocks' linears
 QUESTION = "Explain in one paragraph how a river shapes the land around it."
 NEW_TOKENS = 90
-PROMPT, ROUNDS, TURN = 32, 9, 8  # tokens before, rounds, and tokens that each model writes in a round
-COLUMNS = ("model", "perplexity", "KL", "same choice", "MB stored", "MB read a token", "tokens/s")
+PROMPT, ROUNDS, TURN = 8, 5, 32  # tokens before, rounds, and tokens that each model writes in a round
+COLUMNS = ("model", "perplexity", "KL", "same choice", "MB", "MB a token", "tokens/s")
 
 
 @dataclass
 class Measured:
     """One model. KL from the dense one in nats a token; megabytes of the whole model as it is stored.
 
-    A token reads the linears of the blocks and lm_head.
+    The megabytes that a token reads are those of the blocks' linears and lm_head.
     """
 
     name: str
@@ -68,13 +69,13 @@ def run(output: Path, console: Console) -> list[Measured]:
     found, models = [_quality("dense", subject.dense, subject)], {"dense": subject.dense}
     console.print(f"calibrating on {CALIBRATION:,} tokens")
     for bits, cost_ratio in VARIANTS:
-        name = f"{bits} bits, masks at {cost_ratio:.2f}"
+        name = f"{bits} bits at {cost_ratio:.2f}"
         console.print(f"compressing: {name}")
         model, stats = subject.copy()
         rana.compress(model, stats=stats, flops_reduction=1 - cost_ratio, bits=bits)
         found.append(_quality(name, model, subject))
         models[name] = model
-    speed = _tokens_a_second({name: model.bfloat16() for name, model in models.items()})
+    speed = _tokens_a_second({name: model.bfloat16() for name, model in models.items()}, subject)
     for own in found:
         model = models[own.name]
         plan = attached_plan(model) or Plan(())
@@ -82,9 +83,7 @@ def run(output: Path, console: Console) -> list[Measured]:
         own.read_megabytes = (read_bytes(model, plan, 2) + _dense_bytes(model, subject)) / 1e6
         own.tokens_per_second, own.text = speed[own.name], _answer(model, subject.tokenizer)
         if own.name != "dense":
-            rana.save(
-                model, output / own.name.replace(", masks at ", "-").replace(" ", ""), subject.tokenizer
-            )
+            rana.save(model, output / own.name.replace(" ", "-"), subject.tokenizer)
     write_json(output / "report.json", {"models": [asdict(own) for own in found]})
     return found
 
@@ -104,10 +103,15 @@ def _dense_bytes(model: nn.Module, subject: Subject) -> int:
     return sum(model_bytes(model.get_submodule(name)) for name in subject.linears("both"))
 
 
-def _tokens_a_second(models: dict[str, nn.Module]) -> dict[str, float]:
-    setting = Setting(PROMPT, batch=1, threads=torch.get_num_threads(), read=True)
-    steps = {name: (model, model.forward) for name, model in models.items()}
-    return {row["contender"]: float(row["tokens/s"]) for row in take_turns(steps, setting, ROUNDS, TURN)}
+def _tokens_a_second(models: dict[str, Any], subject: Subject) -> dict[str, float]:
+    """Return the median speed of each model, which writes as `rana generate` does. The models take turns."""
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        quicken(model)
+    for _ in range(ROUNDS):
+        for name, model in models.items():
+            found[name].append(decode_speed(model, subject.evaluation[:1, :PROMPT], TURN))
+    return {name: median(speeds) for name, speeds in found.items()}
 
 
 @torch.inference_mode()
