@@ -5,15 +5,15 @@ import json
 import typer
 
 from bench.quality import tables
-from bench.report import full, page
+from bench.report import full, page, programs
 from bench.report.results import RESULTS, ROOT, write
 
 
 def main() -> None:
-    """Write docs/performance.md, a page of tables for each file of results, and the plots under docs/."""
+    """Write performance.md, programs.md and plots under docs/, and tables for each file of results."""
     from bench.report.plots import draw  # needs matplotlib
 
-    written = {page.PAGE: page.page(RESULTS), **full.pages(RESULTS)}
+    written = {page.PAGE: page.page(RESULTS), programs.PAGE: programs.page(RESULTS), **full.pages(RESULTS)}
     for path in RESULTS.glob("quality-*.json"):
         data = json.loads(path.read_text(encoding="utf-8"))
         written[path.with_suffix(".md")] = tables.page(data, path.stem)

@@ -23,6 +23,11 @@ and have 8 or 4 bits. Weights are random, so several tokens together touch almos
 """
 
 
+def is_of_kernels(rows: list[Row]) -> bool:
+    """Say whether rows are of ops with quantised weights."""
+    return "bits" in rows[0] and "case" in rows[0]
+
+
 def section(files: dict[str, tuple[str, list[Row]]]) -> Iterator[str]:
     """Yield the parts of the page: nothing without results."""
     if files:

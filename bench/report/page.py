@@ -94,9 +94,12 @@ class Entry:
     measured: str = ""
 
 
+WHOLE = ("decode-", "rivals-")  # the results of whole models
+
+
 def page(results: Path) -> str:
     files = {path.stem: read_csv(path) for path in sorted(results.glob("*.csv"))}
-    in_bits = {s: found for s, found in files.items() if "bits" in found[1][0]}
+    in_bits = {s: found for s, found in files.items() if bits.is_of_kernels(found[1])}
     # an earlier form of results has no peak, and its machine has newer ones
     devices = [s for s, (_, rows) in files.items() if "peak GFLOP/s" in rows[0] and s not in in_bits]
     parts = [*(_device(stem, files) for stem in devices), *bits.section(in_bits)]
@@ -235,8 +238,8 @@ def _links(results: Path) -> str:
     measured = sorted(path.stem for path in results.glob("*.csv"))
     others = sorted(path.stem for kind in ("scale", "cost") for path in results.glob(f"{kind}-*.json"))
     groups = {
-        "Kernels": [stem for stem in measured if not stem.startswith("decode-")],
-        "Whole models": [stem for stem in measured if stem.startswith("decode-")],
+        "Kernels": [stem for stem in measured if not stem.startswith(WHOLE)],
+        "Whole models": [stem for stem in measured if stem.startswith(WHOLE)],
         "Growth and cost": others,
     }
     lines = [

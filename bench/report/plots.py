@@ -35,7 +35,7 @@ def draw(results: Path, folder: Path) -> Iterator[Path]:
     """Write speed-NAME.png, roofline-NAME.png and quantized-NAME.png into `folder`, and yield their paths."""
     for path in sorted(results.glob("*.csv")):
         stamp, rows = read_csv(path)
-        if "bits" in rows[0]:
+        if bits.is_of_kernels(rows):
             yield _save(bits.draw, rows, stamp, folder / f"{path.stem}.png")
         elif "peak GFLOP/s" in rows[0] and "case" in rows[0]:
             for plot in (speed, roofline):
