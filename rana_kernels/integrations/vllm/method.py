@@ -70,7 +70,7 @@ class RanaLinearMethod(LinearMethodBase):
         """Return (output or None for all, width) for each op call of an adapter."""
         if index not in self.pieces.apart:
             return [(None, piece.width)]
-        return [(piece.first + i, column.size) for i, column in enumerate(piece.columns)]
+        return [(i, column.size) for i, column in zip(piece.outputs, piece.columns, strict=True)]
 
     def _compute(
         self, layer: nn.Module, index: int, output: int | None, x: Tensor, bias: Tensor | None

@@ -65,6 +65,11 @@ class Piece:
         return sum(column.size for column in self.columns)
 
     @property
+    def outputs(self) -> range:
+        """The numbers of the layer's outputs that the adapter computes."""
+        return range(self.first, self.first + len(self.columns))
+
+    @property
     def scattered(self) -> bool:
         """Whether its rank values are summed over the processes, and its ranks divided among them."""
         return self.adapter.kind == "rank" and self.inputs.size < self.inputs.total

@@ -17,6 +17,7 @@ After a row-parallel layer, vLLM itself also sums y over the processes. Quantise
 
 from functools import partial
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,15 @@ ALIGNED = 64  # bytes: where the weights of an adapter begin among those of othe
 _NUMBERS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the outputs of a merged layer
 
 
+class Place(NamedTuple):
+    """Where a tensor lies in a flat one: `units` elements of it, which are bytes if it has whole numbers."""
+
+    start: int
+    units: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Pieces:
     """The adapters of one layer in the order of its outputs, and a count of the numbers loaded so far.
 
@@ -45,6 +55,7 @@ class Pieces:
     def __init__(self, prefix: str, pieces: list[Piece]) -> None:
         self.prefix, self.pieces, self.apart = prefix, pieces, set[int]()
         self._bytes = any(piece.adapter.format.quantized for piece in pieces)
+        self._places: dict[tuple[str, int, int | None], Place] = {}  # by name, adapter, and output if apart
         self._loaded: dict[str, dict[tuple[int, int], int]] = {name: {} for name in NAMES}
 
     def register(self, layer: nn.Module, dtype: torch.dtype) -> None:
@@ -53,55 +64,58 @@ class Pieces:
         Thresholds and norms are float32. If rank values are summed over processes, all tensors are float32.
         """
         scattered = any(piece.scattered for piece in self.pieces)
-        self._floats = torch.float32 if scattered else dtype
         for name in NAMES:
-            flat = torch.uint8 if self._in_bytes(name) else self._dtype(name)
-            data = torch.zeros(self._place(name, len(self.pieces)), dtype=flat)
+            floats = torch.float32 if scattered or name in VECTORS else dtype
+            floats = torch.float16 if name in SCALES else floats
+            in_bytes = self._bytes and name in MATRICES
+            data = torch.zeros(
+                self._lay_out(name, floats, in_bytes), dtype=torch.uint8 if in_bytes else floats
+            )
             parameter = nn.Parameter(data, requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": partial(self.load, name)})
             layer.register_parameter(name, parameter)
 
-    def _in_bytes(self, name: str) -> bool:
-        return self._bytes and name in MATRICES
+    def _lay_out(self, name: str, floats: torch.dtype, in_bytes: bool) -> int:
+        """Find the places of all adapters in the flat tensor `name`, and return its size.
 
-    def _dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of what is no whole number."""
-        return torch.float32 if name in VECTORS else torch.float16 if name in SCALES else self._floats
+        Quantised rows get room for both ways to store them: once for all outputs, and once for each.
+        """
+        end = 0
+        for index, piece in enumerate(self.pieces):
+            ways: list[dict[int | None, dict[str, Held]]] = [{None: piece.held}]
+            if name in ROWS and piece.adapter.format.quantized:
+                ways.append({output: piece.held_of(output) for output in piece.outputs})
+            end = max(self._lay_one(name, index, way, end, floats, in_bytes) for way in ways)
+        return end
 
-    def _place(self, name: str, index: int) -> int:
-        """Return where the tensor of adapter number `index` begins in the flat tensor, or where that ends."""
-        return sum(self._room(name, piece) for piece in self.pieces[:index] if name in piece.held)
-
-    def _room(self, name: str, piece: Piece) -> int:
-        """Return the room of one adapter in a flat tensor, whether its rows are stored apart or not."""
-        whole, apart = self._units(name, piece.held[name]), 0
-        if piece.adapter.format.quantized:
-            outputs = range(piece.first, piece.first + len(piece.columns))
-            apart = sum(self._units(name, piece.held_of(output)[name]) for output in outputs)
-        return max(whole, apart) if name in ROWS else whole
-
-    def _units(self, name: str, held: Held) -> int:
-        count = prod(held.shape)
-        if not self._in_bytes(name):
-            return count
-        return -(-count * (held.dtype or self._floats).itemsize // ALIGNED) * ALIGNED
+    def _lay_one(
+        self,
+        name: str,
+        index: int,
+        way: dict[int | None, dict[str, Held]],
+        start: int,
+        floats: torch.dtype,
+        in_bytes: bool,
+    ) -> int:
+        """Place the tensors of one adapter one after the other from `start`, and return where they end."""
+        for output, tensors in way.items():
+            held = tensors.get(name)
+            if held is not None:
+                dtype = held.dtype or floats
+                units = prod(held.shape) * (dtype.itemsize if in_bytes else 1)
+                self._places[name, index, output] = Place(start, units, held.shape, dtype)
+                start += -(-units // ALIGNED) * ALIGNED if in_bytes else units
+        return start
 
     def view(self, flat: Tensor, name: str, index: int, output: int | None = None) -> Tensor | None:
         """Return the tensor of adapter number `index`, a view of the layer's flat tensor, if it has one.
 
         output   that of the rows, for an adapter in `apart`
         """
-        piece, start = self.pieces[index], self._place(name, index)
-        held = piece.held.get(name)
-        if held is None:
+        place = self._places.get((name, index, output if name in ROWS else None))
+        if place is None:
             return None
-        if output is not None and name in ROWS:
-            before = range(piece.first, output)
-            start += sum(self._units(name, piece.held_of(other)[name]) for other in before)
-            held = piece.held_of(output)[name]
-        dtype = held.dtype or self._dtype(name)
-        units = prod(held.shape) * (dtype.itemsize if self._in_bytes(name) else 1)
-        return flat.narrow(0, start, units).view(dtype).view(held.shape)
+        return flat.narrow(0, place.start, place.units).view(place.dtype).view(place.shape)
 
     def load(self, name: str, flat: nn.Parameter, stored: Tensor, shard: str | int | None = None) -> None:
         """Copy this process's part of one tensor of the checkpoint. This is vLLM's `weight_loader`.
@@ -163,11 +177,10 @@ class Pieces:
 
     def _count(self, name: str, index: int) -> int:
         """Return how many numbers adapter number `index` has in the checkpoint."""
-        piece = self.pieces[index]
-        if name in ROWS and index in self.apart:
-            outputs = range(piece.first, piece.first + len(piece.columns))
-            return sum(prod(piece.held_of(output)[name].shape) for output in outputs)
-        return prod(piece.held[name].shape) if name in piece.held else 0
+        is_apart = name in ROWS and index in self.apart
+        outputs = self.pieces[index].outputs if is_apart else (None,)
+        places = (self._places.get((name, index, output)) for output in outputs)
+        return sum(prod(place.shape) for place in places if place is not None)
 
 
 def pieces_of(
