@@ -24,10 +24,7 @@ def with_dial(plan: Plan, curves: list[Ways], masks_dense: bool) -> Plan:
                   lower budget masks it. It then stores norms and thresholds
     """
     offers = _offers(curves)
-    sharing = [
-        [_fixed(adapter)] if adapter.kind == "dense" and not masks_dense else _sharing(adapter, offers)
-        for adapter in plan.adapters
-    ]
+    sharing = [_sharing(adapter, offers, masks_dense) for adapter in plan.adapters]
     planned = 1 - plan.reduction
     lives = {planned: [a.in_features if a.kind == "dense" else a.live for a in plan.adapters]}
     for ratio in RATIOS:
@@ -54,24 +51,19 @@ def _offers(curves: list[Ways]) -> Offers:
     return found
 
 
-def _sharing(adapter: AdapterSpec, offers: Offers) -> Curve:
+def _sharing(adapter: AdapterSpec, offers: Offers, masks_dense: bool) -> Curve:
     """Return the choices with the weights of an adapter: first all inputs live, then the masks of neurons.
 
-    Their costs are FLOPs. Ranks have one choice.
+    Their costs are FLOPs. Ranks have one choice, and so have dense linears unless `masks_dense`.
     """
-    if adapter.kind == "rank":
-        return [_fixed(adapter)]
+    if adapter.kind == "rank" or (adapter.kind == "dense" and not masks_dense):
+        return [Choice(adapter.flops, 0, 0.0, adapter)]
     alone = (choice for name in adapter.names for choice in offers[(name,), adapter.format])
     rounding = sum(choice.error for choice in alone if choice.adapter.kind == "dense")
     masks = [c for c in offers[adapter.names, adapter.format] if c.adapter.kind == "neuron"]
     full = replace(masks[0].adapter, live=adapter.in_features) if masks else adapter
     whole = Choice(adapter.dense_flops, 0, rounding, full)
     return [whole, *(Choice(c.adapter.flops, 0, c.error, c.adapter) for c in masks)]
-
-
-def _fixed(adapter: AdapterSpec) -> Choice:
-    """Return the choice of an adapter that is the same at every budget."""
-    return Choice(adapter.flops, 0, 0.0, adapter)
 
 
 def _with_settings(adapter: AdapterSpec, full: AdapterSpec, lives: tuple[float, ...]) -> AdapterSpec:
