@@ -166,34 +166,21 @@ def test_the_command_invents_no_weights(kind, tmp_path, run):  # noqa: F811
 def write_gguf(folder: Path, path: Path, tokenizer: bool = True) -> LlamaForCausalLM:  # noqa: F811
     """Write a tied Llama with the tokenizer of `folder`, in 8 bits where widths allow. Return the model."""
     gguf = pytest.importorskip("gguf", reason="GGUF files are read with the package gguf")
+    from bench.decode.gguf_files import tensors, write_sizes
+
     torch.manual_seed(1)
     config = AutoConfig.from_pretrained(folder)
     config.tie_word_embeddings = True
     model = LlamaForCausalLM(config).eval()
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
+    write_sizes(writer, config)
     if tokenizer:
         _add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text())["model"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, parameter in model.named_parameters():
-        values = parameter.detach()
-        for part, count in heads.items():
-            if part in name:  # llama.cpp turns neighbouring pairs, transformers halves
-                values = values.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(values.shape)
+    for name, values in tensors(model):
         whole = values.dim() == 2 and values.shape[1] % 32 == 0
         kind = gguf.GGMLQuantizationType.Q8_0 if whole else gguf.GGMLQuantizationType.F32
         stored = gguf.quants.quantize(np.ascontiguousarray(values.numpy()), kind)
-        own = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(own, stored, raw_dtype=kind)
+        writer.add_tensor(name, stored, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,5 +1,6 @@
 """GGUF files of a Llama for llama.cpp, written from the weights that every other contender has."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -9,13 +10,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 BYTE_TOKENS = 256
-# name in transformers -> name in GGUF, within a layer
-IN_LAYER = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-AROUND = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def write_gguf(model: PreTrainedModel, path: Path, kind: str) -> None:
@@ -24,9 +18,10 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: str) -> None:
     Prompts have to be token ids: the texts of the tokens are numbers.
     """
     writer = gguf.GGUFWriter(str(path), "llama")
-    _write_facts(writer, model.config)
+    write_sizes(writer, model.config)
+    _write_tokens(writer, model.config.vocab_size)
     known = gguf.GGMLQuantizationType[kind]
-    for name, weight in _tensors(model):
+    for name, weight in tensors(model):
         values = weight.float().numpy()
         if values.ndim == 1:
             writer.add_tensor(name, values)
@@ -53,7 +48,8 @@ def matrix_bytes(path: Path) -> int:
     return sum(int(t.n_bytes) for t in gguf.GGUFReader(path).tensors if len(t.shape) > 1)
 
 
-def _write_facts(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
+def write_sizes(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
+    """Write the sizes of a Llama."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -63,8 +59,22 @@ def _write_facts(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    size, kinds = config.vocab_size, gguf.TokenType
-    writer.add_vocab_size(size)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a Llama by their names in GGUF. A tied lm_head is left out, as it has to be."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight = _neighbours(weight, model.config.head_dim)
+        yield names.get_name(name, try_suffixes=(".weight",)), weight
+
+
+def _write_tokens(writer: gguf.GGUFWriter, size: int) -> None:
+    """Write a vocabulary of so many tokens, whose texts are numbers."""
+    kinds = gguf.TokenType
     writer.add_tokenizer_model("llama")
     bytes_ = [f"<0x{i:02X}>" for i in range(BYTE_TOKENS)]
     texts = ["<unk>", "<s>", "</s>", *bytes_, *(f"t{i}" for i in range(size))]
@@ -72,22 +82,6 @@ def _write_facts(writer: gguf.GGUFWriter, config: LlamaConfig) -> None:
     writer.add_token_list(texts[:size])
     writer.add_token_scores([0.0] * size)
     writer.add_token_types([int(kind) for kind in types[:size]])
-
-
-def _tensors(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
-    """Return the tensors by their names in GGUF. A tied lm_head is left out, as llama.cpp expects."""
-    found = []
-    for name, weight in model.state_dict().items():
-        module = name.removesuffix(".weight")
-        if module in AROUND:
-            if not (module == "lm_head" and model.config.tie_word_embeddings):
-                found.append((f"{AROUND[module]}.weight", weight))
-            continue
-        _, _, layer, inside = module.split(".", 3)
-        if inside in ("self_attn.q_proj", "self_attn.k_proj"):
-            weight = _neighbours(weight, model.config.head_dim)
-        found.append((f"blk.{layer}.{IN_LAYER[inside]}.weight", weight))
-    return found
 
 
 def _neighbours(weight: Tensor, D: int) -> Tensor:

@@ -6,6 +6,7 @@ loaded one width after the other, and those of one width take turns. Seconds are
 on the machine spoils them.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -123,8 +124,7 @@ def _contenders(
 
 
 def _rounded(model: PreTrainedModel, kind: str) -> PreTrainedModel:
-    made = type(model)(model.config).to(model.dtype).eval()
-    made.load_state_dict(model.state_dict())
+    made = copy.deepcopy(model)
     round_like(made, kind)
     return made
 
