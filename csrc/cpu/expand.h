@@ -2,9 +2,8 @@
 #pragma once
 
 #include "expand_by_amx.h"
-#include "expand_by_integers.h"
 #include "expand_by_panels.h"
-#include "expand_by_vectors.h"
+#include "expand_by_shares.h"
 #include "tiling.h"
 
 namespace {
@@ -38,11 +37,15 @@ auto in_lanes_of(Done done) {
 // Computes (m ⊙ h) rows. Calls done(token, column, sums in the lane order of T), in several threads.
 template <class T, class W, class Done>
 void expand(const float* h, int64_t ldh, int64_t tokens, const W& rows, Mask mask, Done done) {
+  const auto in_lanes = in_lanes_of<T, W>(done);
+  if (tokens == 1) {
+    const OneToken<W> kept(h, ldh, 1, rows.rows, mask);
+    return sum_shares<1, W>({{&kept, &rows}}, [=](int64_t n, const Chunk(&sums)[1]) { in_lanes(0, n, sums[0]); });
+  }
   for_method<W>(tokens, [&](auto method) {
     const Masked<decltype(method)> kept(h, ldh, tokens, rows.rows, mask);
-    for_column_slices<W>(rows.columns, rows.rows * tokens, [&](int64_t begin, int64_t end) {
-      sum_rows(kept, rows, begin, end, in_lanes_of<T, W>(done));
-    });
+    for_column_slices<W>(rows.columns, rows.rows * tokens,
+                         [&](int64_t begin, int64_t end) { sum_rows(kept, rows, begin, end, in_lanes); });
   });
 }
 

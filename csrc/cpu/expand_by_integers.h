@@ -142,27 +142,28 @@ inline void to_natural_order(float* sums) {
       }
 }
 
-// Adds most rows of one token, as the general add_far_rows does, which also adds rows whose factors stay float32.
+// Adds most steps of a share, as the general add_far_rows does, which also adds rows whose factors stay float32.
 template <class T, int kWidth>
-int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, const Quantized<T, kWidth>& rows,
-                     int64_t column, int64_t size, float* sums) {
+int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, Share share,
+                     const Quantized<T, kWidth>& rows, int64_t column, int64_t size, float* sums) {
   using W = Quantized<T, kWidth>;
-  if (!rows.fixed_point) return add_far_rows<W>(h, rows, column, size, sums);
-  constexpr int64_t kAhead = columns_in<W>(kFarAheadBytes), kSpan = integers::kSpan<kWidth>;
-  const int64_t length = h.steps() / kFarStreams, whole = size / kSpan * kSpan;
+  if (!rows.fixed_point) return add_far_rows<W>(h, share, rows, column, size, sums);
+  constexpr int64_t kSpan = integers::kSpan<kWidth>;
+  const FarAhead ahead(columns_in<W>(kFarAheadBytes), size);
+  const int64_t whole = size / kSpan * kSpan;
   const int64_t ld = W::room(size);
   FixedFactors factors(W::scale_blocks(size));
   std::vector<float> room(kFarStreams * ld), by_integers(whole);
   const auto nothing = [](int, int64_t, int64_t) {};
-  for (int64_t s = 0; s < length; s++) {
+  for (int64_t s = 0; s < share.stream_length(); s++) {
     typename W::Term term[kFarStreams];
     const uint8_t *row[kFarStreams], *next[kFarStreams];
     for (int i = 0; i < kFarStreams; i++) {
-      const int64_t step = i * length + s;
+      const int64_t step = share.step(i, s);
       const typename W::Row here = rows.at(h.row(step, 0), column);
       term[i] = W::term(here, h.values[step], size, room.data() + i * ld);
       row[i] = here.steps;
-      const typename W::Row later = rows.at(h.row(std::min(step + 1, h.steps() - 1), 0), column);
+      const typename W::Row later = rows.at(h.row(std::min(step + ahead.steps, share.end - 1), 0), column);
       W::ask_for_scales(later, size);
       next[i] = later.steps;
     }
@@ -170,8 +171,8 @@ int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, c
     if (factors.set(term, W::scale_blocks(whole)))
       for (; n < whole; n += kSpan) {
         for (int i = 0; i < kFarStreams; i++)
-          __builtin_prefetch(n + kAhead < size ? row[i] + (n + kAhead) * kWidth / 8
-                                               : next[i] + (n + kAhead - size) * kWidth / 8);
+          __builtin_prefetch(n + ahead.columns < size ? row[i] + (n + ahead.columns) * kWidth / 8
+                                                      : next[i] + (n + ahead.columns - size) * kWidth / 8);
         add_span<kWidth>(row, factors, n, by_integers.data());
       }
     for (; n + kChunk <= size; n += kChunk) add_columns<1>(term, n, sums, nothing);
@@ -181,7 +182,7 @@ int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, c
     to_natural_order<kWidth>(by_integers.data() + n);
     for (int i = 0; i < kSpan; i++) sums[n + i] += by_integers[n + i];
   }
-  return length * kFarStreams;
+  return share.step(kFarStreams, 0);
 }
 
 }  // namespace

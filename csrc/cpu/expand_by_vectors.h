@@ -79,53 +79,70 @@ inline void add_columns(const Term (&term)[kFarStreams], int64_t n, float* sums,
   for (int c = 0; c < kChunks; c++) store(sums + n + c * kChunk, tile[c]);
 }
 
+// Where the ten streams of one token ask memory for rows: kFarAheadBytes ahead, or at the same column of a later row if
+// rows are shorter than that.
+struct FarAhead {
+  int64_t columns, steps;
+
+  FarAhead(int64_t ahead, int64_t size) : columns(std::min(ahead, size)), steps((ahead + size - 1) / size) {}
+};
+
+// Steps of one token, of which a thread adds some columns.
+struct Share {
+  int64_t begin, end;
+
+  int64_t stream_length() const { return (end - begin) / kFarStreams; }
+  int64_t step(int stream, int64_t s) const { return begin + stream * stream_length() + s; }
+};
+
 // Adds one row of each stream for one token, whose values stay in registers while the rows pass. The streams continue
 // with the rows `next`.
 template <class W, class Row = typename W::Row>
 inline void add_rows(const Row (&row)[kFarStreams], const Row (&next)[kFarStreams], const float* h, int64_t size,
-                     float* room, float* sums) {
-  constexpr int64_t kAhead = columns_in<W>(kFarAheadBytes), kStep = kFarChunks<W> * kChunk;
+                     int64_t ahead, float* room, float* sums) {
+  constexpr int64_t kStep = kFarChunks<W> * kChunk;
   typename W::Term term[kFarStreams];
   for (int i = 0; i < kFarStreams; i++) term[i] = W::term(row[i], h[i], size, room + i * W::room(size));
-  const auto its_own = [&](int i, int64_t n, int64_t count) { ask_for<W>(row[i], n + kAhead, count); };
-  const auto the_next = [&](int i, int64_t n, int64_t count) { ask_for<W>(next[i], n + kAhead - size, count); };
+  const auto its_own = [&](int i, int64_t n, int64_t count) { ask_for<W>(row[i], n + ahead, count); };
+  const auto the_next = [&](int i, int64_t n, int64_t count) { ask_for<W>(next[i], n + ahead - size, count); };
   int64_t n = 0;
-  for (; n + kStep <= size - kAhead; n += kStep) add_columns<kFarChunks<W>>(term, n, sums, its_own);
+  for (; n + kStep <= size - ahead; n += kStep) add_columns<kFarChunks<W>>(term, n, sums, its_own);
   for (; n + kStep <= size; n += kStep) add_columns<kFarChunks<W>>(term, n, sums, the_next);
   for (; n + kChunk <= size; n += kChunk) add_columns<1>(term, n, sums, the_next);
   if (n < size) add_columns<1>(term, n, sums, the_next, size - n);
 }
 
-// Adds most rows of one token. With one token, the order of a sum may depend on its mask, so this reads ten distant
-// streams, each a tenth of the live rows. Returns the first step that is still to be added. `column` is the first of
-// the `size` columns wanted.
+// Adds most steps of a share. With one token, the order of a sum may depend on its mask, so this reads ten distant
+// streams, each a tenth of the share. Returns the first step that is still to be added. `column` is the first of the
+// `size` columns wanted.
 template <class W>
-int64_t add_far_rows(const Masked<ByVectors<Single<W>>>& h, const W& rows, int64_t column, int64_t size, float* sums) {
-  const int64_t length = h.steps() / kFarStreams;
+int64_t add_far_rows(const Masked<ByVectors<Single<W>>>& h, Share share, const W& rows, int64_t column, int64_t size,
+                     float* sums) {
+  const FarAhead ahead(columns_in<W>(kFarAheadBytes), size);
   std::vector<float> room(kFarStreams * W::room(size));
-  for (int64_t s = 0; s < length; s++) {
+  for (int64_t s = 0; s < share.stream_length(); s++) {
     typename W::Row row[kFarStreams], next[kFarStreams];
     float value[kFarStreams];
     for (int i = 0; i < kFarStreams; i++) {
-      const int64_t step = i * length + s;
+      const int64_t step = share.step(i, s);
       row[i] = rows.at(h.row(step, 0), column);
-      next[i] = rows.at(h.row(std::min(step + 1, h.steps() - 1), 0), column);
+      next[i] = rows.at(h.row(std::min(step + ahead.steps, share.end - 1), 0), column);
       value[i] = h.values[step];
     }
-    add_rows<W>(row, next, value, size, room.data(), sums);
+    add_rows<W>(row, next, value, size, ahead.columns, room.data(), sums);
   }
-  return length * kFarStreams;
+  return share.step(kFarStreams, 0);
 }
 
-// Adds groups of kSteps steps from step s on, as long as a whole group is left. Returns the first step that is still to
-// be added. `column` is the first of the `size` columns wanted.
+// Adds groups of kSteps steps from step s on, as long as a whole group is left before step `end`. Returns the first
+// step that is still to be added. `column` is the first of the `size` columns wanted.
 template <class Step, int kSteps, class W = typename Step::Weights>
-int64_t add_groups(const Masked<ByVectors<Step>>& h, int64_t s, const W& rows, int64_t column, int64_t size,
-                   float* sums, int64_t lds) {
+int64_t add_groups(const Masked<ByVectors<Step>>& h, int64_t s, int64_t end, const W& rows, int64_t column,
+                   int64_t size, float* sums, int64_t lds) {
   constexpr int kRows = Step::kRows;
   constexpr int64_t kAhead = columns_in<W>(kAheadBytes);
   std::vector<float> room(kSteps * kRows * W::room(size));
-  for (; s + kSteps <= h.steps(); s += kSteps) {
+  for (; s + kSteps <= end; s += kSteps) {
     typename W::Row row[kSteps * kRows];
     typename W::Term term[kSteps * kRows];
     for (int i = 0; i < kSteps * kRows; i++) {
@@ -146,26 +163,34 @@ int64_t add_groups(const Masked<ByVectors<Step>>& h, int64_t s, const W& rows, i
   return s;
 }
 
+// The same for groups of all sizes, until all steps before `end` are added.
+template <class Step, class W>
+void add_all_groups(const Masked<ByVectors<Step>>& h, int64_t s, int64_t end, const W& rows, int64_t column,
+                    int64_t size, float* sums, int64_t lds) {
+  s = add_groups<Step, kStreams / Step::kRows>(h, s, end, rows, column, size, sums, lds);
+  s = add_groups<Step, 4 / Step::kRows>(h, s, end, rows, column, size, sums, lds);
+  add_groups<Step, 1>(h, s, end, rows, column, size, sums, lds);
+}
+
+// So many columns of sums fit the second-level cache.
+template <class W>
+constexpr int64_t columns_at_once(int64_t tokens) {
+  constexpr int64_t kSumBytes = 256 * 1024;
+  return std::max<int64_t>(kSumBytes / sizeof(float) / tokens / W::kUnit, 16) * W::kUnit;
+}
+
 // Calls done(token, column, sums in lane order) for the columns [begin, end). The speed is bound by the bytes of the
-// rows: each row is read front to back, over as many columns as there is room for sums in the second-level cache.
+// rows: each row is read front to back, over as many columns as there is room for sums.
 template <class Step, class W, class Done>
 void sum_rows(const Masked<ByVectors<Step>>& h, const W& rows, int64_t begin, int64_t end, Done done) {
-  constexpr int64_t kSumBytes = 256 * 1024;
-  constexpr int64_t kUnit = W::kUnit;
-  const int64_t most = std::max<int64_t>(kSumBytes / sizeof(float) / h.tokens / kUnit, 16) * kUnit;
-  const int64_t width = std::min(most, chunks_of(end - begin) * kChunk);
+  const int64_t width = std::min(columns_at_once<W>(h.tokens), chunks_of(end - begin) * kChunk);
   const int64_t lds = width + kChunk;  // a multiple of the page would put all tokens into one cache set
   std::vector<Chunk> aligned(h.tokens * lds / kChunk);  // a sum across two cache lines costs twice as much
   float* const sums = reinterpret_cast<float*>(aligned.data());
   for (int64_t n = begin; n < end; n += width) {
     const int64_t size = std::min(width, end - n);
     std::fill(aligned.begin(), aligned.end(), Chunk{});
-    int64_t s = 0;
-    if constexpr (Step::kRows == 1)
-      if (h.tokens == 1) s = add_far_rows(h, rows, n, size, sums);
-    s = add_groups<Step, kStreams / Step::kRows>(h, s, rows, n, size, sums, lds);
-    s = add_groups<Step, 4 / Step::kRows>(h, s, rows, n, size, sums, lds);
-    add_groups<Step, 1>(h, s, rows, n, size, sums, lds);
+    add_all_groups(h, 0, h.steps(), rows, n, size, sums, lds);
     for (int64_t m = 0; m < h.tokens; m++)
       for (int64_t i = 0; i < size; i += kChunk) done(m, n + i, load(sums + m * lds + i));
   }

@@ -49,23 +49,38 @@ struct Neurons {
   }
 };
 
+// What up and gate keep of h [tokens, ranks].
+template <class Kept>
+struct GatedRanks {
+  Kept up;
+  std::optional<Kept> own;  // of gate, unless both read the same values
+
+  template <class T>
+  GatedRanks(const Mlp<T>& mlp, const std::vector<float>& h, int64_t ldh, int64_t tokens)
+      : up(h.data(), ldh, tokens, mlp.up_rows.rows(), mlp.mask) {
+    const int64_t first = mlp.first_gate_rank, gate_ranks = mlp.gate_rows->rows();
+    if (first > 0 || gate_ranks != mlp.up_rows.rows())
+      own.emplace(h.data() + first, ldh, tokens, gate_ranks, mlp.gate_mask());
+  }
+  const Kept& gate() const { return own ? *own : up; }
+};
+
 // Computes g from h [tokens, ranks] where up and gate are stored alike: one parallel region reads both.
 template <class W, class T>
 void gated_neurons(const Mlp<T>& mlp, const std::vector<float>& h, int64_t ldh, int64_t tokens, const W& up_rows,
-                   const Neurons<T>& neurons) {
+                   const W& gate_rows, const Neurons<T>& neurons) {
+  const auto keep_up = in_lanes_of<T, W>(neurons.keep_up(mlp.up_bias));
+  const auto gate_up = in_lanes_of<T, W>(neurons.gate_up(mlp.gate_bias));
+  if (tokens == 1) {
+    const GatedRanks<OneToken<W>> ranks(mlp, h, ldh, tokens);
+    return sum_shares<2, W>({{&ranks.up, &up_rows}, {&ranks.gate(), &gate_rows}},
+                            [=](int64_t n, const Chunk(&sums)[2]) { keep_up(0, n, sums[0]), gate_up(0, n, sums[1]); });
+  }
   for_method<W>(tokens, [&](auto method) {
-    using Kept = Masked<decltype(method)>;
-    const int64_t first = mlp.first_gate_rank, gate_ranks = mlp.gate_rows->rows();
-    const Kept up(h.data(), ldh, tokens, up_rows.rows, mlp.mask);
-    std::optional<Kept> own;  // of gate, unless both read the same values
-    if (first > 0 || gate_ranks != up_rows.rows)
-      own.emplace(h.data() + first, ldh, tokens, gate_ranks, mlp.gate_mask());
-    for_rows<T>(*mlp.gate_rows, tokens, [&](const auto& gate_rows) {
-      if constexpr (std::is_same_v<std::decay_t<decltype(gate_rows)>, W>)
-        for_column_slices<W>(mlp.neurons(), (up_rows.rows + gate_ranks) * tokens, [&](int64_t begin, int64_t end) {
-          sum_rows(up, up_rows, begin, end, in_lanes_of<T, W>(neurons.keep_up(mlp.up_bias)));
-          sum_rows(own ? *own : up, gate_rows, begin, end, in_lanes_of<T, W>(neurons.gate_up(mlp.gate_bias)));
-        });
+    const GatedRanks<Masked<decltype(method)>> ranks(mlp, h, ldh, tokens);
+    for_column_slices<W>(mlp.neurons(), (up_rows.rows + gate_rows.rows) * tokens, [&](int64_t begin, int64_t end) {
+      sum_rows(ranks.up, up_rows, begin, end, keep_up);
+      sum_rows(ranks.gate(), gate_rows, begin, end, gate_up);
     });
   });
 }
@@ -76,7 +91,12 @@ void compute_neurons(const Mlp<T>& mlp, const std::vector<float>& h, int64_t ldh
   if (!mlp.gate_rows) {
     expand<T>(h.data(), ldh, tokens, mlp.up_rows, mlp.mask, neurons.activate_up(mlp.up_bias));
   } else if (mlp.up_rows.stored_as(*mlp.gate_rows)) {
-    for_rows<T>(mlp.up_rows, tokens, [&](const auto& rows) { gated_neurons(mlp, h, ldh, tokens, rows, neurons); });
+    for_rows<T>(mlp.up_rows, tokens, [&](const auto& up_rows) {
+      for_rows<T>(*mlp.gate_rows, tokens, [&](const auto& gate_rows) {
+        if constexpr (std::is_same_v<decltype(up_rows), decltype(gate_rows)>)
+          gated_neurons(mlp, h, ldh, tokens, up_rows, gate_rows, neurons);
+      });
+    });
   } else {
     expand<T>(h.data(), ldh, tokens, mlp.up_rows, mlp.mask, neurons.keep_up(mlp.up_bias));
     expand<T>(h.data() + mlp.first_gate_rank, ldh, tokens, *mlp.gate_rows, mlp.gate_mask(),

@@ -47,12 +47,17 @@ void parallel(int64_t items, int64_t weights_per_item, F f) {
   torch::stable::parallel_for(0, items, grain, f);
 }
 
+template <class W>
+int64_t units_of(int64_t columns) {
+  return (columns + W::kUnit - 1) / W::kUnit;
+}
+
 // Calls f(begin, end) for one wide slice of the columns a thread. Slices are wide, because short pieces of many rows
-// defeat the prefetcher; threads split columns, because then nothing has to be reduced afterwards.
+// defeat the prefetcher; several tokens split columns, because then nothing has to be reduced afterwards.
 template <class W, class F>
 void for_column_slices(int64_t columns, int64_t rows, F f) {
   constexpr int64_t kUnit = W::kUnit;
-  parallel((columns + kUnit - 1) / kUnit, rows * kUnit,
+  parallel(units_of<W>(columns), rows * kUnit,
            [&](int64_t begin, int64_t end) { f(begin * kUnit, std::min(end * kUnit, columns)); });
 }
 
