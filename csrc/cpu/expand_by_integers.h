@@ -149,7 +149,7 @@ int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, S
   using W = Quantized<T, kWidth>;
   if (!rows.fixed_point) return add_far_rows<W>(h, share, rows, column, size, sums);
   constexpr int64_t kSpan = integers::kSpan<kWidth>;
-  const FarAhead ahead(columns_in<W>(kFarAheadBytes), size);
+  const FarAhead ahead(columns_in<W>(far_ahead_bytes()), size);
   const int64_t whole = size / kSpan * kSpan;
   const int64_t ld = W::room(size);
   FixedFactors factors(W::scale_blocks(size));

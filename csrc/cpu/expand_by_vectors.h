@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "mask.h"
+#include "prefetch.h"
 
 namespace {
 
@@ -25,11 +26,9 @@ constexpr int kFewestFarChunks = 1;
 template <class W>
 constexpr int kFarChunks = std::max(kFewestFarChunks, std::min(kLineChunks<W>, 4));
 
-// The distances of prefetches. The hardware prefetcher follows a dozen streams only if the loads of a stream are close
-// together in time, but the sums of several tokens come between them. It also does not know where a stream continues
-// after the end of a row.
+// The distance of prefetches for several tokens. The hardware prefetcher follows a dozen streams only if the loads of a
+// stream are close together in time, but the sums of several tokens come between them.
 constexpr int64_t kAheadBytes = 256;
-constexpr int64_t kFarAheadBytes = 1024;
 
 // sums[m][0, kChunk) += Σ values[s][m] · rows(s), for kSteps steps and kTokens tokens.
 template <class Step, int kSteps, int kTokens, class Rows>
@@ -79,12 +78,12 @@ inline void add_columns(const Term (&term)[kFarStreams], int64_t n, float* sums,
   for (int c = 0; c < kChunks; c++) store(sums + n + c * kChunk, tile[c]);
 }
 
-// Where the ten streams of one token ask memory for rows: kFarAheadBytes ahead, or at the same column of a later row if
-// rows are shorter than that.
+// Where the ten streams of one token ask memory for rows of `size` columns: so many columns ahead, and if that is
+// beyond the end of a row, in the row so many steps later. If rows are shorter than the distance, at the same column.
 struct FarAhead {
   int64_t columns, steps;
 
-  FarAhead(int64_t ahead, int64_t size) : columns(std::min(ahead, size)), steps((ahead + size - 1) / size) {}
+  FarAhead(int64_t distance, int64_t size) : columns(std::min(distance, size)), steps((distance + size - 1) / size) {}
 };
 
 // Steps of one token, of which a thread adds some columns.
@@ -118,7 +117,7 @@ inline void add_rows(const Row (&row)[kFarStreams], const Row (&next)[kFarStream
 template <class W>
 int64_t add_far_rows(const Masked<ByVectors<Single<W>>>& h, Share share, const W& rows, int64_t column, int64_t size,
                      float* sums) {
-  const FarAhead ahead(columns_in<W>(kFarAheadBytes), size);
+  const FarAhead ahead(columns_in<W>(far_ahead_bytes()), size);
   std::vector<float> room(kFarStreams * W::room(size));
   for (int64_t s = 0; s < share.stream_length(); s++) {
     typename W::Row row[kFarStreams], next[kFarStreams];
