@@ -25,7 +25,7 @@ from rana_kernels.model.hooks import alone, of_this_thread
 from rana_kernels.model.positions import require_ids, require_rows
 from rana_kernels.statistics.fisher import Derivatives, sequences
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
-from rana_kernels.statistics.sampling import Sampler
+from rana_kernels.statistics.sampling import Sampler, placed
 from rana_kernels.system.progress import track
 from rana_kernels.system.torch_state import plain_torch
 
@@ -101,13 +101,13 @@ class _Batch:
     """The facts about the running batch that the hooks read.
 
     tokens   bool [batch · T]: which tokens are not padding
-    keep     indices of sampled tokens that stay in the sample
     take     indices of tokens of this batch that enter the sample
+    slots    their slots in the sample
     """
 
     tokens: Tensor
-    keep: Tensor
     take: Tensor
+    slots: Tensor
 
 
 @plain_torch()
@@ -184,15 +184,15 @@ def calibrate_blocks(
                 batch.tokens = _unpadded(part)
                 count = int(batch.tokens.sum())
                 if own:
-                    batch.keep, batch.take = sampler.select(count)
+                    batch.take, batch.slots = sampler.select(count)
                 else:
                     sampler.skip(count)
-                sampled = (batch.keep, batch.take) if own else None
+                sampled = (batch.take, batch.slots) if own else None
                 if fisher and fisher.wants_more and fisher.add(part, batch.tokens, sampled):
                     continue  # the hooks have seen this pass
                 if own:
                     if fisher:
-                        fisher.importance.leave_out(batch.keep, batch.take)
+                        fisher.importance.leave_out(batch.slots)
                     others = {key: value for key, value in part.items() if key != "input_ids"}
                     decoder(part["input_ids"], **others, **no_cache)
     if sampler.seen == 0:
@@ -311,20 +311,21 @@ def _narrows(module: nn.Module) -> bool:
 def _hook(key: tuple[int, str], reader: str, module: Any, narrows: bool, batch: _Batch, stats: Stats):
     def collect(_module: Any, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().reshape(-1, args[0].shape[-1])
-        x = x[batch.tokens.to(x.device)]
-        wide = x.float()
-        if not wide.isfinite().all():
-            raise ValueError(f"calibrate: the input of {reader} holds values that are not finite")
+        x = x if batch.tokens.all() else x[batch.tokens.to(x.device)]
         if key not in stats.inputs:
             size = min(module.weight.shape) if narrows else x.shape[1]
             moment = torch.zeros(size, size, dtype=torch.float64, device=x.device)
             stats.inputs[key] = InputStats(moment, x[:0])
         found = stats.inputs[key]
         # float32 products are summed in float64 without rounding, so the order of batches does not matter
-        for chunk in wide.split(2048):
+        for chunk in x.float().split(2048):
             seen = F.linear(chunk, module.weight.float()) if narrows else chunk
-            found.moment += exact(seen.T @ seen)
-        old = found.sample[batch.keep.to(x.device)]
-        found.sample = torch.cat([old, x[batch.take.to(x.device)]])
+            product = seen.T @ seen
+            if not product.diagonal().isfinite().all():
+                raise ValueError(
+                    f"calibrate: the input of {reader} holds values that are not finite, or too large"
+                )
+            found.moment += exact(product)
+        found.sample = placed(found.sample, batch.slots, x[batch.take.to(x.device)])
 
     return collect

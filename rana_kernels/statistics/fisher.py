@@ -26,7 +26,7 @@ from rana_kernels.model.linears import linear_of
 from rana_kernels.model.logits import Logits
 from rana_kernels.statistics.importance import Importance
 from rana_kernels.statistics.processes import ProcessGroupSums
-from rana_kernels.statistics.sampling import Sampler
+from rana_kernels.statistics.sampling import Sampler, placed
 
 TOKENS = 32768  # the loss is differentiated on so many first tokens: more hardly change the means
 PAIRS = 2048  # of these tokens, whose derivatives are kept
@@ -61,7 +61,7 @@ class Derivatives:
         """Differentiate the loss on one sequence of model inputs. Return False if it has no loss.
 
         unpadded   which tokens are not padding, bool [T]
-        sampled    the tokens that the calibration's sample keeps, and those of this sequence that it takes.
+        sampled    the tokens of this sequence that the calibration's sample takes, and their slots in it.
                    None: another process runs this sequence, and only its tokens are counted here
         """
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
@@ -70,7 +70,7 @@ class Derivatives:
             return False
         count = int(unpadded.sum())
         if sampled is not None:
-            keep, take = self.sampler.select(count)
+            take, slots = self.sampler.select(count)
             place = unpadded.nonzero()[:, 0][take]
             chances = shares(len(follows), self.tokens).to(ids.device)
 
@@ -82,7 +82,7 @@ class Derivatives:
                 # with a sum, the derivative of a token does not depend on the number of tokens
                 return F.cross_entropy(wide, labels, ignore_index=-100, reduction="sum")
 
-            with torch.enable_grad(), self._differentiating(keep, place.to(ids.device)):
+            with torch.enable_grad(), self._differentiating(place.to(ids.device), slots):
                 Logits(self.model, **kwargs).backward(loss)
             self.importance.finish_sequence(unpadded, *sampled)
         else:
@@ -124,10 +124,10 @@ class Derivatives:
         return next(m for m in self.model.modules() if isinstance(m, nn.Embedding))
 
     @contextmanager
-    def _differentiating(self, keep: Tensor, take: Tensor):
+    def _differentiating(self, take: Tensor, slots: Tensor):
         """Collect derivatives by outputs. Derivatives by weights are off, which saves their memory.
 
-        keep, take   the sampled tokens to keep, and those of this sequence to add
+        take, slots   the tokens of this sequence that are sampled, and their slots in the samples
         """
         self._new_slopes: dict[str, list[Tensor]] = {}
         self._new_paired: dict[tuple[int, str], list[Tensor]] = {}
@@ -143,8 +143,8 @@ class Derivatives:
             for parameter in wanted:
                 parameter.requires_grad_(False)
             yield
-            _add(self.slopes, keep, self._new_slopes)
-            _add(self.paired, keep, self._new_paired)
+            _place(self.slopes, slots, self._new_slopes)
+            _place(self.paired, slots, self._new_paired)
         finally:
             for parameter in wanted:
                 parameter.requires_grad_(True)
@@ -156,8 +156,9 @@ class Derivatives:
 
         def collect(here: Tensor, gradient: Tensor) -> None:
             wide = gradient.reshape(-1, gradient.shape[-1]).float()
-            self.importance.add(self.keys[name], name, wide)
-            squares = wide.square().sum(0, dtype=torch.float64)
+            squared = wide.square()
+            self.importance.add(self.keys[name], name, squared)
+            squares = squared.sum(0, dtype=torch.float64)
             # float64 sums of float32 values do not round, so their order does not matter, unless the values
             # of two sequences differ by seven orders of magnitude
             self.squares[name] = self.squares.get(name, 0) + squares.float().double()
@@ -189,13 +190,10 @@ class _Rows:
         return self.take[(self.take >= begin) & (self.take < self.begin)] - begin
 
 
-def _add(held: dict[Any, Tensor], keep: Tensor, new: dict[Any, list[Tensor]]) -> None:
+def _place(held: dict[Any, Tensor], slots: Tensor, new: dict[Any, list[Tensor]]) -> None:
     for key, parts in new.items():
-        held[key] = _replaced(held.get(key), keep, torch.cat(parts))
-
-
-def _replaced(held: Tensor | None, keep: Tensor, new: Tensor) -> Tensor:
-    return new if held is None else torch.cat([held[keep.to(held.device)], new])
+        rows = torch.cat(parts)
+        held[key] = placed(held.get(key, rows[:0]), slots, rows)
 
 
 def sequences(kwargs: dict[str, Any]) -> list[dict[str, Any]]:

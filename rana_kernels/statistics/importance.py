@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rana_kernels.statistics.processes import ProcessGroupSums, exact
-from rana_kernels.statistics.sampling import Sampler
+from rana_kernels.statistics.sampling import Sampler, placed
 
 Key = tuple[int, str]  # the index of a block, and one of its inputs
 
@@ -38,27 +38,28 @@ class Importance:
         """Hold the next tokens [T, K] of an input in `summed` until their weights are known."""
         self._inputs.setdefault(key, []).append(x)
 
-    def add(self, key: Key, name: str, slopes: Tensor) -> None:
-        """Add the derivatives [T, N] by the outputs of the linear `name`, for the next tokens it reads."""
-        parts = self._weights.setdefault(key, {}).setdefault(name, [])
-        parts.append(slopes.square().sum(1))
+    def add(self, key: Key, name: str, squares: Tensor) -> None:
+        """Add the squared derivatives [T, N] by outputs of the linear `name`, for the next tokens."""
+        self._weights.setdefault(key, {}).setdefault(name, []).append(squares.sum(1))
 
-    def finish_sequence(self, unpadded: Tensor, keep: Tensor, take: Tensor) -> None:
-        """Use what the sequence gave. The samples keep old tokens and take some of its unpadded tokens."""
+    def finish_sequence(self, unpadded: Tensor, take: Tensor, slots: Tensor) -> None:
+        """Use what the sequence gave. The samples take some of its unpadded tokens, into these slots."""
         for key in self.widths:
             weights = torch.stack([torch.cat(parts) for parts in self._weights.pop(key).values()]).sum(0)
             weights = weights[unpadded.to(weights.device)]
-            self._sample(key, keep, weights[take.to(weights.device), None].cpu())
+            self._sample(key, slots, weights[take.to(weights.device), None].cpu())
             self.totals[key] = self.totals.get(key, 0) + weights.sum(dtype=torch.float64).cpu()
             if key in self.summed:
                 x = torch.cat(self._inputs.pop(key))[unpadded.to(weights.device)].float()
                 product = exact((x * weights[:, None]).T @ x)
-                self.moments[key] = self.moments[key].add_(product) if key in self.moments else product
+                self.moments[key] = (
+                    self.moments[key].add_(product) if key in self.moments else product.double()
+                )
 
-    def leave_out(self, keep: Tensor, take: Tensor) -> None:
+    def leave_out(self, slots: Tensor) -> None:
         """Let the samples take tokens whose importance is not measured."""
         for key in self.widths:
-            self._sample(key, keep, torch.full((len(take), 1), torch.nan))
+            self._sample(key, slots, torch.full((len(slots), 1), torch.nan))
 
     def finish(
         self, sampler: Sampler, tokens: int, sums: ProcessGroupSums
@@ -79,5 +80,5 @@ class Importance:
                 moments[key] = (sums.reduce(self.moments.get(key, empty)) / (mean * max(1, tokens))).float()
         return importance, moments
 
-    def _sample(self, key: Key, keep: Tensor, taken: Tensor) -> None:
-        self.sampled[key] = torch.cat([self.sampled[key][keep], taken])
+    def _sample(self, key: Key, slots: Tensor, taken: Tensor) -> None:
+        self.sampled[key] = placed(self.sampled[key], slots, taken)

@@ -44,13 +44,13 @@ class ProcessGroupSums:
 
 
 def exact(product: Tensor) -> Tensor:
-    """Return a float32 matrix Σ x xᵀ [K, K] as float64, rounded so that sums of such matrices are exact.
+    """Return a float32 matrix Σ x xᵀ [K, K], rounded so that float64 sums of such matrices are exact.
 
     The grid step is 2^-27 of the largest value that the diagonal allows for an entry; float32 products
     already err by 2^-24. Sums on this grid need no rounding, so they are the same in every order.
     """
     # 2^power_i is at least the square root of entry (i, i), so entry (i, j) is at most 2^(power_i + power_j)
-    power = (torch.frexp(product.diagonal()).exponent + 1).div(2, rounding_mode="floor").double()
+    power = (torch.frexp(product.diagonal()).exponent + 1).div(2, rounding_mode="floor").float()
     unit = torch.exp2(-power)
-    steps = product.double().mul_(unit[:, None] * 2**27).mul_(unit).round_()
+    steps = product.mul(unit[:, None] * 2**27).mul_(unit).round_()
     return steps.div_(unit[:, None] * 2**27).div_(unit)
