@@ -17,8 +17,9 @@ import torch
 import triton
 from torch import Tensor
 
+from rana_kernels.ops.quantized import is_quantized
+
 _WIDTHS = (2048, 1024, 512, 256, 128, 64)
-_MAX_SHARES = 64
 _tried: dict[str, dict] = {}
 
 
@@ -42,9 +43,14 @@ class Decode:
         """Return how many registers a thread may use so that the residents fit (65,536 a multiprocessor)."""
         return min(255, 65536 // (self.residents * self.warps * 32))
 
-    def blocks(self, width: int, itemsize: int) -> tuple[int, int]:
+    @property
+    def most_shares(self) -> int:
+        """Return how many shares a thread can add up at once: 64, or as many as its registers take."""
+        return (self.registers + 1) // 4
+
+    def blocks(self, width: int, bits: int) -> tuple[int, int]:
         """Return (rows, columns) of a block of weights: as wide as possible with little waste of `width`."""
-        weights = self.warps * 32 * self.in_flight // itemsize
+        weights = self.warps * 32 * self.in_flight * 8 // bits
         fits = [c for c in _WIDTHS if c <= min(self.columns, weights // 16)]
         columns = next((c for c in fits if _waste(width, c) <= 0.125), fits[-1])
         return weights // columns, columns
@@ -53,16 +59,16 @@ class Decode:
         """Return how many programs run at the same time. The interpreter runs one."""
         return self.residents * _properties(device).multi_processor_count if device.type == "cuda" else 1
 
-    def cut(self, R: int, N: int, itemsize: int, device: torch.device) -> "Cut":
+    def cut(self, R: int, N: int, bits: int, device: torch.device) -> "Cut":
         """Divide R rows of N columns so that tiles × shares keep every program busy."""
-        rows, columns = self.blocks(N, itemsize)
+        rows, columns = self.blocks(N, bits)
         tiles, programs = max(1, triton.cdiv(N, columns)), self.seats(device)
 
         def busy(shares: int) -> float:
             rounds = triton.cdiv(tiles * shares, programs)
             return tiles * shares / (rounds * programs) - 0.002 * shares
 
-        shares = max(range(1, max(1, min(_MAX_SHARES, triton.cdiv(R, rows))) + 1), key=busy)
+        shares = max(range(1, max(1, min(self.most_shares, triton.cdiv(R, rows))) + 1), key=busy)
         return Cut(rows, columns, shares, tiles * shares)
 
 
@@ -111,25 +117,28 @@ def decodes(M: int, dtype: torch.dtype) -> bool:
 
 
 def decode(op: str, x: Tensor, *matrices: Tensor | None) -> Decode:
-    """Return the configuration of an op for few tokens x [M, K] and these weights."""
-    found = table(x.device).get(key(op, len(x), size(*matrices), x.dtype))
-    return Decode(**found) if found else decode_rule(len(x), x.dtype)
+    """Return the configuration of an op for few tokens x [M, K] and these weights, as they are stored."""
+    found = table(x.device).get(key(op, len(x), x.dtype, *matrices))
+    return Decode(**found) if found else decode_rule(len(x), x.dtype, quantized(*matrices))
 
 
 def prefill(op: str, x: Tensor, *matrices: Tensor | None) -> Prefill:
     """Return the configuration of an op for many tokens x [M, K] and these weights."""
-    found = table(x.device).get(key(op, len(x), size(*matrices), x.dtype))
+    found = table(x.device).get(key(op, len(x), x.dtype, *matrices))
     return Prefill(**found) if found else prefill_rule(x.dtype)
 
 
-def decode_rule(M: int, dtype: torch.dtype) -> Decode:
-    """Return the configuration that arithmetic suggests: 256 threads and 32 KB in flight a multiprocessor.
+def decode_rule(M: int, dtype: torch.dtype, quantized: bool = False) -> Decode:
+    """Return the configuration that arithmetic suggests: 32 KB in flight a multiprocessor for one token.
 
-    Several tokens need registers for their sums, float32 (without tensor cores) the most, so fewer bytes
-    are in flight.
+    Quantised weights take more instructions a byte, so twice as many warps take turns at waiting and
+    computing. Several tokens need registers for their sums, float32 (without tensor cores) the most, and
+    quantised weights for their floats, so fewer bytes are in flight.
     """
     if M == 1:
-        return Decode(warps=4, residents=2, in_flight=128, columns=512)
+        return Decode(8, 2, 64, 256) if quantized else Decode(4, 2, 128, 512)
+    if quantized:
+        return Decode(4, 2, 32, 128)
     return Decode(4, 2, 32, 64) if dtype == torch.float32 else Decode(4, 2, 64, 128)
 
 
@@ -145,15 +154,22 @@ def padded(M: int) -> int:
     return 1 if M == 1 else max(16, triton.next_power_of_2(M))
 
 
-def size(*matrices: Tensor | None) -> int:
-    """Return the number of weights of a problem, by which its configuration is looked up."""
-    return sum(m.numel() for m in matrices if m is not None)
+def quantized(*matrices: Tensor | None) -> bool:
+    """Say whether one of the weights is quantised."""
+    return any(is_quantized(m) for m in matrices if m is not None)
 
 
-def key(op: str, M: int, weights: int, dtype: torch.dtype) -> str:
-    """Return the key of a problem: tokens and weights to the next power of two, and the dtype's bytes."""
+def key(op: str, M: int, dtype: torch.dtype, *matrices: Tensor | None) -> str:
+    """Return the key of a problem: tokens and elements to the next power of two, and the input's bytes.
+
+    If there are quantised weights, the dtypes of the weights follow.
+    """
     tokens = padded(M) if decodes(M, dtype) else min(4096, triton.next_power_of_2(M))
-    return f"{op} M{tokens} weights2^{max(1, weights - 1).bit_length()} bytes{dtype.itemsize}"
+    given = [m for m in matrices if m is not None]
+    power = max(1, sum(m.numel() for m in given) - 1).bit_length()
+    found = f"{op} M{tokens} weights2^{power} bytes{dtype.itemsize}"
+    kinds = "+".join(dict.fromkeys(str(m.dtype).removeprefix("torch.") for m in given))
+    return f"{found} {kinds}" if quantized(*given) else found
 
 
 @cache
@@ -218,10 +234,10 @@ def _check(configuration: Decode | Prefill) -> None:
             raise ValueError(f"{name} is {value!r}")
 
 
-def candidates(M: int, dtype: torch.dtype) -> Iterator[Decode | Prefill]:
+def candidates(M: int, dtype: torch.dtype, quantized: bool = False) -> Iterator[Decode | Prefill]:
     """Yield the configurations that `rana tune` tries for M tokens. The rule's own choice comes first."""
     if decodes(M, dtype):
-        yield (rule := decode_rule(M, dtype))
+        yield (rule := decode_rule(M, dtype, quantized))
         for warps, residents in ((4, 2), (4, 4), (8, 1), (8, 2)):
             for in_flight in (32, 64, 128):
                 for columns in (128, 256, 512, 1024) if M == 1 else (64, 128, 256):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rana_kernels.backends.triton import interpreted
 from rana_kernels.backends.triton.configurations import Decode
+from rana_kernels.backends.triton.weights import MOST_TOKENS
 
 # A program lists the kept rows among so many, then streams them.
 CHUNK = 1024
@@ -106,12 +107,13 @@ def packed(vector: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | 
 
 
 def working_dtype(x: Tensor, *deciding: Tensor | None) -> torch.dtype:
-    """Return the dtype in which an op with the input x computes.
+    """Return the dtype in which an op with the input x [M, K] computes.
 
-    `deciding` are the scales of the weights on which a mask depends. If one is given, the dtype is float32,
-    because q · scale is exact in no smaller dtype.
+    `deciding` are the scales of the weights on which a mask depends. If one is given and these weights become
+    floats first, the dtype is float32, because q · scale is exact in no smaller dtype.
     """
-    return x.dtype if all(scale is None for scale in deciding) else torch.float32
+    exact = len(x) <= MOST_TOKENS or all(scale is None for scale in deciding)
+    return x.dtype if exact else torch.float32
 
 
 def list_size(M: int, programs: int) -> int:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rana_kernels.backends.triton import configurations, products
+from rana_kernels.backends.triton.expand import expand
 from rana_kernels.backends.triton.launch import (
     list_size,
     packed,
@@ -15,9 +16,11 @@ from rana_kernels.backends.triton.launch import (
     tokens_of,
     working_dtype,
 )
-from rana_kernels.backends.triton.phases import expand, finish, finish_neurons, grid_barrier, project
+from rana_kernels.backends.triton.phases import finish, finish_neurons, grid_barrier
+from rana_kernels.backends.triton.project import project
+from rana_kernels.backends.triton.weights import Weight, readable, stored_of
 from rana_kernels.ops import checks
-from rana_kernels.ops.quantized import columns_of, dequantize
+from rana_kernels.ops.quantized import columns_of
 
 
 @triton.jit
@@ -25,7 +28,7 @@ def kernel(
     x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias,
     down_rows, down_norms, down_threshold, down_bias,
     y, h, up_sums, gate_sums, g, down_sums, kept_r, kept_h,
-    M, K, S, R_UP, R_GATE, I, N, stride_B, stride_up, stride_gate, stride_down, state,  # noqa: E741
+    M, K, S, R_UP, R_GATE, I, N, state,  # noqa: E741
     PER_ROW: tl.constexpr, DOWN_PER_ROW: tl.constexpr, ACTIVATION: tl.constexpr, M_PAD: tl.constexpr,
     PROJECT_R: tl.constexpr, PROJECT_K: tl.constexpr,
     SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -35,19 +38,19 @@ def kernel(
     """Run all phases (PHASE 0), or only phase number PHASE. Without B, h is x, and there is no phase 1."""
     if B is not None:
         if PHASE == 0 or PHASE == 1:
-            project(x, B, None, h, M, K, S, stride_B, M_PAD, PROJECT_R, PROJECT_K)
+            project(x, B, None, h, M, K, S, M_PAD, PROJECT_R, PROJECT_K)
         if PHASE == 0:
             grid_barrier(state)
     if PHASE == 0 or PHASE == 2:
         expand(
-            h, up_rows, threshold, norms, up_sums, kept_r, kept_h, M, R_UP, I, S, stride_up,
+            h, up_rows, threshold, norms, up_sums, kept_r, kept_h, M, R_UP, I, S,
             PER_ROW, SHARES, M_PAD, BLOCK_R, BLOCK_I, CHUNK, THREADS,
         )  # fmt: skip
         if gate_rows is not None:
             # separate ranks: gate reads the last R_GATE values of h; otherwise S is R_GATE, and it reads all
             expand(
                 h + S - R_GATE, gate_rows, threshold + S - R_GATE, norms, gate_sums, kept_r, kept_h,
-                M, R_GATE, I, S, stride_gate,
+                M, R_GATE, I, S,
                 PER_ROW, SHARES, M_PAD, BLOCK_R, BLOCK_I, CHUNK, THREADS,
             )  # fmt: skip
     if PHASE == 0:
@@ -58,7 +61,7 @@ def kernel(
         grid_barrier(state)
     if PHASE == 0 or PHASE == 4:
         expand(
-            g, down_rows, down_threshold, down_norms, down_sums, kept_r, kept_h, M, I, N, I, stride_down,
+            g, down_rows, down_threshold, down_norms, down_sums, kept_r, kept_h, M, I, N, I,
             DOWN_PER_ROW, DOWN_SHARES, M_PAD, BLOCK_DOWN, BLOCK_N, CHUNK, THREADS,
         )  # fmt: skip
     if PHASE == 0:
@@ -90,18 +93,21 @@ def masked_mlp(
         x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias, down_rows, down_norms, down_threshold,
         down_bias, activation, B_scale, up_scale, gate_scale, down_scale,
     )  # fmt: skip
-    dtype = working_dtype(x, B_scale, up_scale, gate_scale)
-    tokens, N = tokens_of("masked_mlp", "x", x).to(dtype), columns_of(down_rows)
+    tokens, neurons, N = tokens_of("masked_mlp", "x", x), len(down_rows), columns_of(down_rows)
     if len(tokens) == 0 or N == 0:
         return x.new_empty(*x.shape[:-1], N)
-    form = _decode if configurations.decodes(len(tokens), tokens.dtype) else _prefill
+    dtype = working_dtype(tokens, B_scale, up_scale, gate_scale)
+    tokens = tokens.to(dtype)
+
+    def weight(stored: Tensor | None, scale: Tensor | None, columns: int) -> Weight | None:
+        return None if stored is None else readable(stored, scale, columns, len(tokens), dtype)
+
+    form = _decode if configurations.decodes(len(tokens), dtype) else _prefill
     y = form(
-        tokens,
-        None if B is None else dequantize(B, B_scale, x.shape[-1], dtype),
-        dequantize(up_rows, up_scale, dtype=dtype),
-        None if gate_rows is None else dequantize(gate_rows, gate_scale, dtype=dtype),
+        tokens, weight(B, B_scale, x.shape[-1]),
+        weight(up_rows, up_scale, neurons), weight(gate_rows, gate_scale, neurons),
         threshold.contiguous(), packed(norms), packed(up_bias, dtype), packed(gate_bias, dtype),
-        dequantize(down_rows, down_scale, dtype=dtype),
+        weight(down_rows, down_scale, N),
         down_norms.contiguous(), down_threshold.contiguous(), packed(down_bias, dtype), activation,
     )  # fmt: skip
     return y.view(*x.shape[:-1], N).to(x.dtype)
@@ -111,14 +117,14 @@ def _decode(
     x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias,
     down_rows, down_norms, down_threshold, down_bias, activation,
 ):  # fmt: skip
-    (M, K), (R_up, I), N = x.shape, up_rows.shape, down_rows.shape[1]  # noqa: E741
-    S, B_stride = (K, 0) if B is None else (len(B), B.stride(0))
-    R_gate, gate_stride = (0, 0) if gate_rows is None else (len(gate_rows), gate_rows.stride(0))
-    config = configurations.decode("masked_mlp", x, B, up_rows, gate_rows, down_rows)
-    project_r, project_k = config.blocks(K, x.itemsize)
-    cut = config.cut(max(R_up, R_gate), I, x.itemsize, x.device)
-    down = config.cut(I, N, x.itemsize, x.device)
-    projected = 0 if B is None else S
+    (M, K), I, N = x.shape, len(down_rows.stored), columns_of(down_rows.stored)  # noqa: E741
+    R_up, R_gate, projected = (0 if w is None else len(w.stored) for w in (up_rows, gate_rows, B))
+    S = K if B is None else projected
+    config = configurations.decode("masked_mlp", x, *stored_of(B, up_rows, gate_rows, down_rows))
+    project_r, project_k = config.blocks(K, 16 if B is None else B.bits)
+    bits = max(w.bits for w in (up_rows, gate_rows) if w is not None)
+    cut = config.cut(max(R_up, R_gate), I, bits, x.device)
+    down = config.cut(I, N, down_rows.bits, x.device)
     programs = seated(config, max(triton.cdiv(projected, project_r), cut.items, down.items), x.device)
     h, up_sums, gate_sums, g, down_sums, kept_r, kept_h = scratch(
         x.device, M * projected, cut.shares * M * I, cut.shares * M * I, M * I, down.shares * M * N,
@@ -131,7 +137,7 @@ def _decode(
         down_rows, down_norms, down_threshold, down_bias,
         y, x if B is None else h, up_sums, None if gate_rows is None else gate_sums, g, down_sums,
         kept_r.view(torch.int32), kept_h,
-        M, K, S, R_up, R_gate, I, N, B_stride, up_rows.stride(0), gate_stride, down_rows.stride(0),
+        M, K, S, R_up, R_gate, I, N,
         PER_ROW=threshold.dim() == 1, DOWN_PER_ROW=down_threshold.dim() == 1,
         ACTIVATION=activation, M_PAD=configurations.padded(M),
         PROJECT_R=project_r, PROJECT_K=project_k,
@@ -145,6 +151,7 @@ def _prefill(
     x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias,
     down_rows, down_norms, down_threshold, down_bias, activation,
 ):  # fmt: skip
+    B, up_rows, gate_rows, down_rows = stored_of(B, up_rows, gate_rows, down_rows)
     config = configurations.prefill("masked_mlp", x, B, up_rows, gate_rows, down_rows)
     # with B, the ranks leave the first product masked; without, x is masked where up and gate read it
     z, mask = (

@@ -15,10 +15,7 @@ tokens of the batch do not change a token's result.
 import triton
 import triton.language as tl
 
-from rana_kernels.backends.triton import interpreted
-
-# kernels may read a global only if it is a constexpr
-INTERPRETED = tl.constexpr(interpreted())
+from rana_kernels.backends.triton.dots import rounded
 
 
 @triton.jit
@@ -40,137 +37,6 @@ def grid_barrier(state):
         while tl.atomic_add(state + 1, 0, sem="acquire", scope="gpu") == generation:
             pass
     tl.debug_barrier()
-
-
-@triton.jit
-def project(
-    x, B, bias, h, M, K, R, stride_B, M_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Compute h [M, R] = x [M, K] Bᵀ + bias. Each program streams blocks of BLOCK_R rows of B once."""
-    m = tl.arange(0, M_PAD)
-    for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        row = B + r[:, None].to(tl.int64) * stride_B
-        if M_PAD == 1:
-            VECTOR: tl.constexpr = 128 // B.dtype.element_ty.primitive_bitwidth
-            parts = tl.zeros([BLOCK_R, BLOCK_K // VECTOR], tl.float32)
-            for first_k in range(0, K, BLOCK_K):
-                k = first_k + tl.arange(0, BLOCK_K)
-                b = _stream(row + k[None, :], (r < R)[:, None] & (k < K)[None, :])
-                token = tl.load(x + k, mask=k < K, other=0)
-                products = b.to(tl.float32) * token.to(tl.float32)[None, :]
-                # one thread holds all elements of one load, so this sum needs no other thread
-                parts += tl.sum(tl.reshape(products, [BLOCK_R, BLOCK_K // VECTOR, VECTOR]), 2)
-            sums = tl.sum(parts, 1)[:, None]
-        else:
-            sums = tl.zeros([BLOCK_R, M_PAD], tl.float32)
-            for first_k in range(0, K, BLOCK_K):
-                k = first_k + tl.arange(0, BLOCK_K)
-                b = _stream(row + k[None, :], (r < R)[:, None] & (k < K)[None, :])
-                tokens = tl.load(
-                    x + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0
-                )
-                sums = dot(b, tokens, sums)
-        if bias is not None:
-            sums += tl.load(bias + r, mask=r < R, other=0).to(tl.float32)[:, None]
-        tl.store(
-            h + m[None, :] * R + r[:, None],
-            rounded(sums, h.dtype.element_ty),
-            mask=(m < M)[None, :] & (r < R)[:, None],
-        )
-
-
-@triton.jit
-def expand(
-    h, rows, threshold, norms, sums, kept_r, kept_h, M, R, N, stride_h, stride_rows,
-    PER_ROW: tl.constexpr, SHARES: tl.constexpr,
-    M_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr, THREADS: tl.constexpr,
-):  # fmt: skip
-    """Compute sums [SHARES, M, N]: for each share of the rows, the sum of the kept rows times their h [M, R].
-
-    A share is every SHARES-th row. Ranks are sorted by energy, so shares of consecutive rows would keep
-    very different numbers of rows.
-    """
-    tiles = tl.cdiv(N, BLOCK_N)
-    for item in range(tl.program_id(0), tiles * SHARES, tl.num_programs(0)):
-        share = item // tiles
-        n = (item % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m = tl.arange(0, M_PAD)
-        out = sums + share * M * N
-        if M_PAD == 1:
-            total = _expand_one(
-                h, rows, threshold, norms,
-                kept_r + tl.program_id(0) * CHUNK, kept_h + tl.program_id(0) * CHUNK,
-                n, share, R, N, stride_rows, PER_ROW, SHARES, BLOCK_R, BLOCK_N, CHUNK, THREADS,
-            )  # fmt: skip
-            tl.store(out + n, total, mask=n < N)
-        else:
-            total = _expand_many(
-                h, rows, threshold, norms, n, m, share, M, R, N, stride_h, stride_rows,
-                PER_ROW, SHARES, M_PAD, BLOCK_R, BLOCK_N,
-            )  # fmt: skip
-            tl.store(out + m[:, None] * N + n[None, :], total, mask=(m < M)[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def _expand_one(
-    h, rows, threshold, norms, kept_r, kept_h, n, share, R, N, stride_rows,
-    PER_ROW: tl.constexpr, SHARES: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
-):  # fmt: skip
-    """Handle one token: list the kept rows of a chunk in order, then stream only these rows."""
-    # the number of rows that the program covers when each thread loads 16 bytes
-    LANES: tl.constexpr = (THREADS * 128 // rows.dtype.element_ty.primitive_bitwidth + BLOCK_N - 1) // BLOCK_N
-    sums = tl.zeros([LANES, BLOCK_N], tl.float32)
-    for first in range(share, R, SHARES * CHUNK):
-        r = first + SHARES * tl.arange(0, CHUNK)
-        value = tl.load(h + r, mask=r < R, other=0, cache_modifier=".cg").to(tl.float32)
-        keep = (r < R) & keeps(value, r, threshold, norms, R, PER_ROW)
-        place = tl.cumsum(keep.to(tl.int32), 0) - 1
-        kept = tl.sum(keep.to(tl.int32), 0)
-        tl.debug_barrier()  # every thread has read the list of the previous chunk
-        tl.store(kept_r + place, r, mask=keep)
-        tl.store(kept_h + place, value, mask=keep)
-        tl.debug_barrier()
-        for first_kept in range(0, kept, BLOCK_R):
-            i = first_kept + tl.arange(0, BLOCK_R)
-            row = tl.load(kept_r + i, mask=i < kept, other=0)
-            z = tl.load(kept_h + i, mask=i < kept, other=0)
-            pointers = rows + row[:, None].to(tl.int64) * stride_rows + n[None, :]
-            w = _stream(pointers, (i < kept)[:, None] & (n < N)[None, :])
-            products = z[:, None] * w.to(tl.float32)
-            # the same threads load every LANES-th row, so the sum of these rows needs no other threads
-            sums += tl.sum(tl.reshape(products, [BLOCK_R // LANES, LANES, BLOCK_N]), 0)
-    return tl.sum(sums, 0)
-
-
-@triton.jit
-def _expand_many(
-    h, rows, threshold, norms, n, m, share, M, R, N, stride_h, stride_rows,
-    PER_ROW: tl.constexpr, SHARES: tl.constexpr,
-    M_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Handle several tokens: go through blocks of rows at fixed places, and skip rows that no token keeps.
-
-    The kept rows are not compacted: one token's mask would then change the grouping of another token's sum,
-    and thus its last bits.
-    """
-    total = tl.zeros([M_PAD, BLOCK_N], tl.float32)
-    for first in range(share, R, SHARES * BLOCK_R):
-        r = first + SHARES * tl.arange(0, BLOCK_R)
-        here = (m < M)[:, None] & (r < R)[None, :]
-        value = tl.load(h + m[:, None] * stride_h + r[None, :], mask=here, other=0, cache_modifier=".cg").to(
-            tl.float32
-        )
-        keep = here & keeps(value, r, threshold, norms, R, PER_ROW)
-        wanted = tl.max(keep.to(tl.int32), 0) > 0
-        if tl.max(wanted.to(tl.int32), 0) > 0:
-            pointers = rows + r[:, None].to(tl.int64) * stride_rows + n[None, :]
-            w = _stream(pointers, wanted[:, None] & (n < N)[None, :])
-            z = tl.where(keep, value, 0)
-            total = dot_exact(z, w, total) if M_PAD <= 16 else dot(rounded(z, w.dtype), w, total)
-    return total
 
 
 @triton.jit
@@ -217,40 +83,6 @@ def keeps(value, r, threshold, norms, R, PER_ROW: tl.constexpr):
     if PER_ROW:
         return (score < tl.load(threshold + r, mask=r < R, other=0)) == 0
     return (score < tl.load(threshold)) == 0
-
-
-@triton.jit
-def _stream(pointers, mask):
-    """Load weights. Each is read once, so it may leave the cache first."""
-    return tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first")
-
-
-@triton.jit
-def dot(a, b, total):
-    """Return total + a b. The product of two 16-bit elements is exact in float32."""
-    # the interpreter cannot multiply bfloat16, and "ieee" keeps float32 from being rounded to TF32
-    if INTERPRETED or a.dtype == tl.float32:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(a, b, total)
-
-
-@triton.jit
-def dot_exact(z, w, total):
-    """Return total + z w for a float32 z. A 16-bit w fits TF32; "tf32x3" splits z into terms that fit."""
-    if w.dtype == tl.float32:
-        return tl.dot(z, w, total, input_precision="ieee")
-    return tl.dot(z, w.to(tl.float32), total, input_precision="tf32x3")
-
-
-@triton.jit
-def rounded(value, dtype: tl.constexpr):
-    """Convert a float32 value to `dtype`, rounded to nearest even."""
-    # the interpreter truncates to bfloat16, so round before it does (but not NaN, whose bits could overflow)
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
-    return value.to(dtype)
 
 
 @triton.jit

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rana_kernels.backends.triton.configurations import Prefill
+from rana_kernels.backends.triton.dots import dot, rounded
 from rana_kernels.backends.triton.launch import on
-from rana_kernels.backends.triton.phases import activate, dot, keeps, rounded
+from rana_kernels.backends.triton.phases import activate, keeps
 
 
 @triton.jit

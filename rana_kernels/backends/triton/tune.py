@@ -20,7 +20,7 @@ from triton.errors import TritonError
 from triton.testing import do_bench_cudagraph
 
 from rana_kernels.backends.triton import configurations
-from rana_kernels.ops.quantized import is_quantized
+from rana_kernels.backends.triton.weights import MOST_TOKENS
 from rana_kernels.system.files import write_whole
 from rana_kernels.system.progress import track
 
@@ -40,9 +40,9 @@ class Choice(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Records the calls of the package's ops with float weights.
+    """Records the calls of the package's ops, but not those whose quantised weights are dequantised first.
 
-    Quantised weights are dequantised first, which takes longer than any configuration could save.
+    That takes longer than any configuration could save.
     """
 
     def __init__(self) -> None:
@@ -50,9 +50,23 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "rana" and not any(isinstance(a, Tensor) and is_quantized(a) for a in args):
-            self.calls.append((func._schema.name.split("::")[1], args))
+        if func.namespace == "rana":
+            op = func._schema.name.split("::")[1]
+            if _tokens(args) <= MOST_TOKENS or not configurations.quantized(*_weights(op, args)):
+                self.calls.append((op, args))
         return func(*args, **(kwargs or {}))
+
+
+def _tokens(args: tuple) -> int:
+    """Return the number of tokens of a call's input."""
+    return args[0].numel() // args[0].shape[-1]
+
+
+def _weights(op: str, args: tuple) -> list[Tensor]:
+    """Return the weights among the arguments of a call, in the order of the op's schema."""
+    names = [a.name for a in getattr(torch.ops.rana, op).default._schema.arguments]
+    named = zip(names, args, strict=False)  # arguments that have their defaults are left out
+    return [t for n, t in named if t is not None and (n in ("weight", "B") or n.endswith("rows"))]
 
 
 def record(model: nn.Module, input_ids: Tensor) -> dict[str, list[Call]]:
@@ -61,9 +75,7 @@ def record(model: nn.Module, input_ids: Tensor) -> dict[str, list[Call]]:
         model(input_ids=input_ids, use_cache=False)
     found: dict[str, list[Call]] = {}
     for op, args in recorder.calls:
-        x, *others = args
-        weights = configurations.size(*(t for t in others if isinstance(t, Tensor) and t.dim() == 2))
-        key = configurations.key(op, x.numel() // x.shape[-1], weights, x.dtype)
+        key = configurations.key(op, _tokens(args), args[0].dtype, *_weights(op, args))
         found.setdefault(key, []).append((op, args))
     return found
 
@@ -101,9 +113,10 @@ def tune(
 
 
 def _best(key: str, calls: list[Call], time: Callable[[list[Call]], float]) -> Choice:
-    x = calls[0][1][0]
+    op, args = calls[0]
+    quantized = configurations.quantized(*_weights(op, args))
     measured: dict[configurations.Decode | configurations.Prefill, float] = {}
-    for candidate in configurations.candidates(x.numel() // x.shape[-1], x.dtype):
+    for candidate in configurations.candidates(_tokens(args), args[0].dtype, quantized):
         with configurations.trying(key, candidate):
             # a GPU may lack the registers or the shared memory for a candidate, which then is no choice
             try:
