@@ -206,6 +206,23 @@ TILED_CASES = [replace(c, lead=(M,)) for M in (1, 5, 40) for c in _WIDE] + [
     Case("masked_linear", R=1300, N=24, lead=(40,)),
     Case("masked_mlp", R=17, N=32, K=33, I=1100, gate=10, lead=(5,)),
 ]
+# the same with quantised weights, odd inputs, and short last groups and blocks: for every op and number of
+# tokens another group, and where there is one weight both widths
+_WIDE_QUANTIZED = [
+    Case("masked_linear", R=30, N=702, bits=(8,)),
+    Case("masked_linear", R=30, N=702, bits=(4,)),
+    Case("linear", N=70, K=701, bits=(8,)),
+    Case("linear", N=70, K=701, bits=(4,)),
+    Case("masked_lowrank_linear", R=30, N=158, K=701, bits=(4, 8)),
+    Case("masked_lowrank_linear", R=30, N=158, K=701, bits=(16, 4)),
+    Case("masked_mlp", R=17, N=34, K=161, I=302, gate=10, bits=(8, 4, 16)),
+    Case("masked_mlp", R=None, N=166, K=33, I=302, gate="joint", bits=(4, 4, 8)),
+]
+TILED_CASES += [
+    replace(c, lead=(M,), group=GROUPS[(i + m) % len(GROUPS)])
+    for i, c in enumerate(_WIDE_QUANTIZED)
+    for m, M in enumerate((1, 2, 5, 16))
+]
 CASES += TILED_CASES
 REAL_CASES = _cases(REAL_LINEAR, REAL_LOWRANK, REAL_MLP, REAL_DENSE, REAL_LEADS)
 # one plain problem an op, for tests about something else than shapes, and the same in other forms

@@ -458,6 +458,24 @@ def test_masks_are_decided_in_float32(implementation, dtype, h, threshold, kept,
         assert bool(y.all()) == bool(y.any()) == kept, op
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("M", [1, 5, 40])
+@every_dtype
+@pytest.mark.parametrize("q, bits", [(127, 8), (7, 4)], ids=["int8", "int4"])
+def test_masks_of_quantized_ranks_are_decided_in_float32(implementation, dtype, q, bits, M):
+    """q · (1 + 2⁻¹⁰) lies between numbers of 16 bits, and the threshold between it and either of them."""
+    scale = torch.full((1, 1), 1 + 2**-10, dtype=torch.float16)
+    B = torch.tensor([[q, 0]], dtype=torch.int8)
+    one = torch.ones(1, 2, dtype=dtype)
+    for below, kept in ((2**-12, True), (-(2**-12), False)):
+        threshold = torch.tensor(q * (1 + 2**-10) - below)
+        args = {"x": one.expand(M, 2), "B": naive_pack(B) if bits == 4 else B, "rows": one}
+        args |= {"threshold": threshold, "bias": None, "B_scale": scale, "rows_scale": None}
+        args = {n: t if t is None else t.to(implementation.device) for n, t in args.items()}
+        y = implementation("masked_lowrank_linear", args)
+        assert bool(y.all()) == bool(y.any()) == kept
+
+
 def test_ranks_may_pass_the_range_of_float16(implementation):
     """300 · 300 is infinite in float16, but h is float32 in a decode step."""
     args = {"x": [[300.0]], "B": [[300.0]], "rows": [[0.25]]}

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +30,8 @@ from tests.cases import DTYPES
 # multiprocessors and shared memory of a block (bytes, CUDA programming guide) by compute capability
 CARDS = {80: (108, 163 * 1024), 90: (132, 227 * 1024), 100: (148, 227 * 1024)}
 TOKENS = (1, 5, 33, 200)
+# the widths of the weights; 16 stands for the dtype of the input
+BITS = (16, 8, 4)
 # (K, R, N, I) of Llama-2-7B and Llama-3.2-1B, R as for keep 0.56
 SHAPES = {"7B": (4096, 2464, 4096, 11008), "1B": (2048, 1232, 2048, 8192)}
 PINNED = "3.6.0"
@@ -36,11 +39,16 @@ PINNED = "3.6.0"
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one card. `narrow`: streaming loads of fewer than 16 bytes, out of `streams`."""
+    """One kernel for one card.
+
+    streams   loads that stream weights; `narrow` of them have fewer than 16 bytes
+    scalars   loads of 2 bytes, as scales are
+    """
 
     kernel: str
     capability: int
     dtype: str
+    bits: int
     tokens: int
     shape: str
     registers: int
@@ -48,6 +56,7 @@ class Compiled:
     shared: int
     streams: int
     narrow: int
+    scalars: int
     threads: int
 
 
@@ -93,62 +102,75 @@ def compiling(capability: int) -> Iterator[list[tuple[str, object]]]:
         yield noted
 
 
-def calls(shape: str, tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, list]]:
+def calls(shape: str, tokens: int, dtype: torch.dtype, bits: int = 16) -> Iterator[tuple[str, list]]:
     """(op, arguments) at a model's shapes; nothing is read, so the memory is never filled."""
     K, R, N, neurons = SHAPES[shape]
 
     def t(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=dtype)
 
-    threshold, norms = torch.empty(R), torch.empty(neurons)
-    yield "masked_linear", [t(tokens, neurons), t(neurons, N), torch.empty(()), norms, None]
-    yield "masked_lowrank_linear", [t(tokens, K), t(R, K), t(R, N), threshold, t(N)]
-    yield (
-        "masked_mlp",
-        [t(tokens, K), t(2 * R, K), t(R, neurons), t(R, neurons), torch.empty(2 * R), None, None, None]
-        + [t(neurons, N), norms, torch.empty(()), None, "silu"],
-    )
-    yield (
-        "masked_mlp",
-        [t(tokens, K), None, t(K, neurons), t(K, neurons), torch.empty(()), torch.empty(K), None, None]
-        + [t(neurons, N), norms, torch.empty(()), None, "silu"],
-    )
-    yield "linear", [t(tokens, K), t(neurons, K), t(neurons)]
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        stored = {16: (columns, dtype), 8: (columns, torch.int8), 4: (columns // 2, torch.uint8)}
+        width, kind = stored[bits]
+        return torch.empty(rows, width, dtype=kind)
+
+    def scale(rows: int, columns: int) -> torch.Tensor | None:
+        """Of groups of 32, whose scales are the most to load."""
+        return None if bits == 16 else torch.empty(rows, columns // 32, dtype=torch.float16)
+
+    threshold, norms, one = torch.empty(R), torch.empty(neurons), torch.empty(())
+    x, up, down, joint = t(tokens, K), (R, neurons), (neurons, N), (K, neurons)
+    yield "masked_linear", [t(tokens, neurons), weight(*down), one, norms, None, scale(*down)]
+    lowrank = [weight(R, K), weight(R, N), threshold, t(N), scale(R, K), scale(R, N)]
+    yield "masked_lowrank_linear", [x, *lowrank]
+    end = [weight(*down), norms, one, None, "silu"]
+    ranks = [weight(2 * R, K), weight(*up), weight(*up), torch.empty(2 * R), None, None, None]
+    yield "masked_mlp", [x, *ranks, *end, scale(2 * R, K), scale(*up), scale(*up), scale(*down)]
+    neuron = [None, weight(*joint), weight(*joint), one, torch.empty(K), None, None]
+    yield "masked_mlp", [x, *neuron, *end, None, scale(*joint), scale(*joint), scale(*down)]
+    yield "linear", [x, weight(neurons, K), t(neurons), scale(neurons, K)]
+
+
+def every_kind(capability: int, tokens: int) -> Iterator[tuple[torch.dtype, int]]:
+    """Every dtype of the input with every width of the weights, as far as kernels read them."""
+    return product(DTYPES, BITS if tokens <= 16 else BITS[:1])
 
 
 def compile_all(
     capabilities=tuple(CARDS),
     shapes=tuple(SHAPES),
-    dtypes=lambda capability, tokens: DTYPES,
+    kinds=every_kind,
     quiet: bool = True,
 ) -> list[Compiled]:
-    """Compile every kernel × dtype × tokens × shape for these cards; see `Compiled`."""
+    """Compile every kernel × kind × tokens × shape for these cards; see `Compiled`."""
     from rana_kernels.backends.triton import linear, masked_linear, masked_lowrank_linear, masked_mlp
 
     modules = (linear, masked_linear, masked_lowrank_linear, masked_mlp)
     modules = {m.__name__.split(".")[-1]: m for m in modules}
-    grid = [(c, s, m, d) for c in capabilities for s in shapes for m in TOKENS for d in dtypes(c, m)]
+    grid = [(c, s, m, *k) for c in capabilities for s in shapes for m in TOKENS for k in kinds(c, m)]
     rows: dict[Compiled, None] = {}
-    for capability, shape, tokens, dtype in track(grid, "compiling", disable=quiet):
+    for capability, shape, tokens, dtype, bits in track(grid, "compiling", disable=quiet):
         with compiling(capability) as noted:
-            for op, arguments in calls(shape, tokens, dtype):
+            for op, arguments in calls(shape, tokens, dtype, bits):
                 getattr(modules[op], op)(*arguments)
         for kernel, compiled in noted:
-            found = inspect(kernel, compiled, capability, str(dtype).removeprefix("torch."), tokens, shape)
-            rows[found] = None
+            name = str(dtype).removeprefix("torch.")
+            rows[inspect(kernel, compiled, capability, name, bits, tokens, shape)] = None
     return list(rows)
 
 
-def inspect(kernel: str, compiled, capability: int, dtype: str, tokens: int, shape: str) -> Compiled:
+def inspect(
+    kernel: str, compiled, capability: int, dtype: str, bits: int, tokens: int, shape: str
+) -> Compiled:
     registers, local, shared = resources(compiled.asm["cubin"])
     widths = streaming_loads(compiled.asm["ptx"])
     if not widths and not kernel.startswith("products"):
         # for several tokens weights may go to shared memory, by copies of 16 bytes that carry no mark
         widths = [16] * compiled.asm["ptx"].count("cp.async.cg.")
     return Compiled(
-        kernel, capability, dtype, tokens, shape, registers, local,
+        kernel, capability, dtype, bits, tokens, shape, registers, local,
         max(shared, compiled.metadata.shared), len(widths), sum(w < 16 for w in widths),
-        compiled.metadata.num_warps * 32,
+        len(re.findall(r"ld\.global\S*\.b16", compiled.asm["ptx"])), compiled.metadata.num_warps * 32,
     )  # fmt: skip
 
 
@@ -175,6 +197,7 @@ def table(rows: list[Compiled]) -> Table:
         "kernel",
         "sm",
         "dtype",
+        "bits",
         "M",
         "shape",
         "threads",
@@ -182,12 +205,14 @@ def table(rows: list[Compiled]) -> Table:
         "local",
         "shared",
         "16-byte streams",
+        "2-byte loads",
     ]
     shown = Table(*columns, title=f"Triton {triton.__version__}, compiled without a card")
     for r in rows:
         shown.add_row(
-            r.kernel, str(r.capability), r.dtype, str(r.tokens), r.shape, str(r.threads), str(r.registers),
-            str(r.local), str(r.shared), f"{r.streams - r.narrow}/{r.streams}",
+            r.kernel, str(r.capability), r.dtype, str(r.bits), str(r.tokens), r.shape, str(r.threads),
+            str(r.registers), str(r.local), str(r.shared), f"{r.streams - r.narrow}/{r.streams}",
+            str(r.scalars),
         )  # fmt: skip
     return shown
 

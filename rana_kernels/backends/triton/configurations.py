@@ -137,9 +137,9 @@ def decode_rule(M: int, dtype: torch.dtype, quantized: bool = False) -> Decode:
     """
     if M == 1:
         return Decode(8, 2, 64, 256) if quantized else Decode(4, 2, 128, 512)
-    if quantized:
-        return Decode(4, 2, 32, 128)
-    return Decode(4, 2, 32, 64) if dtype == torch.float32 else Decode(4, 2, 64, 128)
+    if dtype == torch.float32:
+        return Decode(4, 2, 32, 128 if quantized else 64)
+    return Decode(4, 2, 32, 256) if quantized else Decode(4, 2, 64, 128)
 
 
 def prefill_rule(dtype: torch.dtype) -> Prefill:
