@@ -272,13 +272,15 @@ def configurations(monkeypatch, tmp_path):
     configurations.tables.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
 @pytest.mark.parametrize("M", [1, 2, 16])
 @pytest.mark.parametrize("N", [1, 64, 576, 2048, 4096, 5632, 11008, 28672, 128256])
-def test_work_is_dealt_out_evenly(configurations, N, M, dtype):
-    config = configurations.decode_rule(M, dtype)
-    cut = config.cut(4096, N, dtype.itemsize, CUDA)
-    assert cut.rows * cut.columns == config.warps * 32 * config.in_flight // dtype.itemsize
+def test_work_is_dealt_out_evenly(configurations, N, M, bits):
+    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    config = configurations.decode_rule(M, dtype, quantized=bits < 16)
+    cut = config.cut(4096, N, bits, CUDA)
+    assert cut.rows * cut.columns == config.warps * 32 * config.in_flight * 8 // bits
+    assert cut.shares <= config.most_shares
     assert cut.items % cut.shares == 0 and (cut.items // cut.shares) * cut.columns >= N
     rounds = -(-cut.items // config.seats(CUDA))
     assert N < 2048 or cut.items / (rounds * config.seats(CUDA)) > 0.85
@@ -294,13 +296,15 @@ def on_a_card(*shape: int) -> torch.Tensor:
 
 
 def test_a_table_of_the_card_comes_before_the_rule(configurations):
-    key = configurations.key("masked_linear", 1, 4096 * 4096, torch.bfloat16)
+    rows = on_a_card(4096, 4096)
+    key = configurations.key("masked_linear", 1, torch.bfloat16, rows)
     path = configurations.own_table("nvidia-test-1")
     path.parent.mkdir(parents=True)
     mine = {"warps": 8, "residents": 1, "in_flight": 64, "columns": 256}
     path.write_text(json.dumps({"configurations": {key: mine}}))
-    found = configurations.decode("masked_linear", on_a_card(1, 4096), on_a_card(4096, 4096))
-    assert found == configurations.Decode(**mine)
+    assert configurations.decode("masked_linear", on_a_card(1, 4096), rows) == configurations.Decode(**mine)
+    found = configurations.decode("masked_linear", on_a_card(1, 4096), rows.to(torch.int8))
+    assert found == configurations.decode_rule(1, torch.bfloat16, quantized=True), "of another width"
     other = configurations.decode("masked_linear", on_a_card(1, 64), on_a_card(64, 64))
     assert other == configurations.decode_rule(1, torch.bfloat16)
 
@@ -320,11 +324,12 @@ def test_a_broken_table_is_an_error(configurations, text):
 
 
 def test_candidates_are_valid_and_start_with_the_rule(configurations):
-    for M, rule in (
-        (1, configurations.decode_rule(1, torch.bfloat16)),
-        (512, configurations.prefill_rule(torch.bfloat16)),
+    for M, quantized, rule in (
+        (1, False, configurations.decode_rule(1, torch.bfloat16)),
+        (5, True, configurations.decode_rule(5, torch.bfloat16, quantized=True)),
+        (512, False, configurations.prefill_rule(torch.bfloat16)),
     ):
-        tried = list(configurations.candidates(M, torch.bfloat16))
+        tried = list(configurations.candidates(M, torch.bfloat16, quantized))
         assert tried[0] == rule and len(tried) == len(set(tried)) > 10
         for candidate in tried:
             configurations._check(candidate)

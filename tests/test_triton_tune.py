@@ -79,9 +79,11 @@ class TwoLinears(torch.nn.Module):
         return ops.linear(x, weight), ops.linear(x, weight.to(torch.int8), None, scale)
 
 
-def test_calls_with_quantized_weights_are_not_tuned():
-    """They are dequantised first, and the configurations of float weights are looked up by other sizes."""
+def test_quantized_weights_are_tuned_where_kernels_read_them():
+    """With more tokens they are dequantised first."""
     from rana_kernels.backends.triton.tune import record
 
-    calls = record(TwoLinears(), torch.zeros(1, 5, dtype=torch.long))
-    assert [len(group) for group in calls.values()] == [1]
+    for tokens, keys in ((5, ["bytes4", "bytes4 int8"]), (17, ["bytes4"])):
+        calls = record(TwoLinears(), torch.zeros(1, tokens, dtype=torch.long))
+        assert [len(group) for group in calls.values()] == [1] * len(keys)
+        assert all(found.endswith(wanted) for found, wanted in zip(calls, keys, strict=True))
