@@ -1,7 +1,8 @@
 """The phases of the decode kernels, and the barrier between them.
 
 A decode kernel is one launch of a grid that stays resident. Its programs work through a phase, wait
-for one another, and start the next phase, which reads the results from scratch memory.
+for one another, and start the next phase, which reads the results from scratch memory. `project` and
+`expand`, which read weights, have files of their own.
 
     project   h = x Bᵀ                                        scratch h [M, R], or y
     expand    the kept rows times their h, in tiles of        scratch sums [SHARES, M, N]
