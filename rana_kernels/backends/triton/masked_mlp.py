@@ -35,8 +35,11 @@ def kernel(
     DOWN_SHARES: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, THREADS: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
-    """Run all phases (PHASE 0), or only phase number PHASE. Without B, h is x, and there is no phase 1."""
-    if B is not None:
+    """Run all phases (PHASE 0), or only phase number PHASE. Without B, h is x, and there is no phase 1.
+
+    Triton cannot compare a weight with None, so what belongs to B and gate says whether they are there.
+    """
+    if PROJECT_R > 0:
         if PHASE == 0 or PHASE == 1:
             project(x, B, None, h, M, K, S, M_PAD, PROJECT_R, PROJECT_K)
         if PHASE == 0:
@@ -46,7 +49,7 @@ def kernel(
             h, up_rows, threshold, norms, up_sums, kept_r, kept_h, M, R_UP, I, S,
             PER_ROW, SHARES, M_PAD, BLOCK_R, BLOCK_I, CHUNK, THREADS,
         )  # fmt: skip
-        if gate_rows is not None:
+        if gate_sums is not None:
             # separate ranks: gate reads the last R_GATE values of h; otherwise S is R_GATE, and it reads all
             expand(
                 h + S - R_GATE, gate_rows, threshold + S - R_GATE, norms, gate_sums, kept_r, kept_h,
@@ -121,11 +124,12 @@ def _decode(
     R_up, R_gate, projected = (0 if w is None else len(w.stored) for w in (up_rows, gate_rows, B))
     S = K if B is None else projected
     config = configurations.decode("masked_mlp", x, *stored_of(B, up_rows, gate_rows, down_rows))
-    project_r, project_k = config.blocks(K, 16 if B is None else B.bits)
+    project_r, project_k = (0, 0) if B is None else config.blocks(K, B.bits)
     bits = max(w.bits for w in (up_rows, gate_rows) if w is not None)
     cut = config.cut(max(R_up, R_gate), I, bits, x.device)
     down = config.cut(I, N, down_rows.bits, x.device)
-    programs = seated(config, max(triton.cdiv(projected, project_r), cut.items, down.items), x.device)
+    projections = 0 if B is None else triton.cdiv(projected, project_r)
+    programs = seated(config, max(projections, cut.items, down.items), x.device)
     h, up_sums, gate_sums, g, down_sums, kept_r, kept_h = scratch(
         x.device, M * projected, cut.shares * M * I, cut.shares * M * I, M * I, down.shares * M * N,
         *[list_size(M, programs)] * 2,
