@@ -218,12 +218,12 @@ _WIDE_QUANTIZED = [
     Case("masked_mlp", R=17, N=34, K=161, I=302, gate=10, bits=(8, 4, 16)),
     Case("masked_mlp", R=None, N=166, K=33, I=302, gate="joint", bits=(4, 4, 8)),
 ]
-TILED_CASES += [
+QUANTIZED_TILES = [
     replace(c, lead=(M,), group=GROUPS[(i + m) % len(GROUPS)])
     for i, c in enumerate(_WIDE_QUANTIZED)
     for m, M in enumerate((1, 2, 5, 16))
 ]
-CASES += TILED_CASES
+CASES += TILED_CASES + QUANTIZED_TILES
 REAL_CASES = _cases(REAL_LINEAR, REAL_LOWRANK, REAL_MLP, REAL_DENSE, REAL_LEADS)
 # one plain problem an op, for tests about something else than shapes, and the same in other forms
 SMALL = {

@@ -67,11 +67,11 @@ def test_the_environment_chooses_triton_for_the_cpu():
 
 
 # what of tests/test_ops.py is interpreted: (marker, expression). All of it would take half an hour
-CASES = "(isa or tiled) and not long"
+CASES = "(isa or tiled or quantized_tiles) and not long"
 SLOW = "not whole_range and not every_number"
 # of quantised weights a few small ones, and those that pass the kernels' tiles: with barriers one MLP of them
-FEW = "(not bits or tiled or g64 and not 300)"
-FEWER = "(not bits or tiled and gate_10)"
+FEW = "(not bits or quantized_tiles or g64 and not 300)"
+FEWER = "(not bits or quantized_tiles and gate_10)"
 FLOAT = "not _int8 and not _int4 and not _mixed"
 FLOAT16 = "float16 and not bfloat16"  # bfloat16 moves through the same code
 SELECTIONS = {
