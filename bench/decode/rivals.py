@@ -20,14 +20,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import rana_kernels as rana
 from bench.decode import widths
 from bench.decode.gguf_files import matrix_bytes, round_like, write_gguf
 from bench.decode.llama_cpp import LlamaCpp
 from bench.decode.models import twin
 from bench.decode.steps import Decoder, compiled, forget_compiled
 from bench.kernels.timing import summary, using
+from bench.report.programs import RANDOM
 from bench.report.results import Row
 from rana_kernels.evaluation.metrics import perplexity
+from rana_kernels.statistics.calibration import Stats
 
 RIVALS = {"llama.cpp": "xllamacpp", "torchao": "torchao"}  # and the packages that hold them
 WIDTHS = {16: "BF16", 8: "Q8_0", 4: "Q4_0"}  # the bits of a weight, and llama.cpp's name
@@ -66,9 +69,10 @@ def compare(
     texts   `calibration` and `evaluation` [n, T] of a trained model; empty for random weights
     """
     ids = torch.randint(model.config.vocab_size, (prompt,)).tolist()
+    stats = rana.calibrate(model, texts["calibration"].split(8)) if texts else None
     with TemporaryDirectory() as folder:
         for bits in WIDTHS:
-            contenders = list(_contenders(model, texts, rivals, bits, Path(folder)))
+            contenders = list(_contenders(model, texts.get("evaluation"), stats, rivals, bits, Path(folder)))
             for count in threads:
                 yield from _take_turns(contenders, count, ids, tokens, rounds)
 
@@ -95,10 +99,11 @@ def _take_turns(
 
 
 def _contenders(
-    model: PreTrainedModel, texts: dict[str, Tensor], rivals: list[str], bits: int, folder: Path
-) -> Iterator[Contender]:
+    model: PreTrainedModel, text: Tensor | None, stats: Stats | None, rivals: list[str], bits: int,
+    folder: Path,
+) -> Iterator[Contender]:  # fmt: skip
     def quality(made: PreTrainedModel) -> object:
-        return round(perplexity(made, texts["evaluation"]).perplexity, 3) if texts else "random weights"
+        return RANDOM if text is None else round(perplexity(made, text).perplexity, 3)
 
     plain = widths.dense(model, 16, None)
     if bits == 16:
@@ -112,12 +117,11 @@ def _contenders(
     if "llama.cpp" in rivals:
         path, kind = folder / f"{bits}.gguf", WIDTHS[bits]
         write_gguf(model, path, kind)
-        rounded = _rounded(model, kind) if texts else model
+        rounded = model if text is None else _rounded(model, kind)
         facts = (bits, 1.0, matrix_bytes(path), path.stat().st_size, quality(rounded))
         yield Contender(f"llama.cpp {kind}", *facts, lambda threads: _llama_cpp(path, threads))
-    calibration = texts.get("calibration")
-    dense = plain if bits == 16 else widths.dense(model, bits, calibration)
-    for ours in (dense, *widths.masked(model, bits, RATIOS, calibration)):
+    dense = plain if bits == 16 else widths.dense(model, bits, stats)
+    for ours in (dense, *widths.masked(model, bits, RATIOS, stats)):
         facts = (bits, ours.cost_ratio, ours.read, ours.stored, quality(ours.model))
         name = "ours, dense" if ours is dense else "ours, masked"
         yield Contender(name, *facts, lambda _, ours=ours: _generating(ours.model, ours.prepare))

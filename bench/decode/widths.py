@@ -24,6 +24,7 @@ from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.nn.adapters import RanaNeuronLinear
 from rana_kernels.nn.base import AdapterModule
 from rana_kernels.nn.mlp import RanaMLP
+from rana_kernels.statistics.calibration import Stats
 from rana_kernels.system.huge_pages import use_huge_pages
 
 GROUP = 32
@@ -45,23 +46,21 @@ class Ours:
     prepare: Callable[[], None] = lambda: None
 
 
-def dense(model: PreTrainedModel, bits: int, calibration: Tensor | None) -> Ours:
-    """Return the dense model in so many bits, rounded with the calibration, or at random without one."""
+def dense(model: PreTrainedModel, bits: int, stats: Stats | None) -> Ours:
+    """Return the dense model in so many bits, rounded with its statistics, or at random without them."""
     plan = _plan(model, bits, lambda block: [("dense", (name,)) for name in block.linears])
     made = twin(model)
-    if calibration is not None:
-        rana.compress(made, calibration.split(8), plan=plan, progress=False)
+    if stats is not None:
+        rana.compress(made, stats=replace(stats, model=made), plan=plan, progress=False)
     else:
         _install(made, plan)
     return _ours(made, plan, 1.0)
 
 
-def masked(
-    model: PreTrainedModel, bits: int, ratios: tuple[float, ...], calibration: Tensor | None
-) -> list[Ours]:
+def masked(model: PreTrainedModel, bits: int, ratios: tuple[float, ...], stats: Stats | None) -> list[Ours]:
     """Return a model for each cost of the blocks' linears."""
-    if calibration is not None:
-        return [_compressed(model, bits, ratio, calibration) for ratio in ratios]
+    if stats is not None:
+        return [_compressed(model, bits, ratio, stats) for ratio in ratios]
     plan = _plan(model, bits, _neurons)
     made = twin(model)
     _install(made, plan)
@@ -83,10 +82,10 @@ def _ours(model: PreTrainedModel, plan: Plan, cost_ratio: float) -> Ours:
     return Ours(model, cost_ratio, read_bytes(model, plan, size), stored)
 
 
-def _compressed(model: PreTrainedModel, bits: int, ratio: float, calibration: Tensor) -> Ours:
+def _compressed(model: PreTrainedModel, bits: int, ratio: float, stats: Stats) -> Ours:
     made = twin(model)
     asked = {"flops_reduction": 1 - ratio, "bits": bits, "progress": False}
-    return _ours(made, rana.compress(made, calibration.split(8), **asked).plan, ratio)
+    return _ours(made, rana.compress(made, stats=replace(stats, model=made), **asked).plan, ratio)
 
 
 def _plan(model: PreTrainedModel, bits: int, kinds: Callable[[Block], list]) -> Plan:

@@ -7,6 +7,7 @@ from bench.report.tables import table
 
 PAGE = ROOT / "docs" / "programs.md"
 FILES = "rivals-*.csv"
+RANDOM = "random weights"  # in place of a perplexity
 INTRODUCTION = """# Whole programs
 
 Tokens a second of whole programs that write one text, by the wall clock, and milliseconds to the first
@@ -36,8 +37,11 @@ def _table(rows: list[Row]) -> str:
         [*key, _cell(own, "first_token_ms", 0), _cell(own, "tokens_per_s", 1), _megabytes(own)]
         for key, own in found.items()
     ]
-    titles = ("program", "bits", "cost", "prompt", "first token ms", "tokens/s", "MB read a token")
-    return table(titles, lines)
+    titles = ["program", "bits", "cost", "prompt", "first token ms", "tokens/s", "MB read a token"]
+    if rows[0]["perplexity"] != RANDOM:
+        lines = [[*line, own[0]["perplexity"]] for line, own in zip(lines, found.values(), strict=True)]
+        titles.append("perplexity")
+    return table(tuple(titles), lines)
 
 
 def _cell(rows: list[Row], column: str, digits: int) -> str:

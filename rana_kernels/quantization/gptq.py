@@ -61,5 +61,5 @@ def spread_errors(lines: Tensor, U: Tensor, round_line: RoundLine) -> None:
             rounded = round_line(i, lines)
             errors[i - start] = (lines[i] - rounded) / U[i, i]
             lines[i] = rounded
-            lines[i + 1 : stop] -= U[i, i + 1 : stop, None] * errors[i - start]
+            lines[i + 1 : stop].addr_(U[i, i + 1 : stop], errors[i - start], alpha=-1)
         lines[stop:] -= U[start:stop, stop:].T @ errors

@@ -37,20 +37,26 @@ def find_steps(values: Tensor, bits: int, importance: Tensor | None = None) -> T
     if values.shape[-1] == 0:
         return values.new_zeros(values.shape[:-1])
     largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
-    trials = torch.stack([_as_float16(largest / target) for target in _TARGETS[bits]])
+    targets = values.new_tensor(_TARGETS[bits]).view(-1, *[1] * values.dim())
+    trials = _as_float16(largest / targets)
     if len(trials) == 1:
         return trials[0].squeeze(-1).abs()
-    errors = (round_to(values, trials, bits) * trials - values).square()
-    best = (
-        (errors if importance is None else errors * importance).sum(-1, keepdim=True).argmin(0, keepdim=True)
-    )
+    errors = _nearest(values, trials, bits).mul_(trials).sub_(values).square_()
+    if importance is not None:
+        errors *= importance
+    best = errors.sum(-1, keepdim=True).argmin(0, keepdim=True)
     return trials.gather(0, best)[0].squeeze(-1)
 
 
 def round_to(values: Tensor, steps: Tensor, bits: int) -> Tensor:
     """Return the nearest whole numbers for these steps, as float32. They are 0 where the step is 0."""
+    return _nearest(values, steps, bits).where(steps != 0, 0.0)
+
+
+def _nearest(values: Tensor, steps: Tensor, bits: int) -> Tensor:
+    """Do the same, but leave values as they are where the step is 0."""
     low, high = BOUNDS[bits]
-    return (values / steps.where(steps != 0, 1.0)).round().clamp(low, high).where(steps != 0, 0.0)
+    return (values / steps.where(steps != 0, 1.0)).round_().clamp_(low, high)
 
 
 def _as_float16(steps: Tensor) -> Tensor:
