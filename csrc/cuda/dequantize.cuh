@@ -1,52 +1,23 @@
-// This file turns quantised weights into float weights in temporary memory, which the kernels of the ops then read.
+// More tokens than those of a decode step: quantised weights become float weights in temporary memory, which dense
+// products then read.
 #pragma once
 
 #include "launch.cuh"
 
 namespace {
 
-// A quantised weight [rows, columns]. Its rows, and those of its scale, are `ld` and `scale_ld` elements apart.
-template <class Q>
-struct Quantized {
-  const Q* data;
-  const half* scale;
-  int64_t rows, ld, scale_ld;
-  int columns, group;
-};
-
-// Returns the value in a column of a row.
-__device__ inline int value_of(const int8_t* row, int column, int) { return row[column]; }
-__device__ inline int value_of(const uint8_t* row, int column, int columns) {
-  constexpr int kBlock = rana::kNibbleBlock, kHalf = kBlock / 2;
-  const int first = column / kBlock * kBlock, i = column - first;
-  const bool whole = first + kBlock <= columns;
-  const int byte = row[first / 2 + (whole ? i % kHalf : i / 2)];
-  const bool high = whole ? i >= kHalf : i % 2;
-  return ((high ? byte >> 4 : byte & 15) ^ 8) - 8;
-}
-
 // Blocks take turns at the rows. The product is exact in float32, and rounded once to T.
-template <class Q, class T>
+template <class T>
 __global__ void __launch_bounds__(kPlainBlock.threads)
-    dequantize_kernel(const __grid_constant__ Quantized<Q> q, T* weight) {
+    dequantize_kernel(const __grid_constant__ OneByOne<T> q, T* weight) {
   for (int64_t row = blockIdx.x; row < q.rows; row += gridDim.x)
-    for (int column = threadIdx.x; column < q.columns; column += blockDim.x) {
-      const float step = float(q.scale[row * q.scale_ld + column / q.group]);
-      weight[row * q.columns + column] = T(float(value_of(q.data + row * q.ld, column, q.columns)) * step);
-    }
+    for (int64_t column = threadIdx.x; column < q.columns; column += blockDim.x)
+      weight[row * q.columns + column] = T(q.weight(q.at(row, 0), column));
 }
 
-template <class Q, class T>
-void dequantize(const Device& device, const Tensor& weight, const Tensor& scale, Tensor& made) {
-  const int64_t rows = made.size(0), columns = made.size(1);
-  const Quantized<Q> q{static_cast<const Q*>(weight.const_data_ptr()),
-                       static_cast<const half*>(scale.const_data_ptr()),
-                       rows,
-                       weight.stride(0),
-                       scale.stride(0),
-                       int(columns),
-                       int(rana::group_size(columns, scale.size(1)))};
-  device.launch(dequantize_kernel<Q, T>, std::min<int64_t>(rows, 8 * device.processors()), kPlainBlock, false, q,
+template <class T>
+void dequantize(const Device& device, const OneByOne<T>& q, Tensor& made) {
+  device.launch(dequantize_kernel<T>, std::min<int64_t>(q.rows, 8 * device.processors()), kPlainBlock, false, q,
                 static_cast<T*>(made.mutable_data_ptr()));
 }
 
@@ -64,9 +35,7 @@ class InType {
     Tensor made = torch::stable::new_empty(weight, {weight.size(0), columns}, dtype_);
     if (made.numel() > 0)
       for_dtype(dtype_, [&](auto element) {
-        using T = decltype(element);
-        if (rana::is_packed(weight)) dequantize<uint8_t, T>(device_, weight, *scale, made);
-        else dequantize<int8_t, T>(device_, weight, *scale, made);
+        dequantize(device_, any_width<decltype(element)>(weight, scale, columns).all, made);
       });
     return made;
   }

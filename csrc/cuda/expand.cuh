@@ -5,22 +5,32 @@
 #pragma once
 
 #include "expand_by_mma.cuh"
+#include "expand_by_slices.cuh"
 #include "expand_by_threads.cuh"
 
 namespace {
 
 template <bool kWide, int kTokens, class Z, class W, class Done>
 __device__ void expand_tile(const Expansion<Z, W>& e, int tile, Done done_with) {
-  if constexpr (kExpandedByMma<W, kTokens>) expand_by_mma<kWide, kTokens>(e, tile, done_with);
+  if constexpr (kInParts<Z>) expand_by_mma<kWide, kTokens>(e, tile, done_with);
   else if constexpr (kTokens == 1) expand_one<kWide>(e, tile, done_with);
+  else if constexpr (W::kQuantized) expand_by_slices<kTokens>(e, tile, done_with);
   else expand_several<kWide>(e, tile, done_with);
+}
+
+// Calls f(expansion, wide) with the storage that the rows have.
+template <class Z, class W, class F>
+__device__ void with_storage(const Expansion<Z, W>& e, F f) {
+  with_storage(e.rows, [&](const auto& rows, auto wide) {
+    using Stored = std::decay_t<decltype(rows)>;
+    f(Expansion<Z, Stored>{e.z, rows, e.width * kPacket<W> / kPacket<Stored>, e.tiles}, wide);
+  });
 }
 
 // Calls done_with(m, n, sum) for all tokens and the columns of a tile.
 template <int kTokens, class Z, class W, class Done>
 __device__ void expand(const Expansion<Z, W>& e, int tile, Done done_with) {
-  if (e.rows.wide) expand_tile<true, kTokens>(e, tile, done_with);
-  else expand_tile<false, kTokens>(e, tile, done_with);
+  with_storage(e, [&](const auto& stored, auto wide) { expand_tile<wide(), kTokens>(stored, tile, done_with); });
 }
 
 // A block prefetches so many bytes of its first tile: what memory delivers while the blocks wait for one another.
@@ -29,12 +39,15 @@ constexpr int kAheadBytes = 32 * 1024;
 // Prefetches the leading rows. Ranks are sorted by energy, so these are nearly always kept, and memory is idle while
 // the blocks wait for one another.
 template <class Z, class W>
-__device__ void fetch_ahead(const Expansion<Z, W>& e, int bytes = kAheadBytes) {
-  const int64_t column = (int64_t(blockIdx.x) * e.width + threadIdx.x % e.width) * kPacket<W>;
-  const int most = bytes / 16 / e.width, count = e.rows.rows < most ? int(e.rows.rows) : most;
-  if (column < e.rows.columns)
-    for (int row = threadIdx.x / e.width; row < count; row += kThreads / e.width)
-      fetch_to_l2(W::address(e.rows.at(row, column)));
+__device__ void fetch_ahead(const Expansion<Z, W>& any, int bytes = kAheadBytes) {
+  with_storage(any, [&](const auto& e, auto) {
+    using Stored = std::decay_t<decltype(e.rows)>;
+    const int64_t column = (int64_t(blockIdx.x) * e.width + threadIdx.x % e.width) * kPacket<Stored>;
+    const int most = bytes / 16 / e.width, count = e.rows.rows < most ? int(e.rows.rows) : most;
+    if (column < e.rows.columns)
+      for (int row = threadIdx.x / e.width; row < count; row += kThreads / e.width)
+        fetch_to_l2(Stored::address(e.rows.at(row, column)));
+  });
 }
 
 // Calls f(tile) for the tiles of this block.
@@ -59,6 +72,7 @@ struct Output {
 template <class W, int kTokens>
 constexpr size_t kExpandBytes = kExpandedByMma<W, kTokens> ? sizeof(WarpSums<W>)
                                 : kTokens == 1             ? sizeof(List)
-                                                           : sizeof(Table);
+                                : W::kQuantized ? std::max(sizeof(Table), sizeof(SliceSums<kMostColumns<W, kTokens>>))
+                                                : sizeof(Table);
 
 }  // namespace

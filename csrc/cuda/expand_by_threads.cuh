@@ -68,9 +68,7 @@ __device__ void add_listed(const List& list, int count, const W& rows, const Pla
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       if (entry(i) >= count) break;
-      const float z = list.z[entry(i)];
-#pragma unroll
-      for (int c = 0; c < kPacket<W>; c++) sums[c] += z * weights[i][c];
+      weights[i].add_to(sums, list.z[entry(i)]);
     }
   }
 }
@@ -116,21 +114,26 @@ __device__ void add_wanted(const Table& table, int count, typename W::Row top, c
     for (int i = 0; i < kLoads; i++) {
       if (at(i) >= count) break;
 #pragma unroll
-      for (int m = 0; m < Table::kTokens; m++)
-#pragma unroll
-        for (int c = 0; c < kPacket<W>; c++) sums[m][c] += table.z[at(i)][m] * weights[i][c];
+      for (int m = 0; m < Table::kTokens; m++) weights[i].add_to(sums[m], table.z[at(i)][m]);
     }
   }
 }
 
+// The sums of each thread. After each packet there is a gap, so that lanes store to different banks.
 template <class W>
-using ThreadSums = float[kThreads * kPacket<W>];
+struct ThreadSums {
+  struct OfThread {
+    float at[kPacket<W>], gap;
+  };
+  OfThread threads[kThreads];
+};
 
 // Adds up the sums of all slots, token by token, and calls done_with(m, n, sum).
 template <int kTokens, class W, class Done>
 __device__ void add_slots(const float (&sums)[kTokens][kPacket<W>], const Place<W>& place, int tokens, int width,
                           int tile, int64_t N, Done done_with) {
-  auto& at = shared_as<ThreadSums<W>>();
+  auto& shared = shared_as<ThreadSums<W>>();
+  auto& totals = shared_as<float[kThreads]>();
   const int columns = width * kPacket<W>, parts = kThreads / columns;
   const int column = threadIdx.x % columns, part = threadIdx.x / columns;
   const int64_t n = int64_t(tile) * columns + column;
@@ -140,16 +143,17 @@ __device__ void add_slots(const float (&sums)[kTokens][kPacket<W>], const Place<
     __syncthreads();  // all reads of what was there, a list or sums, are over
     if (place.slot < place.slots)
 #pragma unroll
-      for (int c = 0; c < kPacket<W>; c++) at[threadIdx.x * kPacket<W> + c] = sums[m][c];
+      for (int c = 0; c < kPacket<W>; c++) shared.threads[threadIdx.x].at[c] = sums[m][c];
     __syncthreads();
     float sum = 0;
     if (part < parts)
-      for (int s = part; s < place.slots; s += parts) sum += at[s * columns + column];
+      for (int s = part; s < place.slots; s += parts)
+        sum += shared.threads[s * width + column / kPacket<W>].at[column % kPacket<W>];
     __syncthreads();
-    at[threadIdx.x] = sum;
+    totals[threadIdx.x] = sum;
     __syncthreads();
     if (part > 0 || n >= N) continue;
-    for (int p = 1; p < parts; p++) sum += at[p * columns + column];
+    for (int p = 1; p < parts; p++) sum += totals[p * columns + column];
     done_with(m, n, sum);
   }
 }

@@ -15,9 +15,9 @@ struct Expansion {
 
 // The widest tile of a kernel: it has registers, or shared memory, for the sums of so many columns.
 template <class W, int kTokens>
-constexpr int kMostColumns = kTokens == 1                                  ? kThreads
-                             : kTokens == 16 && kExpandedByMma<W, kTokens> ? 64
-                                                                           : 128;
+constexpr int kMostColumns = kTokens == 1                                                   ? kThreads
+                             : W::kQuantized || kTokens == 16 && kExpandedByMma<W, kTokens> ? 64
+                                                                                            : 128;
 template <class W, int kTokens>
 constexpr int kMostPackets = kMostColumns<W, kTokens> / kPacket<W>;
 

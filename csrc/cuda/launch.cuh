@@ -180,6 +180,46 @@ Plain<T> plain(const Tensor& t) {
   return {data, rows, columns, ld, wide};
 }
 
+template <class T>
+AnyWidth<T> any_width(const Tensor& weight, const OptionalTensor& scale, int64_t columns) {
+  const int width = !scale ? 8 * sizeof(T) : rana::is_packed(weight) ? 4 : 8;
+  const auto* const data = static_cast<const uint8_t*>(weight.const_data_ptr());
+  const int64_t rows = weight.size(0), ld = weight.stride(0) * (scale ? 1 : sizeof(T));
+  const bool wide = on_16_bytes(data) && columns * width % 128 == 0 && (rows < 2 || ld % 16 == 0);
+  OneByOne<T> all{data, nullptr, rows, columns, ld, 0, 0, width};
+  if (scale) {
+    all.scale = static_cast<const half*>(scale->const_data_ptr());
+    all.scale_ld = scale->stride(0);
+    all.group_bits = group_bits_of(columns, scale->size(1));
+  }
+  return {all, rows, columns, wide};
+}
+
+template <class W>
+struct Storage {
+  using Type = W;
+};
+
+// Calls f with the Storage of an op's weights: Plain, or AnyWidth if some are quantised.
+template <class T, class F>
+void for_storage(bool quantized, F f) {
+  if (quantized) f(Storage<AnyWidth<T>>{});
+  else f(Storage<Plain<T>>{});
+}
+
+// Returns a weight with `columns` columns as a kernel gets it.
+template <class W>
+W stored(const Tensor& weight, const OptionalTensor& scale, int64_t columns) {
+  using T = typename W::Element;
+  if constexpr (std::is_same_v<W, Plain<T>>) return plain<T>(weight);
+  else return any_width<T>(weight, scale, columns);
+}
+// Rows, whose number of columns is even in 4 bits.
+template <class W>
+W stored_rows(const Tensor& weight, const OptionalTensor& scale) {
+  return stored<W>(weight, scale, rana::columns_of(weight));
+}
+
 // A block of a decode kernel. Its phases use the same shared memory, one after the other.
 template <class W, int kTokens>
 constexpr Block kBlock{kThreads, std::max(sizeof(Partials<kTokens>), kExpandBytes<W, kTokens>)};
@@ -197,14 +237,34 @@ Output<T> output(const std::optional<Packed<T>>& bias, Tensor& y) {
   return {data_of(bias), static_cast<T*>(y.mutable_data_ptr()), last_size(y)};
 }
 
+template <class T>
+int64_t row_bytes(const Plain<T>& weights) {
+  return bytes_of<Plain<T>>(weights.columns);
+}
+template <class T>
+int64_t row_bytes(const AnyWidth<T>& weights) {
+  return weights.columns * weights.all.width / 8;
+}
+
+template <class T>
+Rounding rounding(const Plain<T>&) {
+  return {8, 4};
+}
+// In fewer bits there are fewer packets for as many blocks, and a tile may be a sector of memory, 32 bytes.
+template <class T>
+Rounding rounding(const AnyWidth<T>& weights) {
+  const int64_t bytes = kPacket<AnyWidth<T>> * weights.all.width / 8;
+  return {128 / bytes, std::max<int64_t>(1, 32 / bytes)};
+}
+
 template <int kTokens, class W>
 void cut(Projection<W>& projection) {
-  projection.warps_a_row = warps_a_row(bytes_of<W>(projection.B.columns), kSlice<W, kTokens>, kWarps);
+  projection.warps_a_row = warps_a_row(row_bytes(projection.B), kSlice<W, kTokens>, kWarps);
 }
 template <int kTokens, class Z, class W>
 void cut(Expansion<Z, W>& e, int64_t blocks) {
   const int64_t packets = ceil_div(e.rows.columns, kPacket<W>);
-  e.width = packets_a_tile(packets, blocks, kMostPackets<W, kTokens>);
+  e.width = packets_a_tile(packets, blocks, kMostPackets<W, kTokens>, rounding(e.rows));
   e.tiles = int(ceil_div(packets, e.width));
 }
 
@@ -214,14 +274,14 @@ int64_t items(const Projection<W>& projection) {
   return ceil_div(projection.B.rows * projection.warps_a_row, kWarps);
 }
 
-// Calls f with the number of tokens that the kernel for `tokens` tokens is compiled for, as a constant.
-template <class F>
+// Calls f with the number of tokens that the kernel for `tokens` tokens is compiled for, as a constant. With quantised
+// weights, the kernel for sixteen leaves out the products of the last eight if there are no more than eight.
+template <class W, class F>
 void for_tokens(int64_t tokens, F f) {
-  switch (tokens_compiled(tokens)) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 8: return f(std::integral_constant<int, 8>{});
-    default: return f(std::integral_constant<int, 16>{});
-  }
+  if (tokens == 1) return f(std::integral_constant<int, 1>{});
+  if constexpr (!W::kQuantized)
+    if (tokens <= 8) return f(std::integral_constant<int, 8>{});
+  return f(std::integral_constant<int, 16>{});
 }
 
 // ---- kernels over the elements of a tensor ----

@@ -1,7 +1,7 @@
 // The mask, and the values of h that it keeps: z = m ⊙ h, in the forms in which the sums over rows read it.
 #pragma once
 
-#include "mma.cuh"
+#include "any_width.cuh"
 
 namespace {
 
@@ -102,6 +102,11 @@ struct Parts {
     return factors;
   }
 };
+
+template <class Z>
+constexpr bool kInParts = false;
+template <int kMostTokens>
+constexpr bool kInParts<Parts<kMostTokens>> = true;
 
 // The form of a z that is computed within a launch, for sums over rows W.
 template <class W, int kTokens>

@@ -35,9 +35,9 @@ int64_t items(const Tokens<T>& x) {
   return ceil_div(x.size, kThreads);
 }
 
-template <class T, int kTokens, bool kWithB>
+template <class W, int kTokens, bool kWithB>
 struct Mlp {
-  using W = Plain<T>;
+  using T = typename W::Element;
   using Z = Computed<W, kTokens>;
   std::conditional_t<kWithB, Projection<W>, Tokens<T>> ranks;
   Mask mask;
@@ -63,9 +63,8 @@ struct NeuronSums {
 template <class W, int kTokens>
 constexpr Block kMlpBlock{kThreads, kBlock<W, kTokens>.shared_bytes + sizeof(NeuronSums<W, kTokens>)};
 
-template <class T, int kTokens, bool kWithB>
-__device__ void compute_neurons(const Mlp<T, kTokens, kWithB>& op, int tile) {
-  using W = Plain<T>;
+template <class W, int kTokens, bool kWithB>
+__device__ void compute_neurons(const Mlp<W, kTokens, kWithB>& op, int tile) {
   auto& sums = shared_as<NeuronSums<W, kTokens>>(kBlock<W, kTokens>.shared_bytes);
   const int columns = op.up.width * kPacket<W>;
   const int64_t first = int64_t(tile) * columns, left = op.down.z.rows - first;
@@ -79,8 +78,8 @@ __device__ void compute_neurons(const Mlp<T, kTokens, kWithB>& op, int tile) {
   __syncthreads();
 }
 
-template <class T, int kTokens, bool kWithB>
-__global__ void __launch_bounds__(kThreads, 1) masked_mlp_kernel(const __grid_constant__ Mlp<T, kTokens, kWithB> op) {
+template <class W, int kTokens, bool kWithB>
+__global__ void __launch_bounds__(kThreads, 1) masked_mlp_kernel(const __grid_constant__ Mlp<W, kTokens, kWithB> op) {
   project<kTokens>(op.ranks, [&](int m, int64_t r, float h) { op.store_rank(m, r, h); });
   if constexpr (kWithB) {  // without B, the first rows are kept no more than others
     fetch_ahead(op.up, kAheadBytes / (op.neurons.gated ? 2 : 1));
@@ -95,20 +94,20 @@ __global__ void __launch_bounds__(kThreads, 1) masked_mlp_kernel(const __grid_co
 }
 
 // The rows of an MLP. Without a gate, `gate` is a copy of `up` that no kernel reads.
-template <class T>
+template <class W>
 struct Weights {
-  Plain<T> up, gate, down;
+  W up, gate, down;
 };
 
 // `ranks` is a Projection, or Tokens without B.
-template <bool kWithB, class T, class Ranks>
+template <bool kWithB, class W, class T, class Ranks>
 void decode(const Device& device, const Tensor& input, const Ranks& ranks, const Mask& mask, int64_t first_gate_rank,
-            const Weights<T>& weights, const Neurons<T>& neurons, const Output<T>& output) {
+            const Weights<W>& weights, const Neurons<T>& neurons, const Output<T>& output) {
   const int M = int(tokens_of(input));
-  for_tokens(M, [&](auto tokens) {
-    const Kernel kernel(device, masked_mlp_kernel<T, tokens(), kWithB>, kMlpBlock<Plain<T>, tokens()>);
+  for_tokens<W>(M, [&](auto tokens) {
+    const Kernel kernel(device, masked_mlp_kernel<W, tokens(), kWithB>, kMlpBlock<W, tokens()>);
     const auto& [up, gate, down] = weights;
-    Mlp<T, tokens(), kWithB> op{ranks,
+    Mlp<W, tokens(), kWithB> op{ranks,
                                 mask,
                                 first_gate_rank,
                                 {{nullptr, M, up.rows}, up},
@@ -117,7 +116,8 @@ void decode(const Device& device, const Tensor& input, const Ranks& ranks, const
                                 {{nullptr, M, down.rows}, down},
                                 output};
     cut<tokens()>(op.ranks);
-    for (auto* expansion : {&op.up, &op.gate, &op.down}) cut<tokens()>(*expansion, kernel.blocks());
+    for (auto* expansion : {&op.up, &op.down}) cut<tokens()>(*expansion, kernel.blocks());
+    op.gate.width = op.up.width, op.gate.tiles = op.up.tiles;
     Workspace workspace;
     for (auto* expansion : {&op.up, &op.gate, &op.down}) workspace.add(expansion->z);
     const Tensor memory = workspace.allocate(input);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kPlainBlock.threads)
   for_each(tokens * size, [&](int64_t i) { z[i] = T(neurons(i % size, up[i], gate[i])); });
 }
 
-// The arguments of the op that have the type of its input. All weights are floats.
+// The arguments of the op that are not small floats of their own. For many tokens all weights are floats.
 struct Given {
   Tensor x;
   OptionalTensor B;
@@ -141,7 +141,14 @@ struct Given {
   OptionalTensor gate_rows, up_bias, gate_bias;
   Tensor down_rows;
   OptionalTensor down_bias;
+  OptionalTensor B_scale, up_scale, gate_scale, down_scale;
 
+  bool quantized() const { return B_scale || up_scale || gate_scale || down_scale; }
+  // Returns the same with float weights, for an input of the type of `in`.
+  Given floats(const InType& in) const {
+    return {in(x),       in(B, B_scale, last_size(x)),      in.rows(up_rows, up_scale), in.rows(gate_rows, gate_scale),
+            in(up_bias), in(gate_bias), in.rows(down_rows, down_scale), in(down_bias)};
+  }
   int64_t first_gate_rank() const { return ::first_gate_rank(B ? B->size(0) : last_size(x), gate_rows); }
 };
 
@@ -154,9 +161,10 @@ Tensor kept_ranks(const Device& device, const Tensor& x, const OptionalTensor& B
 
 template <class T>
 Tensor prefill(const Device& device, const Given& given, const Mask& mask, const Neurons<T>& neurons) {
-  const auto& [x, B, up_rows, gate_rows, up_bias, gate_bias, down_rows, down_bias] = given;
+  const Tensor &x = given.x, &up_rows = given.up_rows, &down_rows = given.down_rows;
+  const OptionalTensor& gate_rows = given.gate_rows;
   const int64_t tokens = tokens_of(x), size = down_rows.size(0);
-  Tensor kept = kept_ranks<T>(device, tokens_in_rows(x), B, mask);
+  Tensor kept = kept_ranks<T>(device, tokens_in_rows(x), given.B, mask);
   const auto product = [&](int64_t first, const Tensor& rows) {
     return wide_product(torch::stable::narrow(kept, 1, first, rows.size(0)), rows);
   };
@@ -166,42 +174,53 @@ Tensor prefill(const Device& device, const Given& given, const Mask& mask, const
     device.launch(neurons_kernel<T>, blocks_for_each(device, tokens * size), kPlainBlock, false, neurons,
                   static_cast<const float*>(up.const_data_ptr()), static_cast<const float*>(gate.const_data_ptr()),
                   tokens, size, static_cast<T*>(z.mutable_data_ptr()));
-  return last_product(z, down_rows, down_bias, x);
+  return last_product(z, down_rows, given.down_bias, x);
 }
 
-template <class T>
-Tensor decode(const Device& device, const Given& given, const Mask& mask, const Neurons<T>& neurons) {
-  Tensor y = empty_output(given.x, given.down_rows.size(1));
+template <class W>
+void decode(const Device& device, const Given& given, const Mask& mask, const Neurons<typename W::Element>& neurons,
+            Tensor& y) {
+  using T = typename W::Element;
   const Packed<T> input(given.x);
   const auto down_b = packed<T>(given.down_bias);
-  const Plain<T> up = plain<T>(given.up_rows), gate = given.gate_rows ? plain<T>(*given.gate_rows) : up;
-  const Weights<T> weights{up, gate, plain<T>(given.down_rows)};
+  const W up = stored_rows<W>(given.up_rows, given.up_scale);
+  const W gate = given.gate_rows ? stored_rows<W>(*given.gate_rows, given.gate_scale) : up;
+  const Weights<W> weights{up, gate, stored_rows<W>(given.down_rows, given.down_scale)};
   const auto with = [&](auto with_B, const auto& ranks) {
     decode<with_B()>(device, given.x, ranks, mask, given.first_gate_rank(), weights, neurons, output(down_b, y));
   };
   const int tokens = int(tokens_of(given.x)), size = int(last_size(given.x));
-  if (given.B) with(std::true_type{}, projection(input, tokens, plain<T>(*given.B)));
+  if (given.B) with(std::true_type{}, projection(input, tokens, stored<W>(*given.B, given.B_scale, size)));
   else with(std::false_type{}, Tokens<T>{input.data, size, tokens});
-  return y;
 }
 
-// Computes the op with float weights. y is not empty.
-Tensor compute(const Device& device, const Given& given, const Tensor& threshold, const OptionalTensor& norms,
-               const Tensor& down_norms, const Tensor& down_threshold, Activation activation) {
-  const Packed<float> t(threshold), down_t(down_threshold), down_n(down_norms);
-  const auto n = packed<float>(norms);
-  const Mask mask{t.data, int(threshold.dim()), data_of(n)};
+// The masks of the op, and the activation between them.
+struct Masks {
+  Mask ranks, neurons;
+  Activation activation;
+
+  template <class T>
+  Neurons<T> between(const std::optional<Packed<T>>& up_bias, const std::optional<Packed<T>>& gate_bias,
+                     bool gated) const {
+    return {data_of(up_bias), data_of(gate_bias), gated, activation, neurons};
+  }
+};
+
+// Computes the op. y is not empty.
+Tensor compute(const Device& device, const Given& given, const Masks& masks) {
   Tensor y = given.x;
   for_dtype(given.x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const auto up_b = packed<T>(given.up_bias), gate_b = packed<T>(given.gate_bias);
-    const Neurons<T> neurons{data_of(up_b),
-                             data_of(gate_b),
-                             given.gate_rows.has_value(),
-                             activation,
-                             {down_t.data, int(down_threshold.dim()), down_n.data}};
-    if (tokens_of(given.x) > kDecodeTokens) y = prefill<T>(device, given, mask, neurons);
-    else y = decode<T>(device, given, mask, neurons);
+    const Neurons<T> neurons = masks.between(up_b, gate_b, given.gate_rows.has_value());
+    if (tokens_of(given.x) > kDecodeTokens) {
+      y = prefill<T>(device, given, masks.ranks, neurons);
+    } else {
+      y = empty_output(given.x, rana::columns_of(given.down_rows));
+      for_storage<T>(given.quantized(), [&](auto storage) {
+        decode<typename decltype(storage)::Type>(device, given, masks.ranks, neurons, y);
+      });
+    }
   });
   return y;
 }
@@ -219,16 +238,16 @@ Tensor masked_mlp(const Tensor& x, const OptionalTensor& B, const Tensor& up_row
   const int64_t columns = rana::columns_of(down_rows);
   if (tokens_of(x) * columns == 0) return empty_output(x, columns);
   const Device device("masked_mlp", x);
+  const Packed<float> t(threshold), down_t(down_threshold), down_n(down_norms);
+  const auto n = packed<float>(norms);
+  const Masks masks{{t.data, int(threshold.dim()), data_of(n)},
+                    {down_t.data, int(down_threshold.dim()), down_n.data},
+                    function};
+  const Given given{x,         B,         up_rows, gate_rows, up_bias,    gate_bias,
+                    down_rows, down_bias, B_scale, up_scale,  gate_scale, down_scale};
+  if (tokens_of(x) <= kDecodeTokens) return compute(device, given, masks);
   const InType in(device, working_type(x, B_scale || up_scale || gate_scale));
-  const Given given{in(x),
-                    in(B, B_scale, last_size(x)),
-                    in.rows(up_rows, up_scale),
-                    in.rows(gate_rows, gate_scale),
-                    in(up_bias),
-                    in(gate_bias),
-                    in.rows(down_rows, down_scale),
-                    in(down_bias)};
-  return in_type_of(x, compute(device, given, threshold, norms, down_norms, down_threshold, function));
+  return in_type_of(x, compute(device, given.floats(in), masks));
 }
 
 }  // namespace

@@ -5,12 +5,13 @@
 
 namespace {
 
-// With several tokens, tensor cores multiply B: products of 16-bit values are exact in float32.
+// With several tokens, tensor cores multiply B: products of 16-bit values are exact in float32. A quantised weight is a
+// sum of such values.
 template <class W, int kTokens>
-constexpr bool kProjectedByMma = kTokens > 1 && sizeof(typename W::Element) == 2;
+constexpr bool kProjectedByMma = kTokens > 1 && (W::kQuantized || sizeof(typename W::Element) == 2);
 // The kept values are float32, with 24 bits. Three bfloat16 hold them; float16 has too few exponents.
 template <class W, int kTokens>
-constexpr bool kExpandedByMma = kTokens > 1 && std::is_same_v<typename W::Element, bfloat16>;
+constexpr bool kExpandedByMma = kTokens > 1 && std::is_same_v<W, Plain<bfloat16>>;
 
 // The place of a lane in such a product: lane 4 group() + member().
 __device__ inline int group() { return lane() / 4; }
@@ -57,6 +58,38 @@ __device__ inline uint16_t split_off(float& value) {
   const uint32_t upper = value != value ? 0x7fc00000u : bits & 0xffff0000u;
   value = finite ? value - __uint_as_float(upper) : 0.0f;
   return uint16_t(upper >> 16);
+}
+
+// Returns the upper halves of two values, two bfloat16, and subtracts them. What is left of a value that is not finite
+// is NaN.
+__device__ inline uint32_t split_off_pair(float& a, float& b) {
+  const uint32_t pair = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x7632);
+  a -= __uint_as_float(pair << 16), b -= __uint_as_float(pair & 0xffff0000u);
+  return pair;
+}
+
+// Returns a + b for pairs of bfloat16. The sums of the kernels are exact.
+__device__ inline uint32_t add_pairs(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  uint32_t sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  return sum;
+#else
+  return shim::add_pairs<bfloat16>(a, b);
+#endif
+}
+
+// Reads four matrices of 8 x 8 values of 16 bits from shared memory. Lane 8 i + r gives the address of row r of matrix
+// i. Word i of a lane is, of matrix i, column group() of the rows 2 member() and the next.
+__device__ inline void load_transposed(uint32_t (&words)[4], const void* row) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(row)))
+               : "memory");
+#else
+  shim::load_transposed(words, row);
+#endif
 }
 
 }  // namespace

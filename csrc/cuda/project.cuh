@@ -13,9 +13,9 @@ namespace {
 template <bool kWide, int kTokens, class W>
 using Products =
     std::conditional_t<kWide && kProjectedByMma<W, kTokens>, MmaProducts<kTokens, W>, LaneProducts<kWide, kTokens, W>>;
-// The bytes of a row that a warp reads at a time.
+// The bytes of a row that a warp reads at a time: a packet a lane, or kMmaSteps packets for each of four lanes.
 template <class W, int kTokens>
-constexpr int64_t kSlice = bytes_of<W>(Products<true, kTokens, W>::kColumns);
+constexpr int64_t kSlice = sizeof(uint4) * (kProjectedByMma<W, kTokens> ? 4 * kMmaSteps : kLanes);
 
 // Computes this warp's part of a round: every `shares`-th slice of `count` rows from `top` on, `stride` apart, in equal
 // batches.
@@ -69,8 +69,10 @@ __device__ void project_rows(const Projection<W>& projection, Done done_with) {
 
 template <int kTokens, class W, class Done>
 __device__ void project(const Projection<W>& projection, Done done_with) {
-  if (projection.B.wide) project_rows<true, kTokens>(projection, done_with);
-  else project_rows<false, kTokens>(projection, done_with);
+  with_storage(projection.B, [&](const auto& B, auto wide) {
+    using Stored = std::decay_t<decltype(B)>;
+    project_rows<wide(), kTokens>(Projection<Stored>{projection.x, B, projection.warps_a_row}, done_with);
+  });
 }
 
 }  // namespace

@@ -32,13 +32,13 @@ struct LaneProducts {
 #pragma unroll
     for (int m = 0; m < kTokens; m++) {
       if (m >= x.count) break;
-      Packet<T> v = {};
-      if (column < x.size) v = load<kWide>(x.data + int64_t(m) * x.size + column, x.size - column);
+      Inputs<T, kPacket<W>> v = {};
+      if (column < x.size)
+        v = load_inputs<kWide, kPacket<W>>(x.data + int64_t(m) * x.size + column, x.size - column);
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
-        float& sum = sums[(r * kTokens + m) / kSize][(r * kTokens + m) % kSize];
-#pragma unroll
-        for (int i = 0; i < kPacket<W>; i++) sum += weights[r][i] * v[i];
+        const int i = r * kTokens + m;
+        weights[r].add_products(sums[i / kSize][i % kSize], v);
       }
     }
     read(next, x.size);

@@ -1,7 +1,7 @@
 // The products B x as a kernel gets them, and how they are cut up.
 #pragma once
 
-#include "mma.cuh"
+#include "any_width.cuh"
 
 namespace {
 

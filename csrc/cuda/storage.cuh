@@ -4,14 +4,19 @@
 //   Element                      the type of the x, y and bias that belong to the weights
 //   Row                          a position: a row, from some column on. It may be more than a pointer.
 //   kBits                        bits of memory a column
-//   Loaded                       a packet in registers: packet[i] is the weight of column i in float32; packet.pair(i)
-//                                are the columns 2 i and 2 i + 1 as Elements, as tensor cores take them
+//   kQuantized                   whether a weight is a whole number times the scale of its group
+//   Loaded                       a packet in registers
 //   rows, columns, wide          the shape, and whether all of it can be read 16 bytes at a time
 //   at(row, column)              the Row of that row from that column on
 //   stride(rows)                 the Stride between Rows that are so many rows apart
 //   move(row, stride, times, columns)   the Row `times` strides down and `columns` columns to the right
 //   stream<kWide>(row, count)    the packet at a Row that has `count` columns left; columns beyond are zero
 //   address(row)                 the address of a Row, for prefetches
+// A Loaded has
+//   add_to(sums, z)              sums[i] += z times the weight of column i
+//   add_products(sum, x)         sum += the weights times x, which has as many columns
+//   Operand, kParts              as tensor cores take weights: sums of so many values of this type of 16 bits
+//   pair(i, parts)               the columns 2 i and 2 i + 1, the first one in the lower halves of the words
 #pragma once
 
 #include <cstring>
@@ -24,7 +29,8 @@ namespace {
 // widened elements.
 template <class T>
 struct Packet {
-  static constexpr int kSize = 16 / sizeof(T);
+  static constexpr int kSize = 16 / sizeof(T), kParts = 1;
+  using Operand = T;
   uint32_t words[4];
 
   __device__ float operator[](int i) const {
@@ -33,7 +39,16 @@ struct Packet {
     if constexpr (std::is_same_v<T, bfloat16>) return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
     return half(static_cast<unsigned short>(i % 2 ? word >> 16 : word), half::from_bits());
   }
-  __device__ uint32_t pair(int i) const { return words[i]; }
+  __device__ void pair(int i, uint32_t (&parts)[1]) const { parts[0] = words[i]; }
+  __device__ void add_to(float (&sums)[kSize], float z) const {
+#pragma unroll
+    for (int i = 0; i < kSize; i++) sums[i] += z * (*this)[i];
+  }
+  template <class X>
+  __device__ void add_products(float& sum, const X& x) const {
+#pragma unroll
+    for (int i = 0; i < kSize; i++) sum += (*this)[i] * x[i];
+  }
 };
 
 template <class T>
@@ -59,6 +74,26 @@ __device__ Packet<T> load(const T* p, int64_t count) {
   else return read_one_by_one(p, count);
 }
 
+// So many columns of an input, in packets.
+template <class T, int kColumns>
+struct Inputs {
+  static constexpr int kSize = Packet<T>::kSize;
+  static_assert(kColumns % kSize == 0);
+  Packet<T> packets[kColumns / kSize];
+
+  __device__ float operator[](int i) const { return packets[i / kSize][i % kSize]; }
+};
+
+// Loads the first `count` columns at p; columns beyond are zero.
+template <bool kWide, int kColumns, class T>
+__device__ Inputs<T, kColumns> load_inputs(const T* p, int64_t count) {
+  constexpr int kSize = Packet<T>::kSize;
+  Inputs<T, kColumns> inputs;
+#pragma unroll
+  for (int i = 0; i < kColumns / kSize; i++) inputs.packets[i] = load<kWide>(p + i * kSize, count - i * kSize);
+  return inputs;
+}
+
 // Weights stored as they are multiplied: in the type of x.
 template <class T>
 struct Plain {
@@ -67,6 +102,7 @@ struct Plain {
   using Stride = int64_t;
   using Loaded = Packet<T>;
   static constexpr int kBits = 8 * sizeof(T);
+  static constexpr bool kQuantized = false;
 
   const T* data;
   int64_t rows, columns, ld;

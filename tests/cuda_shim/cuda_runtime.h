@@ -83,6 +83,28 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   wait(Scope::warp, "the end of mma");
 }
 
+// a + b for two values of 16 bits in a word.
+template <class T>
+uint32_t add_pairs(uint32_t a, uint32_t b) {
+  T of_a[2], of_b[2];
+  std::memcpy(of_a, &a, sizeof a);
+  std::memcpy(of_b, &b, sizeof b);
+  const T sums[2] = {T(float(of_a[0]) + float(of_b[0])), T(float(of_a[1]) + float(of_b[1]))};
+  std::memcpy(&a, sums, sizeof a);
+  return a;
+}
+
+// Four matrices of 8 x 8 values of 16 bits: lane 8 i + r gives row r of matrix i. Lane 4 g + t gets of each matrix
+// column g of the rows 2 t and the next.
+inline void load_transposed(uint32_t (&words)[4], const void* row) {
+  require(reinterpret_cast<uintptr_t>(row) % 16 == 0, "a row of a matrix is not aligned");
+  wait(Scope::warp, "ldmatrix", reinterpret_cast<uint64_t>(row));
+  const int group = int(threadIdx.x % 32) / 4, member = int(threadIdx.x % 4);
+  const auto value = [&](int lane) { return uint32_t(reinterpret_cast<const uint16_t*>(left_by(Scope::warp, lane))[group]); };
+  for (int i = 0; i < 4; i++) words[i] = value(8 * i + 2 * member) | value(8 * i + 2 * member + 1) << 16;
+  wait(Scope::warp, "the end of ldmatrix");
+}
+
 template <class V>
 V load(const V* p) {
   require(reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0, "a load is not aligned");
@@ -95,6 +117,7 @@ V load(const V* p) {
 
 using std::min;
 inline void __syncthreads() { shim::wait(shim::Scope::block, "__syncthreads"); }
+inline void __syncwarp() { shim::wait(shim::Scope::warp, "__syncwarp"); }
 
 template <class V>
 V __shfl_sync(unsigned, V value, int source) {
@@ -108,6 +131,12 @@ template <class V>
 V __shfl_up_sync(unsigned, V value, int delta) {
   const int lane = int(threadIdx.x % 32);
   return shim::exchange(value, lane < delta ? lane : lane - delta, "__shfl_up_sync");
+}
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  shim::wait(shim::Scope::warp, "__reduce_or_sync", value);
+  unsigned all = 0;
+  for (int lane = 0; lane < 32; lane++) all |= unsigned(shim::left_by(shim::Scope::warp, lane));
+  return all;
 }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t which) {
   const uint64_t both = uint64_t(b) << 32 | a;
