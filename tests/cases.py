@@ -187,6 +187,30 @@ HALF_BLOCKS = [
     Case("masked_linear", R=48, N=N, lead=(1,), bits=(bits,), group=32) for N in (144, 272) for bits in (8, 4)
 ]
 QUANTIZED_CASES += HALF_BLOCKS
+# rows that are whole packets of 16 bytes, and more of them than the threads of a card take at once
+_PACKETS = [
+    Case("masked_linear", R=601, N=320),
+    Case("masked_lowrank_linear", R=75, N=160, K=1088),
+    Case("masked_mlp", R=48, N=96, K=64, I=544, gate=20),
+    Case("masked_mlp", R=None, N=96, K=96, I=320, gate="joint"),
+    Case("linear", N=150, K=1088),
+]
+_EVERY_GROUP = list(product(((8,), (4,)), GROUPS))
+PACKET_CASES = [
+    replace(c, bits=bits, group=group, lead=(M,))
+    for c in _PACKETS
+    for i, (bits, group) in enumerate(_EVERY_GROUP)
+    for M in (1, (2, 5, 16)[i % 3])
+]
+PACKET_CASES += [
+    replace(c, bits=bits, group=64, lead=(M,))
+    for c in _PACKETS[1:4]
+    for bits in ((8, 4), (4, 8), (16, 4), (4, 16), (8, 16, 4), (4, 4, 8, 16))
+    for M in (1, 9)
+]
+# packets of 16 columns that no packet of 32 ends with
+PACKET_CASES += [Case("masked_linear", R=48, N=N, lead=(5,), bits=(8,), group=32) for N in (144, 272)]
+QUANTIZED_CASES += PACKET_CASES
 CASES += QUANTIZED_CASES
 # enough for each instruction set
 FEW_CASES = [c for c in CASES if zlib.crc32(c.id.encode()) % 6 == 0 or c in HALF_BLOCKS]

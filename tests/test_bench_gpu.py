@@ -12,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.gpu import __main__ as command
 from bench.gpu import limits, tests
 from bench.gpu import stages as stages_module
 from bench.gpu.stages import Stages
+from bench.kernels.quantized import int4_for_card, int4_on_card
 from bench.report.results import read_csv, write_csv
 from rana_kernels import ops
 from rana_kernels.backends import triton
@@ -74,6 +77,57 @@ def test_every_problem_is_measured(tmp_path):
         assert "rana cuda us" not in row, "red, and timed"
         # MB in 8 µs, in percent of 100 GB/s
         assert float(row["rana triton % of copy"]) == pytest.approx(125 * float(row["MB"]), abs=0.2), row
+
+
+IN_BITS = """
+import sys
+from pathlib import Path
+import torch
+from bench.gpu import bits, ops
+from bench.kernels.cases import Model
+from bench.report import results
+
+ops.DEVICE = "cpu"
+ops.MODELS = {"tiny": Model(hidden=128, queries=128, keys=128, neurons=256, blocks=1)}
+ops.BACKENDS = ("reference",)
+ops.cache_bytes = lambda: 1
+results.card = lambda: "no-card"
+def calls_all(contenders, rounds=15):
+    results = {name: [call() for call in calls] for name, calls in contenders.items()}
+    assert len({y.shape for ys in results.values() for y in ys}) == 1
+    assert all(len(ys) > 1 and torch.equal(ys[0], ys[1]) for name, ys in results.items() if name != "dense")
+    return {name: [1e-6 * (1 + i) for i in range(rounds)] for name in contenders}
+ops.replay_seconds = calls_all
+ops.bandwidths = lambda: (100.0, 90.0)
+bits.backends.installed = lambda name: True
+bits.main(Path(sys.argv[1]), ["tiny"], [1, 5], ["reference:masked_mlp"])
+"""
+
+
+def test_every_width_is_measured(tmp_path):
+    path = tmp_path / "no-card-bits.csv"
+    child = python("-c", IN_BITS, str(path))
+    assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-3000:]
+    _, rows = read_csv(path)
+    assert [row["bits"] for row in rows] == ["8", "4", *["8", "4"] * 3] * 2, "a linear and three masked ops"
+    for row in rows:
+        timed = row["op"] != "masked_mlp"
+        assert (row["rana reference us"] == "8.0") == timed and row["dense us"] == "8.0"
+        if timed:  # MB in 8 µs, in percent of 100 GB/s
+            assert float(row["rana reference % of copy"]) == pytest.approx(125 * float(row["MB"]), abs=0.2)
+    by_bits = {(row["op"], row["bits"]): float(row["MB"]) for row in rows if row["M"] == "1"}
+    assert by_bits["linear", "8"] == pytest.approx(128 * 256 * 1.0625e-6, abs=1e-3)
+    assert by_bits["linear", "4"] == pytest.approx(128 * 256 * 0.5625e-6, abs=1e-3)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_torch_takes_our_weights_in_4_bits(group):
+    """On no device: the op checks shapes and types, and its meaning is that of the layout we pack."""
+    with FakeTensorMode():
+        packed, scales = int4_for_card(torch.empty(64, 256, dtype=torch.bfloat16), group)
+        y = int4_on_card(group, torch.empty(3, 256, dtype=torch.bfloat16), packed, scales)
+    assert y.shape == (3, 64) and y.dtype == torch.bfloat16
+    assert packed.shape == (8, 2, 32, 4) and scales.shape == (256 // group, 64, 2)
 
 
 def say(text: str, then: str = "") -> list[str]:
@@ -137,15 +191,19 @@ def test_stages_come_in_the_order_of_their_worth(monkeypatch, tmp_path):
     played.clear()
     command.run(Rehearsal(tmp_path / "log", time.monotonic()), "", "bf16", tmp_path, tmp_path / "out")
     stages = [stage for stage, _ in played]
-    assert stages[:4] == ["limits", "the ops, exact and close", "times of one token", "all tests"]
+    first = ["limits", "the ops, exact and close", "times of one token", "times in 8 and 4 bits", "all tests"]
+    assert stages[:5] == first
     assert stages[-1] == "sanitizer"
     timed = [commands["times"] for _, commands in played if "times" in commands]
     assert len(timed) == 4 and all(words[-4:-2] == ["--red", "cuda:masked_mlp"] for words in timed)
     stamp, rows = read_csv(tmp_path / "out" / "no-card.csv")
-    assert stamp == "a card" and [row["op"] for row in rows] == [s for s in stages if s.startswith("times")]
-    # the command line is understood, and fails later, because there is no card
-    child = python(*timed[0][1:])
-    assert child.returncode == 1 and "Usage" not in child.stderr, child.stderr
+    assert stamp == "a card" and [row["op"] for row in rows] == [s for s in stages if s.startswith("times of")]
+    # the command lines are understood, and fail later, because there is no card
+    in_bits = next(commands["times in bits"] for _, commands in played if "times in bits" in commands)
+    assert in_bits[-2:] == ["--red", "cuda:masked_mlp"]
+    for words in (timed[0], in_bits):
+        child = python(*words[1:])
+        assert child.returncode == 1 and "Usage" not in child.stderr, child.stderr
 
 
 COLLECT = """

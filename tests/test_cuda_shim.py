@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cases import Case, exact_result, make_inputs
+from tests.cases import Case, assert_close, exact_result, make_inputs
 from tests.cuda_shim import build
 from tests.cuda_shim.build import OPS
 from tests.subprocesses import pytest_passes
@@ -62,7 +62,8 @@ def test_ops_are_exact_and_close(sanitized, schedule, processors, select):
     """A part of the shared cases; under "forward" NaN, equal scores and the like too."""
     chance = {"RANA_SHIM_SCHEDULE": schedule, "RANA_SHIM_PROCESSORS": processors}
     select = f"registered and not range and not number{select and ' and ' + select}"
-    assert passed(run_ops(select=select, marks="(isa or tiled) and not long", **sanitized, **chance)) > 120
+    marks = "(isa or tiled or packets) and not long"
+    assert passed(run_ops(select=select, marks=marks, **sanitized, **chance)) > 240
 
 
 MEMORY = "strides or expanded or left_alone or row_does_not_depend or infinity or argument"
@@ -104,17 +105,41 @@ CHECKED = {
         (Case("masked_mlp", R=None, N=70, K=600, I=300, gate="joint", lead=(3,)), "2"),
     ],
     "linear": [
-        (Case("linear", N=70, K=71, bits=(4,), lead=(2,)), "2"),  # whole blocks of nibbles and a part of one
         (Case("linear", N=1500, K=33), "1"),
         (Case("linear", N=300, K=600, lead=(13,)), "2"),
     ],
 }
+# the same for weights of which some are quantised: in whole packets, and in rows that are read column by column
+QUANTIZED = {
+    "masked_lowrank_linear": [
+        (Case("masked_lowrank_linear", R=75, N=160, K=1088, bits=(4, 8), lead=(11,)), "2"),
+        (Case("masked_lowrank_linear", R=75, N=160, K=1088, bits=(8, 16, 4), group=64), "3"),
+    ],
+    "masked_linear": [
+        (Case("masked_linear", R=601, N=320, bits=(4,)), "3"),
+        (Case("masked_linear", R=601, N=320, bits=(8,), group=64), "1"),
+        (Case("masked_linear", R=1201, N=96, bits=(4,), group=64, lead=(3,)), "1"),
+        (Case("masked_linear", R=601, N=176, bits=(8,), density=0.25, lead=(13,)), "2"),
+        (Case("masked_linear", R=70, N=70, bits=(4,), lead=(2,)), "2"),
+    ],
+    "masked_mlp": [
+        (Case("masked_mlp", R=48, N=96, K=64, I=544, gate=20, bits=(4, 4, 8, 16)), "3"),
+        (Case("masked_mlp", R=None, N=96, K=96, I=320, gate="joint", bits=(8, 4), lead=(5,)), "2"),
+    ],
+    "linear": [
+        (Case("linear", N=70, K=71, bits=(4,), lead=(2,)), "2"),  # whole blocks of nibbles and a part of one
+        (Case("linear", N=70, K=1088, bits=(8,)), "1"),
+        (Case("linear", N=70, K=1088, bits=(4,), group=64), "2"),
+        (Case("linear", N=70, K=1088, bits=(8,), group=128, lead=(13,)), "1"),
+        (Case("linear", N=70, K=1088, bits=(4,), lead=(5,)), "2"),
+    ],
+}
 
 
-def verdict(op: str, dtype: torch.dtype) -> None:
+def verdict(op: str, dtype: torch.dtype, cases: dict) -> None:
     """Raise if the library loaded in this process does not do what `op` promises in this dtype."""
     function = getattr(torch.ops.rana, op).default
-    for case, processors in CHECKED[op]:
+    for case, processors in cases[op]:
         os.environ["RANA_SHIM_PROCESSORS"] = processors
         check(function, case, dtype)
 
@@ -130,6 +155,7 @@ def check(function: Callable, case: Case, dtype: torch.dtype) -> None:
         y = function(*gaussian.values())
         assert bits is None or torch.equal(y, bits), f"other bits for {case.id} under {schedule}"
         bits = y
+    assert_close(bits, case.op, gaussian, dtype)
     x = next(iter(gaussian))
     others = torch.randn_like(gaussian[x])
     others[0] = gaussian[x][0]
@@ -140,7 +166,12 @@ def check(function: Callable, case: Case, dtype: torch.dtype) -> None:
 
 
 def survives(
-    folder: Path, shared: Path, op: str, dtype: torch.dtype, mutation: build.Mutation | None = None
+    folder: Path,
+    shared: Path,
+    op: str,
+    dtype: torch.dtype,
+    cases: dict,
+    mutation: build.Mutation | None = None,
 ) -> bool:
     """Whether the kernels of a dtype, changed so, still pass. In a child, which may crash or hang."""
     library = build.build(folder, shared, [op], changes=build.ONE_DTYPE[dtype], mutation=mutation)
@@ -152,7 +183,7 @@ def survives(
         status = 1
         try:
             build.load(library)
-            verdict(op, dtype)
+            verdict(op, dtype, cases)
             status = 0
         except BaseException as error:
             print(error, file=sys.stderr)
@@ -163,7 +194,8 @@ def survives(
 
 LINEAR, LOWRANK, MLP, DENSE = OPS
 PROJECT, PROJECT_MMA, EXPAND = "project.cuh", "project_by_mma.cuh", "expand.cuh"
-THREADS, MMA, DEQUANTIZE = "expand_by_threads.cuh", "expand_by_mma.cuh", "dequantize.cuh"
+THREADS, MMA, SLICES = "expand_by_threads.cuh", "expand_by_mma.cuh", "expand_by_slices.cuh"
+NUMBERS, ANY = "quantized.cuh", "any_width.cuh"
 SYNC, GRID_SYNC = "__syncthreads();", "cooperative_groups::this_grid().sync();"
 DOWN, TABLE = "\n  for_tiles(op.down", "\n}\n\n// sums += this thread's share of the rows of a t"
 # what is done wrong: in which op it shows, and the file, the text and what takes its place
@@ -189,7 +221,7 @@ MUTANTS = {
     "next_tokens": (LOWRANK, THREADS, "done_with(token + m, n", "done_with(m, n"),
     "slots_too_early": (LOWRANK, THREADS, f"{SYNC}  // all reads of what was there, a", "// a"),
     "slots_too_late": (LOWRANK, THREADS, f"{SYNC}\n    float sum = 0", "float sum = 0"),
-    "slots_between": (LOWRANK, THREADS, f"{SYNC}\n    at[threadIdx.x] = sum", "at[threadIdx.x] = sum"),
+    "slots_between": (LOWRANK, THREADS, f"{SYNC}\n    totals[threadIdx.x] = sum", "totals[threadIdx.x] = sum"),
     "slots_at_the_end": (LOWRANK, THREADS, f"{SYNC}\n    if (part > 0", "if (part > 0"),
     "warps_too_early": (LOWRANK, MMA, f"{SYNC}  // all reads of what was there are over\n", "\n"),
     "warps_too_late": (LOWRANK, MMA, f"{SYNC}\n  static_assert", "static_assert"),
@@ -202,18 +234,48 @@ MUTANTS = {
     "gate_for_up": (MLP, f"{MLP}.cu", "sums.gate[m][c])", "sums.up[m][c])"),
     "inputs_of_one_token": (MLP, f"{MLP}.cu", "x.data[m * int64_t(x.size) + r]", "x.data[r]"),
     "inputs_of_one_block": (MLP, f"{MLP}.cu", "r = blockIdx.x * kThreads + ", "r = "),
-    "nibbles_swapped": (DENSE, DEQUANTIZE, "high ? byte >> 4", "!high ? byte >> 4"),
-    "nibbles_not_negative": (DENSE, DEQUANTIZE, "^ 8) - 8", "^ 8) - 7"),
-    "last_nibbles_as_others": (DENSE, DEQUANTIZE, "i >= kHalf : i % 2", "i >= kHalf : i >= kHalf"),
-    "steps_of_the_first_group": (DENSE, DEQUANTIZE, " + column / q.group]", "]"),
     "other_bias": (DENSE, EXPAND, "float(bias[n])", "float(bias[m])"),
+}
+QUANTIZED_MUTANTS = {
+    "nibbles_swapped": (DENSE, NUMBERS, "high ? byte >> 4", "!high ? byte >> 4"),
+    "nibbles_not_negative": (DENSE, NUMBERS, "^ 8) - 8", "^ 8) - 7"),
+    "last_nibbles_as_others": (DENSE, NUMBERS, "i >= kHalf : i % 2", "i >= kHalf : i >= kHalf"),
+    "column_of_the_first_scale": (DENSE, ANY, "column >> row.group_bits", "0"),
+    "row_of_the_first_scale": (LINEAR, ANY, "row.scale += times * stride.scale, ", ""),
+    "numbers_of_one_half": (DENSE, NUMBERS, "word : word >> 16", "word : word"),
+    "numbers_not_negative": (DENSE, NUMBERS, "(1u << exponent) + (1u", "(1u << exponent) - (1u"),
+    "blocks_in_plain_order": (DENSE, NUMBERS, "column % 4 * 2 + column / kHalf", "column % 8"),
+    "packet_of_the_first_scale": (DENSE, NUMBERS, "(row.column >> row.group_bits)", "0"),
+    "packet_of_another_row": (LINEAR, NUMBERS, "row.scale += times * stride.scale, ", ""),
+    "sums_without_a_scale": (LINEAR, NUMBERS, "factor = z * scale()", "factor = z"),
+    "products_without_a_scale": (DENSE, NUMBERS, "sum += scale() * (", "sum += ("),
+    "one_part_of_a_nibble": (DENSE, NUMBERS, "kBits == 4 ? 2 : 3", "kBits == 4 ? 1 : 3"),
+    "inputs_of_a_packet": (DENSE, PROJECT_MMA, " + s * kStride + c", " + s * kStride"),
+    "a_half_of_the_packet": (DENSE, PROJECT_MMA, "low, high, c / 2 + i, v", "low, high, i, v"),
+    "no_second_eight": (DENSE, PROJECT_MMA, "8 * eight >= x.count", "eight >= 1"),
+    "gate_in_tiles_of_its_own": (MLP, f"{MLP}.cu", "op.gate.width = op.up.width", "op.gate.width = 1"),
+    "slices_passed_too_late": (LINEAR, SLICES, "      __syncwarp();\n", ""),
+    "slices_passed_too_early": (LINEAR, SLICES, "__syncwarp();  // all lanes", "// all lanes"),
+    "slices_begin_too_early": (LINEAR, SLICES, f"{SYNC}  // all reads of what was in", "// in"),
+    "slices_summed_too_early": (LINEAR, SLICES, f"{SYNC}  // all reads of what was there", "// there"),
+    "slices_summed_too_late": (LINEAR, SLICES, f"{SYNC}\n      static_assert", "static_assert"),
+    "slices_of_some_tokens": (LINEAR, SLICES, "__reduce_or_sync(kAllLanes, wanted)", "wanted"),
+    "slices_of_before": (LINEAR, SLICES, "z, ahead + S::kAhead * kSliceStep", "z, ahead"),
+    "slices_of_one_eight": (LINEAR, SLICES, "m = 8 * eight + group()", "m = group()"),
+    "slices_of_one_scale": (LINEAR, SLICES, "scales[row_of(i)]", "scales[row_of(0)]"),
+    "slices_of_one_part": (LINEAR, SLICES, "part < 2", "part < 1"),
+    "slices_of_one_packet": (LINEAR, SLICES, "numbers[2 * pair + lane()", "numbers[lane()"),
+    "lines_swapped": (LINEAR, SLICES, "numbers(words[i / 2], 2 * s + i % 2)", "numbers(words[i / 2], 2 * s)"),
+    "lines_in_plain_order": (LINEAR, SLICES, "2 * group() + set + line", "2 * group() + 1 - set + line"),
+    "rows_of_a_pair_swapped": (LINEAR, SLICES, "whole_number<8>(word, i), high", "whole_number<8>(word, i + 2), high"),
 }
 
 
 @pytest.mark.parametrize("dtype", build.ONE_DTYPE, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_the_kernels_pass_what_mutants_are_held_against(op, dtype, tmp_path, shared):
-    assert survives(tmp_path, shared, op, dtype), (tmp_path / "log").read_text()
+    cases = {op: CHECKED[op] + QUANTIZED[op]}
+    assert survives(tmp_path, shared, op, dtype, cases), (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -221,4 +283,11 @@ def test_a_mutant_is_found_out(name, tmp_path, shared):
     op, *mutation = MUTANTS[name]
     by_products = mutation[0] in (MMA, PROJECT_MMA) or name in ("parts_in_one_place", "parts_of_one_row")
     dtype = torch.bfloat16 if by_products else torch.float32  # whose kernels contain the mutation
-    assert not survives(tmp_path, shared, op, dtype, tuple(mutation)), f"{name} passes every check"
+    assert not survives(tmp_path, shared, op, dtype, CHECKED, tuple(mutation)), f"{name} passes every check"
+
+
+@pytest.mark.parametrize("name", QUANTIZED_MUTANTS)
+def test_a_mutant_is_found_out_in_few_bits(name, tmp_path, shared):
+    op, *mutation = QUANTIZED_MUTANTS[name]
+    found = not survives(tmp_path, shared, op, torch.bfloat16, QUANTIZED, tuple(mutation))
+    assert found, f"{name} passes every check"

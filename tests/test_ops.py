@@ -18,6 +18,7 @@ from tests.cases import (
     FEW_CASES,
     FORMS,
     LONG_CASES,
+    PACKET_CASES,
     QUANTIZED_FORMS,
     QUANTIZED_TILES,
     REAL_CASES,
@@ -40,6 +41,7 @@ MASKED = ("threshold", "norms", "down_norms", "down_threshold")
 def grid(cases):
     kinds = {"isa": {*FEW_CASES}, "long": {*LONG_CASES}, "tiled": {*TILED_CASES}, "slow": {*REAL_CASES}}
     kinds["quantized_tiles"] = {*QUANTIZED_TILES}
+    kinds["packets"] = {*PACKET_CASES}
     marks = {c: [getattr(pytest.mark, name) for name, some in kinds.items() if c in some] for c in cases}
     return pytest.mark.parametrize("case", [pytest.param(c, id=c.id, marks=marks[c]) for c in cases])
 

@@ -32,9 +32,9 @@ def main(
     """Test and time the ops on this machine's card. Without a card, run the tests in Triton's interpreter.
 
     The stages: the limits of the card; tests of the ops on some cases; times of the ops that pass, for one
-    token through Llama-2-7B; all tests; the other times; compute-sanitizer. Each stage has a time limit, and
-    writes its results at its end: <card>-limits.csv, <card>.csv, and everything printed to <card>.txt. The
-    command fails if anything failed. RANA_REVISION names the revision of a copy without its history.
+    token through Llama-2-7B, then with weights of 8 and 4 bits; all tests; the other times; compute-sanitizer.
+    Each stage has a time limit, and writes its results at its end: <card>-limits.csv, <card>.csv,
+    <card>-bits.csv, and everything printed to <card>.txt. The command fails if anything failed. RANA_REVISION names the revision of a copy without its history.
 
     Example:  python -m bench.gpu --only Llama-2-7B --peer-dir ../checkouts
     """
@@ -66,8 +66,8 @@ def run(stages: Stages, only: str, dtype: str, peer_dir: Path | None, output: Pa
     limits = output / f"{card()}-limits.csv"
     stages.run("limits", {"limits": [*module, "bench.gpu.limits", str(limits)]}, 60)
     red = stages.run("the ops, exact and close", tests.gates(), tests.GATES)
-    options = [word for name in red for word in ("--red", name)]
-    options += ["--peer-dir", str(peer_dir)] if peer_dir else []
+    red_options = [word for name in red for word in ("--red", name)]
+    options = [*red_options, *(["--peer-dir", str(peer_dir)] if peer_dir else [])]
 
     def timed(name: str, models: tuple[str, ...], tokens: tuple[int, ...], dtype: str, limit: float) -> None:
         wanted = [f"--model={model}" for model in models] + [f"--tokens={M}" for M in tokens]
@@ -78,6 +78,8 @@ def run(stages: Stages, only: str, dtype: str, peer_dir: Path | None, output: Pa
 
     first = only or FIRST
     timed("times of one token", (first,), (1,), dtype, 100)
+    in_bits = [*module, "bench.gpu.bits", str(output / f"{card()}-bits.csv"), f"--model={first}", "--tokens=1"]
+    stages.run("times in 8 and 4 bits", {"times in bits": [*in_bits, *red_options]}, 60)
     stages.run("all tests", tests.everything(), 200)
     if peer_dir:
         timed("times of others", (first,), (1,), "fp16", 60)

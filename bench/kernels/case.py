@@ -88,25 +88,26 @@ class Case:
     def _beside_quantized(self, bits: int) -> Contenders:
         x, read = self.inputs(), self.multiply_adds * bytes_a_value(bits)
         floats = self.adapter(x)
-        ours, exact = self._in_bits(floats, bits)
+        ours, exact = self.in_bits(floats)
         dense = tuple(weight(*shape, like=x) for shape in self.shapes)
         calls = {
             "dense": turns(self.layer, cloned((x, *dense))),
             **rivals(x, self.shapes, self.layer),
-            "rana": turns(partial(self._run_in_bits, x), cloned(ours, read)),
+            "rana": turns(partial(self.run_in_bits, x), cloned(ours, read)),
         }
         if bits < 16:
             calls["rana bf16"] = turns(partial(self.run, x), cloned(floats, 2 * self.multiply_adds))
 
         def error() -> float:
             wanted = self.run(x.double(), *(t.double() for t in exact), served=reference)
-            return float((self._run_in_bits(x, *ours).double() - wanted).norm() / wanted.norm())
+            return float((self.run_in_bits(x, *ours).double() - wanted).norm() / wanted.norm())
 
         touched = bytes_a_value(bits) * self.values_read(x, exact)
         return Contenders(calls, touched, 2 * self.M * self.multiply_adds, error)
 
-    def _in_bits(self, floats: Weights, bits: int) -> tuple[Weights, Weights]:
+    def in_bits(self, floats: Weights) -> tuple[Weights, Weights]:
         """Return the weights with their scales after them, and the float weights that these stand for."""
+        bits = self.bits or 16
         if bits == 16:
             return floats, floats
         pairs = {place: quantize(floats[place], bits) for place in self.scales}
@@ -115,7 +116,7 @@ class Case:
         exact = merge({place: dequantize(q, scale) for place, (q, scale) in pairs.items()})
         return (*weights, *(scale for _, scale in pairs.values())), exact
 
-    def _run_in_bits(self, x: Tensor, *tensors: Tensor) -> Tensor:
+    def run_in_bits(self, x: Tensor, *tensors: Tensor) -> Tensor:
         count = len(tensors) - (len(self.scales) if self.bits != 16 else 0)
         return self.run(x, *tensors[:count], **dict(zip(self.scales.values(), tensors[count:], strict=False)))
 

@@ -99,9 +99,9 @@ NAMED: list[Case] = grid(MODELS, [COST_RATIO], [1], ["bf16"])
 PUBLISHED: list[Case] = list(dict.fromkeys([*DECODE, *DENSITY, *PREFILL, *NAMED]))
 
 
-def in_bits(cost_ratio: float, M: int) -> list[Case]:
-    """Return the ops on shapes of Llama-2-7B at one cost, each with weights of 16, 8 and 4 bits."""
-    K, I = MODELS["Llama-2-7B"].linears["up"]  # noqa: E741
+def in_bits(model: Model, cost_ratio: float, M: int) -> list[Case]:
+    """Return the ops on shapes of a model at one cost, each with weights of 16, 8 and 4 bits."""
+    K, I = model.linears["up"]  # noqa: E741
     R = min(K, stored_ranks(K, I, cost_ratio))
     live, neurons = round((cost_ratio * I - R) * K / I), round(cost_ratio * I)
     found: list[Case] = [
@@ -117,6 +117,6 @@ COST_RATIOS, TOKENS, BITS = (1.0, 0.8, 0.7, COST_RATIO), (2, 4, 8, 16, 64, 256),
 QUANTIZED_COST_RATIO = 0.7
 QUANTIZED: list[Case] = [
     *(Linear(4096, 11008, M, "bf16", bits) for M in (1, *TOKENS) for bits in BITS),
-    *(case for cost_ratio in COST_RATIOS for case in in_bits(cost_ratio, 1)),
-    *(case for M in TOKENS for case in in_bits(QUANTIZED_COST_RATIO, M)),
+    *(case for cost_ratio in COST_RATIOS for case in in_bits(MODELS["Llama-2-7B"], cost_ratio, 1)),
+    *(case for M in TOKENS for case in in_bits(MODELS["Llama-2-7B"], QUANTIZED_COST_RATIO, M)),
 ]

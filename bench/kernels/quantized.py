@@ -64,12 +64,31 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4(group: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+    q, scales_and_zeros = _nibbles(weight, group)
+    return torch._convert_weight_to_int4pack_for_cpu(q, 1), scales_and_zeros
+
+
+def _nibbles(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return whole numbers of 1..15, which stand for -7..7, and steps and zeros as torch takes them."""
     grouped = weight.float().unflatten(-1, (-1, group))
     scale = (grouped.abs().amax(-1) / 7).bfloat16()
     q = (grouped / scale.float()[..., None]).round().clamp(-7, 7).flatten(1).int() + 8
-    packed = torch._convert_weight_to_int4pack_for_cpu(q, 1)
-    return packed, torch.stack([scale.T, torch.zeros_like(scale.T)], -1).contiguous()
+    return q, torch.stack([scale.T, torch.zeros_like(scale.T)], -1).contiguous()
 
 
 def _int4_linear(group: int, x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scales_and_zeros)
+
+
+INNER_TILES = 8  # of 16 columns, which lie together in torch's layout on a card
+
+
+def int4_for_card(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return a weight [N, K] as torch's product with 4 bits on a card takes it: packed, steps and zeros."""
+    q, scales_and_zeros = _nibbles(weight, group)
+    pairs = (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
+    return torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_TILES), scales_and_zeros
+
+
+def int4_on_card(group: int, x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm(x, packed, group, scales_and_zeros)
