@@ -21,10 +21,11 @@ TABLE = Path(__file__).with_name("cuda_registers.txt")
 PINNED = "release 13.0"
 TARGETS = ("sm_80", "sm_90", "sm_100")
 DTYPES = {"f": "float32", "N3c108BFloat16E": "bfloat16", "N3c104HalfE": "float16"}
-TOKENS = (1, 8, 16)
-KERNEL = re.compile(r"\d(masked_\w+|linear)_kernelI(f|N3c108BFloat16E|N3c104HalfE)Li(\d+)E(Lb0E)?")
-WITHOUT_B = "masked_mlp_without_B"
-DECODED = (*ops.SCHEMAS, WITHOUT_B)
+# of float weights, and of weights of which some are quantised
+TOKENS = {"Plain": (1, 8, 16), "AnyWidth": (1, 16)}
+KERNEL = re.compile(
+    r"\d(masked_\w+|linear)_kernelI\w*?\d(Plain|AnyWidth)I(f|N3c108BFloat16E|N3c104HalfE)EELi(\d+)E"
+)
 LIBRARY = backends.library("cuda")
 
 built = pytest.mark.skipif(
@@ -32,9 +33,14 @@ built = pytest.mark.skipif(
 )
 
 
-def tokens_of(op: str, dtype: str) -> tuple[int, ...]:
-    """What there are kernels for. More tokens in 16 bits have no use for one of `masked_linear`."""
-    return (1,) if op == "masked_linear" and dtype != "float32" else TOKENS
+def keys() -> list[tuple[str, str, str, int]]:
+    """(op, storage, dtype, tokens) of the kernels. Float weights in 16 bits have one of `masked_linear`."""
+    return [
+        (op, storage, dtype, tokens)
+        for op, (storage, several), dtype in itertools.product(ops.SCHEMAS, TOKENS.items(), DTYPES.values())
+        for tokens in several
+        if tokens == 1 or (op, storage) != ("masked_linear", "Plain") or dtype == "float32"
+    ]
 
 
 @cache
@@ -49,13 +55,12 @@ def cuobjdump(*options: str) -> str:
     return done.stdout
 
 
-def key_of(kernel: re.Match[str]) -> tuple[str, str, int]:
-    """(op, dtype, tokens)."""
-    return WITHOUT_B if kernel[4] else kernel[1], DTYPES[kernel[2]], int(kernel[3])
+def key_of(kernel: re.Match[str]) -> tuple[str, str, str, int]:
+    return kernel[1], kernel[2], DTYPES[kernel[3]], int(kernel[4])
 
 
 def resources() -> dict[tuple, dict[str, int]]:
-    """{(target, op, dtype, tokens): {"REG": 128, "STACK": 0, ...}} of the decode kernels."""
+    """{(target, *key): {"REG": 128, "STACK": 0, ...}} of the decode kernels."""
     found, target, kernel = {}, None, None
     for line in cuobjdump("--dump-resource-usage").splitlines():
         if arch := re.search(r"arch = (\w+)", line):
@@ -71,13 +76,11 @@ def resources() -> dict[tuple, dict[str, int]]:
 
 
 def table() -> str:
-    lines = ["# op dtype tokens, then registers a thread on " + " ".join(TARGETS) + f"; nvcc {PINNED}"]
-    found = resources()
-    for op in DECODED:
-        for dtype in DTYPES.values():
-            for tokens in tokens_of(op, dtype):
-                registers = [found[target, op, dtype, tokens]["REG"] for target in TARGETS]
-                lines.append(" ".join(map(str, (op, dtype, tokens, *registers))))
+    found, targets = resources(), " ".join(TARGETS)
+    lines = [f"# op storage dtype tokens, then registers a thread on {targets}; nvcc {PINNED}"]
+    for key in keys():
+        registers = [found[target, *key]["REG"] for target in TARGETS]
+        lines.append(" ".join(map(str, (*key, *registers))))
     return "\n".join(lines) + "\n"
 
 
@@ -87,7 +90,7 @@ def compiler_is_pinned() -> bool:
 
 
 def machine_code(target: str) -> dict[tuple, list[str]]:
-    """{(op, dtype, tokens): instructions} of the decode kernels."""
+    """{key: instructions} of the decode kernels."""
     kernel, found = None, {}
     for line in cuobjdump("-sass", "-arch", target).splitlines():
         if function := re.search(r"Function : (\S+)", line):
@@ -101,29 +104,27 @@ def places(code: list[str], instruction: str) -> list[int]:
     return [i for i, line in enumerate(code) if re.search(instruction, line)]
 
 
-def wide_loads(op: str, dtype: str, tokens: int) -> int:
-    """Loads of 16 bytes that a kernel must have: for the first weights of a phase, and those that follow."""
-    if tokens == 1:
-        project, expand = 2 * 8, 8
-    elif dtype == "bfloat16":
-        project, expand = 2 * 8, 2 * 4 * (16 // tokens)
-    else:
-        project, expand = 2 * (8 if dtype == "float16" else 32 // tokens), 4
-    projections = int(op not in ("masked_linear", WITHOUT_B))
-    expansions = {"linear": 0, "masked_mlp": 3, WITHOUT_B: 3}.get(op, 1)
-    return projections * project + expansions * expand
+def wide_loads(op: str, storage: str, dtype: str, tokens: int) -> int:
+    """Loads of 16 bytes that a kernel must have: for the first weights of a phase, and those that follow.
+
+    Where weights have any width, each phase has them for rows of floats, of bytes and of nibbles.
+    """
+    several = {"float32": 32 // tokens, "bfloat16": 8, "float16": 8}[dtype]
+    project, expand = {"floats": 2 * (8 if tokens == 1 else several)}, {"floats": 8 if tokens == 1 else 4}
+    if storage == "Plain" and tokens > 1 and dtype == "bfloat16":
+        expand["floats"] = 2 * 4 * (16 // tokens)
+    if storage == "AnyWidth":
+        project |= {"bytes": 2 * 8, "nibbles": 2 * 8}
+        expand |= {"bytes": 8, "nibbles": 8 if tokens == 1 else 4}
+    projections = int(op != "masked_linear")
+    expansions = {"linear": 0, "masked_mlp": 3 if storage == "Plain" else 2}.get(op, 1)
+    return projections * sum(project.values()) + expansions * sum(expand.values())
 
 
 @built
 def test_every_kernel_is_there_and_has_a_multiprocessor_to_itself():
     found = resources()
-    assert set(found) == {
-        (target, op, dtype, tokens)
-        for target in TARGETS
-        for op in DECODED
-        for dtype in DTYPES.values()
-        for tokens in tokens_of(op, dtype)
-    }
+    assert set(found) == {(target, *key) for target in TARGETS for key in keys()}
     for key, used in found.items():
         assert used["REG"] <= 128, (key, used)  # of 512 threads
         # a few values that are needed before and after a loop may leave the registers, no more
@@ -148,14 +149,18 @@ def test_weights_are_read_16_bytes_at_a_time_and_nothing_is_spilled_meanwhile(ta
         wide = places(code, r"LDG\.E\.(EF\.128|128\.EF)")
         assert len(wide) == wide_loads(*key), key
         products = places(code, "HMMA")
-        # sums over rows are products of bfloat16 alone
-        multiplied = {"bfloat16"} if key[0] == WITHOUT_B else {"bfloat16", "float16"}
-        assert bool(products) == (key[2] > 1 and key[1] in multiplied)
+        op, storage, dtype, tokens = key
+        # float weights in float32 are multiplied by threads, and so are those in 16 bits in sums over rows alone
+        assert bool(products) == (tokens > 1 and (storage == "AnyWidth" or dtype != "float32")), key
+        # the columns of quantised rows are passed on through shared memory
+        assert bool(places(code, r"LDSM\.16\.MT88\.4")) == (
+            tokens > 1 and storage == "AnyWidth" and op != "linear"
+        )
         for first, last in itertools.pairwise(sorted(wide + products)):
             between = code[first:last]
             spilled = places(between, r"\b(STL|LDL)\b") if not places(between, "BRA") else []
             # float16 has its sums of sixteen tokens beside the products, and on sm_80 one value has no room
-            assert len(spilled) <= ((target, *key[1:]) == ("sm_80", "float16", 16)), (key, first)
+            assert len(spilled) <= ((target, *key[1:]) == ("sm_80", "Plain", "float16", 16)), (key, first)
 
 
 @built

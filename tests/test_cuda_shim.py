@@ -195,7 +195,7 @@ def survives(
 LINEAR, LOWRANK, MLP, DENSE = OPS
 PROJECT, PROJECT_MMA, EXPAND = "project.cuh", "project_by_mma.cuh", "expand.cuh"
 THREADS, MMA, SLICES = "expand_by_threads.cuh", "expand_by_mma.cuh", "expand_by_slices.cuh"
-NUMBERS, ANY = "quantized.cuh", "any_width.cuh"
+NUMBERS, ANY, PACKETS = "quantized.cuh", "any_width.cuh", "project_by_packets.cuh"
 SYNC, GRID_SYNC = "__syncthreads();", "cooperative_groups::this_grid().sync();"
 DOWN, TABLE = "\n  for_tiles(op.down", "\n}\n\n// sums += this thread's share of the rows of a t"
 # what is done wrong: in which op it shows, and the file, the text and what takes its place
@@ -231,7 +231,7 @@ MUTANTS = {
     "tiles_of_one_block": (LOWRANK, EXPAND, "tile += gridDim.x", "tile += gridDim.x + 1"),
     "down_too_early": (MLP, f"{MLP}.cu", f"{GRID_SYNC}{DOWN}", DOWN),
     "neurons_too_early": (MLP, f"{MLP}.cu", f"{SYNC}\n  for (int i", "for (int i"),
-    "gate_for_up": (MLP, f"{MLP}.cu", "sums.gate[m][c])", "sums.up[m][c])"),
+    "gate_for_up": (MLP, f"{MLP}.cu", "sums.of[kGate][m][c]))", "sums.of[kUp][m][c]))"),
     "inputs_of_one_token": (MLP, f"{MLP}.cu", "x.data[m * int64_t(x.size) + r]", "x.data[r]"),
     "inputs_of_one_block": (MLP, f"{MLP}.cu", "r = blockIdx.x * kThreads + ", "r = "),
     "other_bias": (DENSE, EXPAND, "float(bias[n])", "float(bias[m])"),
@@ -249,11 +249,17 @@ QUANTIZED_MUTANTS = {
     "packet_of_another_row": (LINEAR, NUMBERS, "row.scale += times * stride.scale, ", ""),
     "sums_without_a_scale": (LINEAR, NUMBERS, "factor = z * scale()", "factor = z"),
     "products_without_a_scale": (DENSE, NUMBERS, "sum += scale() * (", "sum += ("),
-    "one_part_of_a_nibble": (DENSE, NUMBERS, "kBits == 4 ? 2 : 3", "kBits == 4 ? 1 : 3"),
-    "inputs_of_a_packet": (DENSE, PROJECT_MMA, " + s * kStride + c", " + s * kStride"),
-    "a_half_of_the_packet": (DENSE, PROJECT_MMA, "low, high, c / 2 + i, v", "low, high, i, v"),
-    "no_second_eight": (DENSE, PROJECT_MMA, "8 * eight >= x.count", "eight >= 1"),
-    "gate_in_tiles_of_its_own": (MLP, f"{MLP}.cu", "op.gate.width = op.up.width", "op.gate.width = 1"),
+    "pairs_of_one_word": (DENSE, NUMBERS, "words[2 * i % kColumns / 4]", "words[0]"),
+    "pairs_of_one_half": (DENSE, NUMBERS, "bytes >> 2 * i / kColumns * 4", "bytes"),
+    "pairs_not_negative": (DENSE, NUMBERS, ", (kLarge | kSign) ^", ", kLarge ^"),
+    "inputs_of_a_packet": (DENSE, PACKETS, " + s * kStride + c", " + s * kStride"),
+    "inputs_of_every_packet": (DENSE, PACKETS, "group() % 4 == member()", "true"),
+    "scales_of_one_packet": (DENSE, PACKETS, "member() % 2 * 2 + i;", "i;"),
+    "scales_of_one_row": (DENSE, PACKETS, "scales[i / 2][i % 2]", "scales[0][i % 2]"),
+    "half_of_a_sum": (DENSE, PACKETS, " + __shfl_xor_sync(kAllLanes, sums[pair][i], 1)", ""),
+    "a_part_of_the_packet": (DENSE, PACKETS, "pair<Operand>(c / 2 + i / 2)", "pair<Operand>(i / 2)"),
+    "no_second_pair": (DENSE, PACKETS, "2 * pair >= x.count", "pair >= 1"),
+    "gate_in_tiles_of_its_own": (MLP, f"{MLP}.cu", "of_gate.width = of_up.width", "of_gate.width = 1"),
     "slices_passed_too_late": (LINEAR, SLICES, "      __syncwarp();\n", ""),
     "slices_passed_too_early": (LINEAR, SLICES, "__syncwarp();  // all lanes", "// all lanes"),
     "slices_begin_too_early": (LINEAR, SLICES, f"{SYNC}  // all reads of what was in", "// in"),

@@ -5,7 +5,7 @@
 
 namespace {
 
-// Weights of any width in rows that are not whole packets of 16 bytes. Columns are read one by one and multiplied by
+// Weights of any width in rows that cannot be read in packets of 16 bytes. Columns are read one by one and multiplied by
 // their scales at once.
 template <class T>
 struct OneByOne {
@@ -82,7 +82,7 @@ struct AnyWidth {
   }
   template <int kWidth>
   __device__ Quantized<T, kWidth> quantized() const {
-    return {all.data, all.scale, rows, columns, all.ld, all.scale_ld, all.group_bits};
+    return {all.data, all.scale, rows, columns, int(all.ld), int(all.scale_ld), all.group_bits};
   }
 };
 

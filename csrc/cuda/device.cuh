@@ -40,6 +40,37 @@ __device__ inline void fetch_to_l2([[maybe_unused]] const void* p) {
 #endif
 }
 
+// Returns (word & mask) ^ flipped. The compiler would take two instructions if mask and flipped are constants.
+__device__ inline uint32_t masked_and_flipped(uint32_t word, uint32_t mask, uint32_t flipped) {
+#ifdef __CUDACC__
+  uint32_t bits;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(bits) : "r"(word), "r"(mask), "r"(flipped));
+  return bits;
+#else
+  return (word & mask) ^ flipped;
+#endif
+}
+
+// Returns a * b in one instruction, with which an address may be added.
+__device__ inline int64_t wide_product_of(int a, int b) {
+#ifdef __CUDACC__
+  int64_t product;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return int64_t(a) * b;
+#endif
+}
+
+// Returns the value, of which the compiler then knows nothing. It would carry pointers that it derives from the counter
+// of a loop through the loop, in registers.
+__device__ inline int64_t unknown(int64_t value) {
+#ifdef __CUDACC__
+  asm volatile("" : "+l"(value));
+#endif
+  return value;
+}
+
 // Adds up each of kCount values over the lanes of a warp. Afterwards the 32 / kCount lanes from i * (32 / kCount) on
 // have the total of value i. Every step halves the number of values that a lane works on.
 template <int kCount, int kOffset = kLanes / 2>

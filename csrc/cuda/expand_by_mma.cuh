@@ -85,11 +85,8 @@ __device__ void add_rows(const typename W::Loaded (&weights)[4], const Factors<k
 #pragma unroll
   for (int j = 0; j < kPairs; j++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) {  // columns 2 j are the lower halves of the pairs, columns 2 j + 1 the upper halves
-      uint32_t one[1], other[1];
-      weights[i / 2 * 2].pair(j, one), weights[i / 2 * 2 + 1].pair(j, other);
-      a[j][i] = __byte_perm(one[0], other[0], i % 2 ? 0x7632 : 0x5410);
-    }
+    for (int i = 0; i < 4; i++)  // columns 2 j are the lower halves of the pairs, columns 2 j + 1 the upper halves
+      a[j][i] = __byte_perm(weights[i / 2 * 2].pair(j), weights[i / 2 * 2 + 1].pair(j), i % 2 ? 0x7632 : 0x5410);
   // Consecutive products go to different sums, so that they do not wait for one another.
 #pragma unroll
   for (int part = 0; part < kParts; part++)

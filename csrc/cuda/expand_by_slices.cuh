@@ -45,12 +45,8 @@ struct Lines {
  private:
   // Returns whole number i of each half of a word as a pair of bfloat16.
   __device__ static uint32_t numbers(uint32_t word, int i) {
-    if constexpr (kBits == 8) {
-      const float low = whole_number<8>(word, i), high = whole_number<8>(word, i + 2);
-      return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
-    } else {  // as whole_number does it: 128 + 8 + the number, and that less 136
-      return add_pairs((word >> 4 * i & 0x000f000fu) ^ 0x43084308u, 0xc308c308u);
-    }
+    if constexpr (kBits == 8) return upper_halves(whole_number<8>(word, i), whole_number<8>(word, i + 2));
+    else return whole_numbers<4, bfloat16>(word >> 4 * i);
   }
 };
 

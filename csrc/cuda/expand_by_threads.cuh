@@ -59,7 +59,7 @@ __device__ void add_listed(const List& list, int count, const W& rows, const Pla
   const typename W::Row top = rows.at(0, place.column);
   for (int first = place.slot; first < count; first += kLoads * place.slots) {
     const auto entry = [&](int i) { return first + i * place.slots; };
-    typename W::Loaded weights[kLoads];
+    typename W::Loaded weights[kLoads] = {};
 #pragma unroll
     for (int i = 0; i < kLoads; i++)
       if (entry(i) < count)

@@ -185,9 +185,10 @@ AnyWidth<T> any_width(const Tensor& weight, const OptionalTensor& scale, int64_t
   const int width = !scale ? 8 * sizeof(T) : rana::is_packed(weight) ? 4 : 8;
   const auto* const data = static_cast<const uint8_t*>(weight.const_data_ptr());
   const int64_t rows = weight.size(0), ld = weight.stride(0) * (scale ? 1 : sizeof(T));
-  const bool wide = on_16_bytes(data) && columns * width % 128 == 0 && (rows < 2 || ld % 16 == 0);
+  bool wide = on_16_bytes(data) && columns * width % 128 == 0 && (rows < 2 || ld % 16 == 0);
   OneByOne<T> all{data, nullptr, rows, columns, ld, 0, 0, width};
   if (scale) {
+    wide = wide && std::max(ld, scale->stride(0)) <= kMostBytesApart;
     all.scale = static_cast<const half*>(scale->const_data_ptr());
     all.scale_ld = scale->stride(0);
     all.group_bits = group_bits_of(columns, scale->size(1));
@@ -237,13 +238,17 @@ Output<T> output(const std::optional<Packed<T>>& bias, Tensor& y) {
   return {data_of(bias), static_cast<T*>(y.mutable_data_ptr()), last_size(y)};
 }
 
-template <class T>
-int64_t row_bytes(const Plain<T>& weights) {
-  return bytes_of<Plain<T>>(weights.columns);
+// Returns how many warps read one row of B together.
+template <int kTokens, class W>
+int warps_a_row(const W& B) {
+  constexpr int64_t kSlice = bytes_of<W>(Products<true, kTokens, W>::kColumns);  // which a warp reads at a time
+  return warps_a_row(bytes_of<W>(B.columns), kSlice, kWarps);
 }
-template <class T>
-int64_t row_bytes(const AnyWidth<T>& weights) {
-  return weights.columns * weights.all.width / 8;
+template <int kTokens, class T>
+int warps_a_row(const AnyWidth<T>& B) {
+  if (B.all.width > 8) return warps_a_row<kTokens>(Plain<T>{nullptr, B.rows, B.columns, 0, true});
+  constexpr int64_t kSlice = bytes_of<Quantized<T, 4>>(Products<true, kTokens, Quantized<T, 4>>::kColumns);
+  return warps_a_row(B.columns * B.all.width / 8, kSlice, kWarps);
 }
 
 template <class T>
@@ -259,7 +264,7 @@ Rounding rounding(const AnyWidth<T>& weights) {
 
 template <int kTokens, class W>
 void cut(Projection<W>& projection) {
-  projection.warps_a_row = warps_a_row(row_bytes(projection.B), kSlice<W, kTokens>, kWarps);
+  projection.warps_a_row = warps_a_row<kTokens>(projection.B);
 }
 template <int kTokens, class Z, class W>
 void cut(Expansion<Z, W>& e, int64_t blocks) {

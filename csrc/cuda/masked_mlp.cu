@@ -21,28 +21,36 @@ struct Neurons {
   }
 };
 
-// Without B, the inputs take the place of the ranks, and Tokens take that of a Projection.
-template <int kTokens, class T, class Done>
-__device__ void project(const Tokens<T>& x, Done done_with) {
+// B x, or the inputs themselves without B.
+template <class W>
+struct Ranks {
+  Projection<W> projection;
+  bool projected;
+};
+
+template <int kTokens, class W, class Done>
+__device__ void project(const Ranks<W>& ranks, Done done_with) {
+  if (ranks.projected) return project<kTokens>(ranks.projection, done_with);
+  const auto& x = ranks.projection.x;
   for (int m = 0; m < x.count; m++)
     for (int r = blockIdx.x * kThreads + threadIdx.x; r < x.size; r += gridDim.x * kThreads)
       done_with(m, r, float(x.data[m * int64_t(x.size) + r]));
 }
-template <int kTokens, class T>
-void cut(const Tokens<T>&) {}
-template <int kTokens, class T>
-int64_t items(const Tokens<T>& x) {
-  return ceil_div(x.size, kThreads);
+template <int kTokens, class W>
+int64_t items(const Ranks<W>& ranks) {
+  return ranks.projected ? items<kTokens>(ranks.projection) : ceil_div(ranks.projection.x.size, kThreads);
 }
 
-template <class W, int kTokens, bool kWithB>
+constexpr int kUp = 0, kGate = 1;
+
+template <class W, int kTokens>
 struct Mlp {
   using T = typename W::Element;
   using Z = Computed<W, kTokens>;
-  std::conditional_t<kWithB, Projection<W>, Tokens<T>> ranks;
+  Ranks<W> ranks;
   Mask mask;
   int64_t first_gate_rank;
-  Expansion<Z, W> up, gate;  // with the same tiles
+  Expansion<Z, W> sides[2];  // kUp and kGate, with the same tiles
   Neurons<T> neurons;
   Expansion<Z, W> down;
   Output<T> output;
@@ -50,43 +58,43 @@ struct Mlp {
   // Each rank belongs to up, to gate, or to both.
   __device__ void store_rank(int m, int64_t r, float h) const {
     const float z = mask.apply(h, r);
-    if (r < up.rows.rows) up.z.store(m, r, z);
-    if (neurons.gated && r >= first_gate_rank) gate.z.store(m, r - first_gate_rank, z);
+    if (r < sides[kUp].rows.rows) sides[kUp].z.store(m, r, z);
+    if (neurons.gated && r >= first_gate_rank) sides[kGate].z.store(m, r - first_gate_rank, z);
   }
 };
 
 // The sums of up and gate for the neurons of a tile, in shared memory behind that of an expansion.
 template <class W, int kTokens>
 struct NeuronSums {
-  float up[kTokens][kMostColumns<W, kTokens>], gate[kTokens][kMostColumns<W, kTokens>];
+  float of[2][kTokens][kMostColumns<W, kTokens>];
 };
 template <class W, int kTokens>
 constexpr Block kMlpBlock{kThreads, kBlock<W, kTokens>.shared_bytes + sizeof(NeuronSums<W, kTokens>)};
 
-template <class W, int kTokens, bool kWithB>
-__device__ void compute_neurons(const Mlp<W, kTokens, kWithB>& op, int tile) {
+template <class W, int kTokens>
+__device__ void compute_neurons(const Mlp<W, kTokens>& op, int tile) {
   auto& sums = shared_as<NeuronSums<W, kTokens>>(kBlock<W, kTokens>.shared_bytes);
-  const int columns = op.up.width * kPacket<W>;
+  const int columns = op.sides[kUp].width * kPacket<W>;
   const int64_t first = int64_t(tile) * columns, left = op.down.z.rows - first;
-  expand<kTokens>(op.up, tile, [&](int m, int64_t n, float sum) { sums.up[m][n - first] = sum; });
-  if (op.neurons.gated)
-    expand<kTokens>(op.gate, tile, [&](int m, int64_t n, float sum) { sums.gate[m][n - first] = sum; });
+#pragma unroll (W::kQuantized ? 1 : 2)  // the code for any width is long
+  for (int side = kUp; side < (op.neurons.gated ? 2 : 1); side++)
+    expand<kTokens>(op.sides[side], tile, [&](int m, int64_t n, float sum) { sums.of[side][m][n - first] = sum; });
   __syncthreads();
   for (int i = threadIdx.x; i < op.down.z.tokens * columns; i += kThreads)
     if (const int m = i / columns, c = i % columns; c < left)
-      op.down.z.store(m, first + c, op.neurons(first + c, sums.up[m][c], sums.gate[m][c]));
+      op.down.z.store(m, first + c, op.neurons(first + c, sums.of[kUp][m][c], sums.of[kGate][m][c]));
   __syncthreads();
 }
 
-template <class W, int kTokens, bool kWithB>
-__global__ void __launch_bounds__(kThreads, 1) masked_mlp_kernel(const __grid_constant__ Mlp<W, kTokens, kWithB> op) {
+template <class W, int kTokens>
+__global__ void __launch_bounds__(kThreads, 1) masked_mlp_kernel(const __grid_constant__ Mlp<W, kTokens> op) {
   project<kTokens>(op.ranks, [&](int m, int64_t r, float h) { op.store_rank(m, r, h); });
-  if constexpr (kWithB) {  // without B, the first rows are kept no more than others
-    fetch_ahead(op.up, kAheadBytes / (op.neurons.gated ? 2 : 1));
-    if (op.neurons.gated) fetch_ahead(op.gate, kAheadBytes / 2);
+  if (op.ranks.projected) {  // without B, the first rows are kept no more than others
+    fetch_ahead(op.sides[kUp], kAheadBytes / (op.neurons.gated ? 2 : 1));
+    if (op.neurons.gated) fetch_ahead(op.sides[kGate], kAheadBytes / 2);
   }
   cooperative_groups::this_grid().sync();
-  for_tiles(op.up, [&](int tile) { compute_neurons(op, tile); });
+  for_tiles(op.sides[kUp], [&](int tile) { compute_neurons(op, tile); });
   cooperative_groups::this_grid().sync();
   for_tiles(op.down, [&](int tile) {
     expand<kTokens>(op.down, tile, [&](int m, int64_t n, float sum) { op.output.store(m, n, sum); });
@@ -99,29 +107,29 @@ struct Weights {
   W up, gate, down;
 };
 
-// `ranks` is a Projection, or Tokens without B.
-template <bool kWithB, class W, class T, class Ranks>
-void decode(const Device& device, const Tensor& input, const Ranks& ranks, const Mask& mask, int64_t first_gate_rank,
+template <class W, class T>
+void decode(const Device& device, const Tensor& input, const Ranks<W>& ranks, const Mask& mask, int64_t first_gate_rank,
             const Weights<W>& weights, const Neurons<T>& neurons, const Output<T>& output) {
-  const int M = int(tokens_of(input));
+  const int M = ranks.projection.x.count;
   for_tokens<W>(M, [&](auto tokens) {
-    const Kernel kernel(device, masked_mlp_kernel<W, tokens(), kWithB>, kMlpBlock<W, tokens()>);
+    const Kernel kernel(device, masked_mlp_kernel<W, tokens()>, kMlpBlock<W, tokens()>);
     const auto& [up, gate, down] = weights;
-    Mlp<W, tokens(), kWithB> op{ranks,
-                                mask,
-                                first_gate_rank,
-                                {{nullptr, M, up.rows}, up},
-                                {{nullptr, M, gate.rows}, gate},
-                                neurons,
-                                {{nullptr, M, down.rows}, down},
-                                output};
-    cut<tokens()>(op.ranks);
-    for (auto* expansion : {&op.up, &op.down}) cut<tokens()>(*expansion, kernel.blocks());
-    op.gate.width = op.up.width, op.gate.tiles = op.up.tiles;
+    Mlp<W, tokens()> op{ranks,
+                        mask,
+                        first_gate_rank,
+                        {{{nullptr, M, up.rows}, up}, {{nullptr, M, gate.rows}, gate}},
+                        neurons,
+                        {{nullptr, M, down.rows}, down},
+                        output};
+    auto &of_up = op.sides[kUp], &of_gate = op.sides[kGate];
+    cut<tokens()>(op.ranks.projection);
+    cut<tokens()>(of_up, kernel.blocks());
+    cut<tokens()>(op.down, kernel.blocks());
+    of_gate.width = of_up.width, of_gate.tiles = of_up.tiles;
     Workspace workspace;
-    for (auto* expansion : {&op.up, &op.gate, &op.down}) workspace.add(expansion->z);
+    for (auto* expansion : {&of_up, &of_gate, &op.down}) workspace.add(expansion->z);
     const Tensor memory = workspace.allocate(input);
-    kernel.launch(std::max<int64_t>(items<tokens()>(op.ranks), std::max(op.up.tiles, op.down.tiles)), op);
+    kernel.launch(std::max<int64_t>(items<tokens()>(op.ranks), std::max(of_up.tiles, op.down.tiles)), op);
   });
 }
 
@@ -186,12 +194,10 @@ void decode(const Device& device, const Given& given, const Mask& mask, const Ne
   const W up = stored_rows<W>(given.up_rows, given.up_scale);
   const W gate = given.gate_rows ? stored_rows<W>(*given.gate_rows, given.gate_scale) : up;
   const Weights<W> weights{up, gate, stored_rows<W>(given.down_rows, given.down_scale)};
-  const auto with = [&](auto with_B, const auto& ranks) {
-    decode<with_B()>(device, given.x, ranks, mask, given.first_gate_rank(), weights, neurons, output(down_b, y));
-  };
   const int tokens = int(tokens_of(given.x)), size = int(last_size(given.x));
-  if (given.B) with(std::true_type{}, projection(input, tokens, stored<W>(*given.B, given.B_scale, size)));
-  else with(std::false_type{}, Tokens<T>{input.data, size, tokens});
+  Ranks<W> ranks{{{input.data, size, tokens}}, given.B.has_value()};
+  if (given.B) ranks.projection = projection(input, tokens, stored<W>(*given.B, given.B_scale, size));
+  decode(device, given.x, ranks, mask, given.first_gate_rank(), weights, neurons, output(down_b, y));
 }
 
 // The masks of the op, and the activation between them.

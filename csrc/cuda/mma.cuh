@@ -5,10 +5,12 @@
 
 namespace {
 
-// With several tokens, tensor cores multiply B: products of 16-bit values are exact in float32. A quantised weight is a
-// sum of such values.
+// With several tokens, tensor cores multiply B: products of 16-bit values are exact in float32.
 template <class W, int kTokens>
-constexpr bool kProjectedByMma = kTokens > 1 && (W::kQuantized || sizeof(typename W::Element) == 2);
+constexpr bool kProjectedByMma = kTokens > 1 && sizeof(typename W::Element) == 2;
+// They multiply a quantised B for one token too, because with whole numbers of 16 bits they save most of the work.
+template <class W, int kTokens>
+constexpr bool kProjectedByPackets = W::kQuantized && (kTokens > 1 || sizeof(typename W::Element) == 2);
 // The kept values are float32, with 24 bits. Three bfloat16 hold them; float16 has too few exponents.
 template <class W, int kTokens>
 constexpr bool kExpandedByMma = kTokens > 1 && std::is_same_v<W, Plain<bfloat16>>;
@@ -68,14 +70,18 @@ __device__ inline uint32_t split_off_pair(float& a, float& b) {
   return pair;
 }
 
-// Returns a + b for pairs of bfloat16. The sums of the kernels are exact.
-__device__ inline uint32_t add_pairs(uint32_t a, uint32_t b) {
+// Returns a + b for pairs of values of 16 bits. The sums of the kernels are exact.
+template <class T>
+__device__ uint32_t add_pairs(uint32_t a, uint32_t b) {
 #ifdef __CUDACC__
   uint32_t sum;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  if constexpr (std::is_same_v<T, bfloat16>)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  else
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
   return sum;
 #else
-  return shim::add_pairs<bfloat16>(a, b);
+  return shim::add_pairs<T>(a, b);
 #endif
 }
 

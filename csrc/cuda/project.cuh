@@ -5,17 +5,15 @@
 // of a row alone decides how its sum is grouped.
 #pragma once
 
-#include "project_by_mma.cuh"
+#include "project_by_packets.cuh"
 #include "project_by_threads.cuh"
 
 namespace {
 
 template <bool kWide, int kTokens, class W>
-using Products =
-    std::conditional_t<kWide && kProjectedByMma<W, kTokens>, MmaProducts<kTokens, W>, LaneProducts<kWide, kTokens, W>>;
-// The bytes of a row that a warp reads at a time: a packet a lane, or kMmaSteps packets for each of four lanes.
-template <class W, int kTokens>
-constexpr int64_t kSlice = sizeof(uint4) * (kProjectedByMma<W, kTokens> ? 4 * kMmaSteps : kLanes);
+using Products = std::conditional_t<
+    kWide && kProjectedByPackets<W, kTokens>, PacketProducts<kTokens, W>,
+    std::conditional_t<kWide && kProjectedByMma<W, kTokens>, MmaProducts<kTokens, W>, LaneProducts<kWide, kTokens, W>>>;
 
 // Computes this warp's part of a round: every `shares`-th slice of `count` rows from `top` on, `stride` apart, in equal
 // batches.
@@ -71,7 +69,7 @@ template <int kTokens, class W, class Done>
 __device__ void project(const Projection<W>& projection, Done done_with) {
   with_storage(projection.B, [&](const auto& B, auto wide) {
     using Stored = std::decay_t<decltype(B)>;
-    project_rows<wide(), kTokens>(Projection<Stored>{projection.x, B, projection.warps_a_row}, done_with);
+    project_rows<decltype(wide)::value, kTokens>(Projection<Stored>{projection.x, B, projection.warps_a_row}, done_with);
   });
 }
 

@@ -5,35 +5,13 @@
 
 namespace {
 
-constexpr int kMmaSteps = 4;
-
-// So many operands of tensor cores add up to an input exactly.
-template <class Operand, class T>
-constexpr int kInputParts = std::is_same_v<Operand, T> ? 1 : sizeof(T) == 2 ? 2 : 3;
-
-// The columns 2 i and 2 i + 1 of inputs, as operands.
-template <class Operand, class T>
-__device__ void pair_of(const Inputs<T, 8>& x, int i, uint32_t (&parts)[kInputParts<Operand, T>]) {
-  if constexpr (std::is_same_v<Operand, T>) {
-    x.packets[0].pair(i, parts);
-  } else {
-    float a = x[2 * i], b = x[2 * i + 1];
-#pragma unroll
-    for (uint32_t& part : parts) part = split_off_pair(a, b);
-  }
-}
-
-// The products of a slice with all tokens, like LaneProducts. A lane reads four packets of two rows. It reads the same
-// places of a token, so the packets of both are operands as they lie in memory.
-template <int kTokens, class W>
-struct MmaProducts {
-  using T = typename W::Element;
-  using Operand = typename W::Loaded::Operand;
-  static constexpr int kRows = 16, kSteps = kMmaSteps, kParts = W::Loaded::kParts;
+// What a warp reads of sixteen rows: a lane has packets of two rows, and four lanes packets that lie side by side.
+template <class W>
+struct RowPackets {
+  static constexpr int kRows = 16, kSteps = 4;
   static constexpr int kColumns = kSteps * 4 * kPacket<W>;
 
   typename W::Loaded weights[kSteps][2];
-  float sums[kTokens / 8][4] = {};
 
   // The first column of a lane. Its columns of step s start kStride s columns further on.
   static constexpr int kStride = 4 * kPacket<W>;
@@ -53,6 +31,17 @@ struct MmaProducts {
         weights[step][half] = W::template stream<true>(W::move(at, slice.stride, 8 * half, step * kStride), left);
     }
   }
+};
+
+// The products of a slice with all tokens, like LaneProducts. A lane reads the same places of a token as of its rows, so
+// the packets of both are operands as they lie in memory.
+template <int kTokens, class W>
+struct MmaProducts : RowPackets<W> {
+  using T = typename W::Element;
+  using Packets = RowPackets<W>;
+  using Packets::column, Packets::kSteps, Packets::kStride, Packets::read, Packets::weights;
+
+  float sums[kTokens / 8][4] = {};
 
   __device__ void add(const Tokens<T>& x, int first, const Slice<W>& next) {
     const int left = x.size - column(first);
@@ -61,31 +50,15 @@ struct MmaProducts {
     for (int s = 0; s < kSteps; s++) {
       const auto &low = weights[s][0], &high = weights[s][1];
 #pragma unroll
-      for (int c = 0; c < kPacket<W>; c += 8)
-#pragma unroll
-        for (int eight = 0; eight < kTokens / 8; eight++) {
-          if (W::kQuantized && 8 * eight >= x.count) break;
-          Inputs<T, 8> v = {};
-          if (8 * eight + group() < x.count && s * kStride < left)
-            v = load_inputs<true, 8>(at + 8 * eight * int64_t(x.size) + s * kStride + c, left);
-#pragma unroll
-          for (int i = 0; i < 4; i += 2) add_four(sums[eight], low, high, c / 2 + i, v, i);
-        }
+      for (int eight = 0; eight < kTokens / 8; eight++) {
+        Packet<T> v = {};
+        if (8 * eight + group() < x.count && s * kStride < left)
+          v = load<true>(at + 8 * eight * int64_t(x.size) + s * kStride, left);
+        multiply_add<T>(sums[eight], {low.pair(0), high.pair(0), low.pair(1), high.pair(1)}, {v.pair(0), v.pair(1)});
+        multiply_add<T>(sums[eight], {low.pair(2), high.pair(2), low.pair(3), high.pair(3)}, {v.pair(2), v.pair(3)});
+      }
       read(next, x.size, s);
     }
-  }
-
-  // Adds the products of four columns: from 2 i on of the weights, from 2 j on of the inputs.
-  __device__ static void add_four(float (&sum)[4], const typename W::Loaded& low, const typename W::Loaded& high, int i,
-                                  const Inputs<T, 8>& v, int j) {
-    uint32_t a[4][kParts], b[2][kInputParts<Operand, T>];
-    low.pair(i, a[0]), high.pair(i, a[1]), low.pair(i + 1, a[2]), high.pair(i + 1, a[3]);
-    pair_of<Operand>(v, j, b[0]), pair_of<Operand>(v, j + 1, b[1]);
-#pragma unroll
-    for (int part = 0; part < kParts; part++)
-#pragma unroll
-      for (int of_x = 0; of_x < kInputParts<Operand, T>; of_x++)
-        multiply_add<Operand>(sum, {a[0][part], a[1][part], a[2][part], a[3][part]}, {b[0][of_x], b[1][of_x]});
   }
 
   __device__ void leave(typename Partials<kTokens>::Row* partials, int rows) {

@@ -17,8 +17,23 @@ __device__ float whole_number(uint32_t word, int i) {
   const uint32_t half = i < kFirstHalf ? word : word >> 16;
   const int at = kBits * (i % kFirstHalf), exponent = 23 - at;
   const uint32_t mask = ((1u << kBits) - 1) << at, sign = 1u << (kBits - 1) << at;
-  const uint32_t bits = (half & mask) ^ (uint32_t(127 + exponent) << 23 | sign);
+  const uint32_t bits = masked_and_flipped(half, mask, uint32_t(127 + exponent) << 23 | sign);
   return __uint_as_float(bits) - float((1u << exponent) + (1u << (kBits - 1)));
+}
+
+// Returns two floats that bfloat16 can hold, the first one below.
+__device__ inline uint32_t upper_halves(float a, float b) {
+  return __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x7632);
+}
+
+// Returns the lowest whole number of each half of a word as a pair of 16-bit floats, in the same way as whole_number.
+// bfloat16 has too few bits for numbers of 8.
+template <int kBits, class T>
+__device__ uint32_t whole_numbers(uint32_t word) {
+  static_assert(kBits == 4 || std::is_same_v<T, half>);
+  constexpr uint32_t kBoth = 0x00010001u, kMask = ((1u << kBits) - 1) * kBoth, kSign = (1u << (kBits - 1)) * kBoth;
+  constexpr uint32_t kLarge = (std::is_same_v<T, bfloat16> ? 0x4300u : 0x6400u) * kBoth;  // 128 or 1024
+  return add_pairs<T>(masked_and_flipped(word, kMask, kLarge | kSign), (kLarge | kSign) ^ 0x80008000u);
 }
 
 // A packet in registers. The scale stays as it is stored, so that nothing waits for it before it is used.
@@ -50,15 +65,21 @@ struct QuantizedPacket {
     sum += scale() * ((products[0] + products[1]) + (products[2] + products[3]));
   }
 
-  // A scale has 11 bits, so that a weight has at most 15 or 19, and a bfloat16 8.
-  static constexpr int kParts = kBits == 4 ? 2 : 3;
-  using Operand = bfloat16;
-  __device__ void pair(int i, uint32_t (&parts)[kParts]) const {
-    float a = number(2 * i) * scale(), b = number(2 * i + 1) * scale();
-#pragma unroll
-    for (uint32_t& part : parts) part = split_off_pair(a, b);
+  template <class T>
+  __device__ uint32_t pair(int i) const {
+    if constexpr (kBits == 8 && std::is_same_v<T, bfloat16>) {
+      return upper_halves(number(2 * i), number(2 * i + 1));
+    } else {
+      // the bytes that hold the two columns, one in each half of a word
+      constexpr int kColumns = kBits == 8 ? kSize : rana::kNibbleBlock / 2;
+      const uint32_t word = words[2 * i % kColumns / 4], bytes = __byte_perm(word, 0, i % 2 ? 0x4342 : 0x4140);
+      return whole_numbers<kBits, T>(bytes >> 2 * i / kColumns * 4);
+    }
   }
 };
+
+// Rows of Quantized are at most so far apart. That times the warps of a card fits 31 bits.
+constexpr int kMostBytesApart = 1 << 19;
 
 // Weights of kWidth bits beside inputs of type T, in rows that start on 16 bytes and are whole packets.
 template <class T, int kWidth>
@@ -67,11 +88,10 @@ struct Quantized {
   struct Row {
     const uint8_t* numbers;
     const half* scale;
-    int64_t column;
-    int group_bits;
+    int column, group_bits;
   };
   struct Stride {
-    int64_t numbers, scale;
+    int numbers, scale;
   };
   using Loaded = QuantizedPacket<kWidth>;
   static constexpr int kBits = kWidth;
@@ -79,15 +99,17 @@ struct Quantized {
 
   const uint8_t* data;
   const half* scale;
-  int64_t rows, columns, ld, scale_ld;
-  int group_bits;  // a group has 2^group_bits columns, or all
+  int64_t rows, columns;
+  int ld, scale_ld;  // at most kMostBytesApart, so that addresses take few instructions
+  int group_bits;    // a group has 2^group_bits columns, or all
 
   __device__ Row at(int64_t row, int64_t column) const {
-    return {data + row * ld, scale + row * scale_ld, column, group_bits};
+    return {data + wide_product_of(int(row), ld), scale + wide_product_of(int(row), scale_ld), int(column), group_bits};
   }
-  __device__ Stride stride(int64_t rows) const { return {rows * ld, rows * scale_ld}; }
-  __device__ static Row move(Row row, Stride stride, int64_t times, int64_t columns) {
-    row.numbers += times * stride.numbers, row.scale += times * stride.scale, row.column += columns;
+  __device__ Stride stride(int rows) const { return {rows * ld, rows * scale_ld}; }
+  __device__ static Row move(Row row, Stride stride, int times, int columns) {
+    row.numbers += wide_product_of(times, stride.numbers), row.scale += wide_product_of(times, stride.scale);
+    row.column += columns;
     return row;
   }
   template <bool kWide>
@@ -117,7 +139,7 @@ inline int group_bits_of(int64_t columns, int64_t groups) {
   const int64_t group = rana::group_size(columns, groups);
   for (int bits = 5; bits <= 7; bits++)
     if (group == 1 << bits) return bits;
-  return 62;  // all columns
+  return 31;  // all columns
 }
 
 }  // namespace

@@ -15,8 +15,8 @@
 // A Loaded has
 //   add_to(sums, z)              sums[i] += z times the weight of column i
 //   add_products(sum, x)         sum += the weights times x, which has as many columns
-//   Operand, kParts              as tensor cores take weights: sums of so many values of this type of 16 bits
-//   pair(i, parts)               the columns 2 i and 2 i + 1, the first one in the lower halves of the words
+//   pair(i)                      for tensor cores: the columns 2 i and 2 i + 1 as Elements, the first one below; of a
+//                                quantised packet as whole numbers, in a type of 16 bits that is given
 #pragma once
 
 #include <cstring>
@@ -29,8 +29,7 @@ namespace {
 // widened elements.
 template <class T>
 struct Packet {
-  static constexpr int kSize = 16 / sizeof(T), kParts = 1;
-  using Operand = T;
+  static constexpr int kSize = 16 / sizeof(T);
   uint32_t words[4];
 
   __device__ float operator[](int i) const {
@@ -39,7 +38,7 @@ struct Packet {
     if constexpr (std::is_same_v<T, bfloat16>) return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
     return half(static_cast<unsigned short>(i % 2 ? word >> 16 : word), half::from_bits());
   }
-  __device__ void pair(int i, uint32_t (&parts)[1]) const { parts[0] = words[i]; }
+  __device__ uint32_t pair(int i) const { return words[i]; }
   __device__ void add_to(float (&sums)[kSize], float z) const {
 #pragma unroll
     for (int i = 0; i < kSize; i++) sums[i] += z * (*this)[i];

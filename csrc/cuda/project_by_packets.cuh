@@ -1,0 +1,109 @@
+// The products of quantised rows of B on tensor cores.
+#pragma once
+
+#include "project_by_mma.cuh"
+
+namespace {
+
+// So many operands of tensor cores add up to an input exactly.
+template <class Operand, class T>
+constexpr int kInputParts = std::is_same_v<Operand, T> ? 1 : kParts;
+
+// The columns 2 i and 2 i + 1 of inputs, as operands.
+template <class Operand, class T>
+__device__ void pair_of(const Inputs<T, 8>& x, int i, uint32_t (&parts)[kInputParts<Operand, T>]) {
+  if constexpr (std::is_same_v<Operand, T>) {
+    parts[0] = x.packets[0].pair(i);
+  } else {
+    float a = x[2 * i], b = x[2 * i + 1];
+#pragma unroll
+    for (uint32_t& part : parts) part = split_off_pair(a, b);
+  }
+}
+
+// The products of a slice with all tokens, like MmaProducts, from whole numbers.
+//
+// Each packet has a scale, so its sum must stay apart from those of the other three that lie side by side, over which a
+// product sums. So a product has two tokens in its eight columns: column 4 t + i has x of token t where the packet of
+// member i meets it, and zeros elsewhere.
+template <int kTokens, class W>
+struct PacketProducts : RowPackets<W> {
+  using T = typename W::Element;
+  using Operand = std::conditional_t<sizeof(T) == 2, T, bfloat16>;
+  using Packets = RowPackets<W>;
+  using Packets::column, Packets::kSteps, Packets::kStride, Packets::read, Packets::weights;
+  static constexpr int kPairs = (kTokens + 1) / 2;  // of tokens
+
+  // Of each pair of tokens a lane has token member() / 2, and the packets of two of the members.
+  float sums[kPairs][2] = {};  // of rows group() and group() + 8
+
+  __device__ void add(const Tokens<T>& x, int first, const Slice<W>& next) {
+    const int left = x.size - column(first);
+    const bool meets = group() % 4 == member();
+#pragma unroll
+    for (int s = 0; s < kSteps; s++) {
+      float products[kPairs][4] = {};
+#pragma unroll
+      for (int c = 0; c < kPacket<W>; c += 8) {
+        uint32_t a[2][4];
+#pragma unroll
+        for (int i = 0; i < 8; i++) a[i / 4][i % 4] = weights[s][i % 2].template pair<Operand>(c / 2 + i / 2);
+#pragma unroll
+        for (int pair = 0; pair < kPairs; pair++) {
+          if (2 * pair >= x.count) break;
+          const int m = 2 * pair + group() / 4;
+          Inputs<T, 8> v = {};
+          if (meets && m < x.count && s * kStride < left)
+            v = load_inputs<true, 8>(x.data + m * int64_t(x.size) + column(first) + s * kStride + c, left);
+          multiply(products[pair], a, v);
+        }
+      }
+      add_scaled(products, s);
+      read(next, x.size, s);
+    }
+  }
+
+  __device__ void leave(typename Partials<kTokens>::Row* partials, int rows) {
+#pragma unroll
+    for (int pair = 0; pair < kPairs; pair++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const float sum = sums[pair][i] + __shfl_xor_sync(kAllLanes, sums[pair][i], 1);
+        const int m = 2 * pair + member() / 2, r = group() + 8 * i;
+        if (member() % 2 == 0 && m < kTokens && r < rows) partials[r][m] = sum;
+        sums[pair][i] = 0;
+      }
+  }
+
+ private:
+  // Adds the products of eight columns.
+  __device__ static void multiply(float (&products)[4], const uint32_t (&a)[2][4], const Inputs<T, 8>& v) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      uint32_t b[2][kInputParts<Operand, T>];
+      pair_of<Operand>(v, 2 * i, b[0]), pair_of<Operand>(v, 2 * i + 1, b[1]);
+#pragma unroll
+      for (int part = 0; part < kInputParts<Operand, T>; part++)
+        multiply_add<Operand>(products, a[i], {b[0][part], b[1][part]});
+    }
+  }
+
+  // Adds the products of the packets of a step, times their scales, which other lanes have read.
+  __device__ void add_scaled(const float (&products)[kPairs][4], int step) {
+    const auto &low = weights[step][0], &high = weights[step][1];
+    float scales[2][2];  // of row group(), and of row group() + 8
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int from = 4 * group() + member() % 2 * 2 + i;
+      const uint32_t both = __shfl_sync(kAllLanes, low.scale_bits | high.scale_bits << 16, from);
+      scales[0][i] = half(static_cast<unsigned short>(both), half::from_bits());
+      scales[1][i] = half(static_cast<unsigned short>(both >> 16), half::from_bits());
+    }
+#pragma unroll
+    for (int pair = 0; pair < kPairs; pair++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[pair][i / 2] += scales[i / 2][i % 2] * products[pair][i];
+  }
+};
+
+}  // namespace
