@@ -197,7 +197,8 @@ def test_stages_come_in_the_order_of_their_worth(monkeypatch, tmp_path):
     timed = [commands["times"] for _, commands in played if "times" in commands]
     assert len(timed) == 4 and all(words[-4:-2] == ["--red", "cuda:masked_mlp"] for words in timed)
     stamp, rows = read_csv(tmp_path / "out" / "no-card.csv")
-    assert stamp == "a card" and [row["op"] for row in rows] == [s for s in stages if s.startswith("times of")]
+    of_ops = [stage for stage in stages if stage.startswith("times of")]
+    assert stamp == "a card" and [row["op"] for row in rows] == of_ops
     # the command lines are understood, and fail later, because there is no card
     in_bits = next(commands["times in bits"] for _, commands in played if "times in bits" in commands)
     assert in_bits[-2:] == ["--red", "cuda:masked_mlp"]

@@ -79,7 +79,7 @@ def table() -> str:
     found, targets = resources(), " ".join(TARGETS)
     lines = [f"# op storage dtype tokens, then registers a thread on {targets}; nvcc {PINNED}"]
     for key in keys():
-        registers = [found[target, *key]["REG"] for target in TARGETS]
+        registers = [found[(target, *key)]["REG"] for target in TARGETS]
         lines.append(" ".join(map(str, (*key, *registers))))
     return "\n".join(lines) + "\n"
 
@@ -114,7 +114,8 @@ def wide_loads(op: str, storage: str, dtype: str, tokens: int) -> int:
     if storage == "Plain" and tokens > 1 and dtype == "bfloat16":
         expand["floats"] = 2 * 4 * (16 // tokens)
     if storage == "AnyWidth":
-        project |= {"bytes": 2 * 8, "nibbles": 2 * 8}
+        by_threads = dtype == "float32" and tokens == 1
+        project |= dict.fromkeys(("bytes", "nibbles"), 2 * (8 if by_threads else 4))
         expand |= {"bytes": 8, "nibbles": 8 if tokens == 1 else 4}
     projections = int(op != "masked_linear")
     expansions = {"linear": 0, "masked_mlp": 3 if storage == "Plain" else 2}.get(op, 1)
@@ -150,7 +151,7 @@ def test_weights_are_read_16_bytes_at_a_time_and_nothing_is_spilled_meanwhile(ta
         assert len(wide) == wide_loads(*key), key
         products = places(code, "HMMA")
         op, storage, dtype, tokens = key
-        # float weights in float32 are multiplied by threads, and so are those in 16 bits in sums over rows alone
+        # float weights in float32 are multiplied by threads
         assert bool(products) == (tokens > 1 and (storage == "AnyWidth" or dtype != "float32")), key
         # the columns of quantised rows are passed on through shared memory
         assert bool(places(code, r"LDSM\.16\.MT88\.4")) == (

@@ -109,7 +109,7 @@ CHECKED = {
         (Case("linear", N=300, K=600, lead=(13,)), "2"),
     ],
 }
-# the same for weights of which some are quantised: in whole packets, and in rows that are read column by column
+# the same for weights of which some are quantised: in whole packets, and in rows read column by column
 QUANTIZED = {
     "masked_lowrank_linear": [
         (Case("masked_lowrank_linear", R=75, N=160, K=1088, bits=(4, 8), lead=(11,)), "2"),
@@ -221,7 +221,12 @@ MUTANTS = {
     "next_tokens": (LOWRANK, THREADS, "done_with(token + m, n", "done_with(m, n"),
     "slots_too_early": (LOWRANK, THREADS, f"{SYNC}  // all reads of what was there, a", "// a"),
     "slots_too_late": (LOWRANK, THREADS, f"{SYNC}\n    float sum = 0", "float sum = 0"),
-    "slots_between": (LOWRANK, THREADS, f"{SYNC}\n    totals[threadIdx.x] = sum", "totals[threadIdx.x] = sum"),
+    "slots_between": (
+        LOWRANK,
+        THREADS,
+        f"{SYNC}\n    totals[threadIdx.x] = sum",
+        "totals[threadIdx.x] = sum",
+    ),
     "slots_at_the_end": (LOWRANK, THREADS, f"{SYNC}\n    if (part > 0", "if (part > 0"),
     "warps_too_early": (LOWRANK, MMA, f"{SYNC}  // all reads of what was there are over\n", "\n"),
     "warps_too_late": (LOWRANK, MMA, f"{SYNC}\n  static_assert", "static_assert"),
@@ -253,12 +258,12 @@ QUANTIZED_MUTANTS = {
     "pairs_of_one_half": (DENSE, NUMBERS, "bytes >> 2 * i / kColumns * 4", "bytes"),
     "pairs_not_negative": (DENSE, NUMBERS, ", (kLarge | kSign) ^", ", kLarge ^"),
     "inputs_of_a_packet": (DENSE, PACKETS, " + s * kStride + c", " + s * kStride"),
-    "inputs_of_every_packet": (DENSE, PACKETS, "group() % 4 == member()", "true"),
+    "inputs_of_every_packet": (DENSE, PACKETS, "group() % 4 == member() && ", ""),
     "scales_of_one_packet": (DENSE, PACKETS, "member() % 2 * 2 + i;", "i;"),
     "scales_of_one_row": (DENSE, PACKETS, "scales[i / 2][i % 2]", "scales[0][i % 2]"),
     "half_of_a_sum": (DENSE, PACKETS, " + __shfl_xor_sync(kAllLanes, sums[pair][i], 1)", ""),
     "a_part_of_the_packet": (DENSE, PACKETS, "pair<Operand>(c / 2 + i / 2)", "pair<Operand>(i / 2)"),
-    "no_second_pair": (DENSE, PACKETS, "2 * pair >= x.count", "pair >= 1"),
+    "no_second_pair": (DENSE, PACKETS, "pair > 0 && 2 * pair >= x.count", "pair > 0"),
     "gate_in_tiles_of_its_own": (MLP, f"{MLP}.cu", "of_gate.width = of_up.width", "of_gate.width = 1"),
     "slices_passed_too_late": (LINEAR, SLICES, "      __syncwarp();\n", ""),
     "slices_passed_too_early": (LINEAR, SLICES, "__syncwarp();  // all lanes", "// all lanes"),
@@ -273,7 +278,12 @@ QUANTIZED_MUTANTS = {
     "slices_of_one_packet": (LINEAR, SLICES, "numbers[2 * pair + lane()", "numbers[lane()"),
     "lines_swapped": (LINEAR, SLICES, "numbers(words[i / 2], 2 * s + i % 2)", "numbers(words[i / 2], 2 * s)"),
     "lines_in_plain_order": (LINEAR, SLICES, "2 * group() + set + line", "2 * group() + 1 - set + line"),
-    "rows_of_a_pair_swapped": (LINEAR, SLICES, "whole_number<8>(word, i), high", "whole_number<8>(word, i + 2), high"),
+    "rows_of_a_pair_swapped": (
+        LINEAR,
+        SLICES,
+        "whole_number<8>(word, i), high",
+        "whole_number<8>(word, i + 2), high",
+    ),
 }
 
 

@@ -32,9 +32,10 @@ def main(
     """Test and time the ops on this machine's card. Without a card, run the tests in Triton's interpreter.
 
     The stages: the limits of the card; tests of the ops on some cases; times of the ops that pass, for one
-    token through Llama-2-7B, then with weights of 8 and 4 bits; all tests; the other times; compute-sanitizer.
+    token through Llama-2-7B, then with weights of 8 and 4 bits; all tests; the other times; the sanitizer.
     Each stage has a time limit, and writes its results at its end: <card>-limits.csv, <card>.csv,
-    <card>-bits.csv, and everything printed to <card>.txt. The command fails if anything failed. RANA_REVISION names the revision of a copy without its history.
+    <card>-bits.csv, and everything printed to <card>.txt. The command fails if anything failed.
+    RANA_REVISION names the revision of a copy without its history.
 
     Example:  python -m bench.gpu --only Llama-2-7B --peer-dir ../checkouts
     """
@@ -78,8 +79,9 @@ def run(stages: Stages, only: str, dtype: str, peer_dir: Path | None, output: Pa
 
     first = only or FIRST
     timed("times of one token", (first,), (1,), dtype, 100)
-    in_bits = [*module, "bench.gpu.bits", str(output / f"{card()}-bits.csv"), f"--model={first}", "--tokens=1"]
-    stages.run("times in 8 and 4 bits", {"times in bits": [*in_bits, *red_options]}, 60)
+    bits = str(output / f"{card()}-bits.csv")
+    command = [*module, "bench.gpu.bits", bits, f"--model={first}", "--tokens=1", *red_options]
+    stages.run("times in 8 and 4 bits", {"times in bits": command}, 60)
     stages.run("all tests", tests.everything(), 200)
     if peer_dir:
         timed("times of others", (first,), (1,), "fp16", 60)

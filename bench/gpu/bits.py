@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.gpu import ops
 from bench.kernels.case import Case, Weights
-from bench.kernels.cases import MODELS, QUANTIZED_COST_RATIO, Linear, Model, in_bits
+from bench.kernels.cases import QUANTIZED_COST_RATIO, Linear, Model, in_bits
 from bench.kernels.quantized import bytes_a_value, int4_for_card, int4_on_card
 from bench.kernels.weights import copies, weight
 from bench.report.results import Row, conditions, write_csv
@@ -79,7 +79,7 @@ def served(backend: str, case: Case, x: Tensor, *tensors: Tensor) -> Tensor:
 
 
 def rivals(case: Case, x: Tensor, weights: Weights, cold: float) -> ops.Contenders:
-    """Return the dense layer by torch's product with weights of 4 bits, which it has for bfloat16 on a card."""
+    """Return the dense layer by torch's product with weights of 4 bits: for bfloat16, on a card."""
     if not x.is_cuda or x.dtype != torch.bfloat16:
         return {}
     found: ops.Contenders = {}

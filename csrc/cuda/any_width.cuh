@@ -5,8 +5,8 @@
 
 namespace {
 
-// Weights of any width in rows that cannot be read in packets of 16 bytes. Columns are read one by one and multiplied by
-// their scales at once.
+// Weights of any width in rows that cannot be read in packets of 16 bytes. Columns are read one by one and multiplied
+// by their scales at once.
 template <class T>
 struct OneByOne {
   using Element = T;
@@ -37,7 +37,7 @@ struct OneByOne {
   static constexpr bool kQuantized = false;
 
   const uint8_t* data;
-  const half* scale;  // null for weights of type T
+  const half* scale;                    // null for weights of type T
   int64_t rows, columns, ld, scale_ld;  // ld in bytes
   int group_bits, width;
 

@@ -30,7 +30,8 @@ __device__ void with_storage(const Expansion<Z, W>& e, F f) {
 // Calls done_with(m, n, sum) for all tokens and the columns of a tile.
 template <int kTokens, class Z, class W, class Done>
 __device__ void expand(const Expansion<Z, W>& e, int tile, Done done_with) {
-  with_storage(e, [&](const auto& stored, auto wide) { expand_tile<decltype(wide)::value, kTokens>(stored, tile, done_with); });
+  with_storage(
+      e, [&](const auto& stored, auto wide) { expand_tile<decltype(wide)::value, kTokens>(stored, tile, done_with); });
 }
 
 // A block prefetches so many bytes of its first tile: what memory delivers while the blocks wait for one another.

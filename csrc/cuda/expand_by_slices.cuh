@@ -54,7 +54,7 @@ template <int kTokens, class W>
 struct Slices {
   static constexpr int kPackets = kMostColumns<W, kTokens> / kPacket<W>, kLoads = kPackets / 2;
   static constexpr int kSets = Lines<W::kBits>::kSets, kEights = kTokens / 8;
-  static constexpr int kAhead = 2;  // slices that are read before they are needed
+  static constexpr int kAhead = 2;   // slices that are read before they are needed
   using Values = float[kEights][4];  // z of a lane: token group() of each eight at the rows of row_of
   using Weights = typename W::Loaded[kLoads];
 

@@ -76,7 +76,7 @@ __device__ void compute_neurons(const Mlp<W, kTokens>& op, int tile) {
   auto& sums = shared_as<NeuronSums<W, kTokens>>(kBlock<W, kTokens>.shared_bytes);
   const int columns = op.sides[kUp].width * kPacket<W>;
   const int64_t first = int64_t(tile) * columns, left = op.down.z.rows - first;
-#pragma unroll (W::kQuantized ? 1 : 2)  // the code for any width is long
+#pragma unroll(W::kQuantized ? 1 : 2)  // the code for any width is long
   for (int side = kUp; side < (op.neurons.gated ? 2 : 1); side++)
     expand<kTokens>(op.sides[side], tile, [&](int m, int64_t n, float sum) { sums.of[side][m][n - first] = sum; });
   __syncthreads();
@@ -114,12 +114,9 @@ void decode(const Device& device, const Tensor& input, const Ranks<W>& ranks, co
   for_tokens<W>(M, [&](auto tokens) {
     const Kernel kernel(device, masked_mlp_kernel<W, tokens()>, kMlpBlock<W, tokens()>);
     const auto& [up, gate, down] = weights;
-    Mlp<W, tokens()> op{ranks,
-                        mask,
-                        first_gate_rank,
-                        {{{nullptr, M, up.rows}, up}, {{nullptr, M, gate.rows}, gate}},
-                        neurons,
-                        {{nullptr, M, down.rows}, down},
+    Mlp<W, tokens()> op{ranks,           mask,
+                        first_gate_rank, {{{nullptr, M, up.rows}, up}, {{nullptr, M, gate.rows}, gate}},
+                        neurons,         {{nullptr, M, down.rows}, down},
                         output};
     auto &of_up = op.sides[kUp], &of_gate = op.sides[kGate];
     cut<tokens()>(op.ranks.projection);
@@ -154,8 +151,14 @@ struct Given {
   bool quantized() const { return B_scale || up_scale || gate_scale || down_scale; }
   // Returns the same with float weights, for an input of the type of `in`.
   Given floats(const InType& in) const {
-    return {in(x),       in(B, B_scale, last_size(x)),      in.rows(up_rows, up_scale), in.rows(gate_rows, gate_scale),
-            in(up_bias), in(gate_bias), in.rows(down_rows, down_scale), in(down_bias)};
+    return {in(x),
+            in(B, B_scale, last_size(x)),
+            in.rows(up_rows, up_scale),
+            in.rows(gate_rows, gate_scale),
+            in(up_bias),
+            in(gate_bias),
+            in.rows(down_rows, down_scale),
+            in(down_bias)};
   }
   int64_t first_gate_rank() const { return ::first_gate_rank(B ? B->size(0) : last_size(x), gate_rows); }
 };
@@ -246,9 +249,8 @@ Tensor masked_mlp(const Tensor& x, const OptionalTensor& B, const Tensor& up_row
   const Device device("masked_mlp", x);
   const Packed<float> t(threshold), down_t(down_threshold), down_n(down_norms);
   const auto n = packed<float>(norms);
-  const Masks masks{{t.data, int(threshold.dim()), data_of(n)},
-                    {down_t.data, int(down_threshold.dim()), down_n.data},
-                    function};
+  const Masks masks{
+      {t.data, int(threshold.dim()), data_of(n)}, {down_t.data, int(down_threshold.dim()), down_n.data}, function};
   const Given given{x,         B,         up_rows, gate_rows, up_bias,    gate_bias,
                     down_rows, down_bias, B_scale, up_scale,  gate_scale, down_scale};
   if (tokens_of(x) <= kDecodeTokens) return compute(device, given, masks);

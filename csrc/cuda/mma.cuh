@@ -77,8 +77,7 @@ __device__ uint32_t add_pairs(uint32_t a, uint32_t b) {
   uint32_t sum;
   if constexpr (std::is_same_v<T, bfloat16>)
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
-  else
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  else asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
   return sum;
 #else
   return shim::add_pairs<T>(a, b);

@@ -69,7 +69,8 @@ template <int kTokens, class W, class Done>
 __device__ void project(const Projection<W>& projection, Done done_with) {
   with_storage(projection.B, [&](const auto& B, auto wide) {
     using Stored = std::decay_t<decltype(B)>;
-    project_rows<decltype(wide)::value, kTokens>(Projection<Stored>{projection.x, B, projection.warps_a_row}, done_with);
+    project_rows<decltype(wide)::value, kTokens>(Projection<Stored>{projection.x, B, projection.warps_a_row},
+                                                 done_with);
   });
 }
 

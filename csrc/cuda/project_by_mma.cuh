@@ -8,10 +8,10 @@ namespace {
 // What a warp reads of sixteen rows: a lane has packets of two rows, and four lanes packets that lie side by side.
 template <class W>
 struct RowPackets {
-  static constexpr int kRows = 16, kSteps = 4;
+  static constexpr int kRows = 16, kSteps = W::kQuantized ? 2 : 4;
   static constexpr int kColumns = kSteps * 4 * kPacket<W>;
 
-  typename W::Loaded weights[kSteps][2];
+  typename W::Loaded weights[kSteps][2] = {};
 
   // The first column of a lane. Its columns of step s start kStride s columns further on.
   static constexpr int kStride = 4 * kPacket<W>;
@@ -26,15 +26,16 @@ struct RowPackets {
     const typename W::Row at = W::move(slice.rows, slice.stride, group(), column(slice.first));
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      weights[step][half] = {};
+      // Where nothing is read, x is 0, or the sums are not used. Whole numbers may thus stay from before.
+      if constexpr (!W::kQuantized) weights[step][half] = {};
       if (group() + 8 * half < slice.count && step * kStride < left)
         weights[step][half] = W::template stream<true>(W::move(at, slice.stride, 8 * half, step * kStride), left);
     }
   }
 };
 
-// The products of a slice with all tokens, like LaneProducts. A lane reads the same places of a token as of its rows, so
-// the packets of both are operands as they lie in memory.
+// The products of a slice with all tokens, like LaneProducts. A lane reads the same places of a token as of its rows,
+// so the packets of both are operands as they lie in memory.
 template <int kTokens, class W>
 struct MmaProducts : RowPackets<W> {
   using T = typename W::Element;

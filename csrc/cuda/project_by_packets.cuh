@@ -39,9 +39,10 @@ struct PacketProducts : RowPackets<W> {
 
   __device__ void add(const Tokens<T>& x, int first, const Slice<W>& next) {
     const int left = x.size - column(first);
-    const bool meets = group() % 4 == member();
+    const T* const at = x.data + group() / 4 * int64_t(x.size) + column(first);
 #pragma unroll
     for (int s = 0; s < kSteps; s++) {
+      const int tokens = group() % 4 == member() && s * kStride < left ? x.count - group() / 4 : 0;
       float products[kPairs][4] = {};
 #pragma unroll
       for (int c = 0; c < kPacket<W>; c += 8) {
@@ -50,12 +51,9 @@ struct PacketProducts : RowPackets<W> {
         for (int i = 0; i < 8; i++) a[i / 4][i % 4] = weights[s][i % 2].template pair<Operand>(c / 2 + i / 2);
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) {
-          if (2 * pair >= x.count) break;
-          const int m = 2 * pair + group() / 4;
-          Inputs<T, 8> v = {};
-          if (meets && m < x.count && s * kStride < left)
-            v = load_inputs<true, 8>(x.data + m * int64_t(x.size) + column(first) + s * kStride + c, left);
-          multiply(products[pair], a, v);
+          if (pair > 0 && 2 * pair >= x.count) break;
+          const T* const of_pair = at + 2 * pair * int64_t(x.size);
+          multiply(products[pair], a, load_inputs_if<8>(2 * pair < tokens, of_pair + s * kStride + c));
         }
       }
       add_scaled(products, s);

@@ -33,8 +33,7 @@ struct LaneProducts {
     for (int m = 0; m < kTokens; m++) {
       if (m >= x.count) break;
       Inputs<T, kPacket<W>> v = {};
-      if (column < x.size)
-        v = load_inputs<kWide, kPacket<W>>(x.data + int64_t(m) * x.size + column, x.size - column);
+      if (column < x.size) v = load_inputs<kWide, kPacket<W>>(x.data + int64_t(m) * x.size + column, x.size - column);
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
         const int i = r * kTokens + m;

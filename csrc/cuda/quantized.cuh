@@ -87,7 +87,7 @@ struct Quantized {
   using Element = T;
   struct Row {
     const uint8_t* numbers;
-    const half* scale;
+    const half* scale;  // of the first column of the row
     int column, group_bits;
   };
   struct Stride {
@@ -104,11 +104,13 @@ struct Quantized {
   int group_bits;    // a group has 2^group_bits columns, or all
 
   __device__ Row at(int64_t row, int64_t column) const {
-    return {data + wide_product_of(int(row), ld), scale + wide_product_of(int(row), scale_ld), int(column), group_bits};
+    return {data + wide_product_of(int(row), ld) + column * kBits / 8, scale + wide_product_of(int(row), scale_ld),
+            int(column), group_bits};
   }
   __device__ Stride stride(int rows) const { return {rows * ld, rows * scale_ld}; }
   __device__ static Row move(Row row, Stride stride, int times, int columns) {
-    row.numbers += wide_product_of(times, stride.numbers), row.scale += wide_product_of(times, stride.scale);
+    row.numbers += wide_product_of(times, stride.numbers) + columns * kBits / 8;
+    row.scale += wide_product_of(times, stride.scale);
     row.column += columns;
     return row;
   }
@@ -119,7 +121,7 @@ struct Quantized {
     const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(address(row)));
     return {{bits.x, bits.y, bits.z, bits.w}, __ldg(scale)};
   }
-  __device__ static const void* address(const Row& row) { return row.numbers + row.column * kBits / 8; }
+  __device__ static const void* address(const Row& row) { return row.numbers; }
 };
 
 // Returns the whole number in a column of a row of any alignment.

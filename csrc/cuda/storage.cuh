@@ -93,6 +93,29 @@ __device__ Inputs<T, kColumns> load_inputs(const T* p, int64_t count) {
   return inputs;
 }
 
+// Loads the columns at p, or returns zeros, without a branch: the compiler would make one, and lanes would wait for the
+// load behind it.
+template <int kColumns, class T>
+__device__ Inputs<T, kColumns> load_inputs_if([[maybe_unused]] bool wanted, [[maybe_unused]] const T* p) {
+  Inputs<T, kColumns> inputs = {};
+#ifdef __CUDACC__
+#pragma unroll
+  for (int i = 0; i < kColumns / Packet<T>::kSize; i++) {
+    auto& words = inputs.packets[i].words;
+    asm("{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.u32 wanted, %5, 0;\n"
+        "@wanted ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+        "}"
+        : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+        : "l"(p + i * Packet<T>::kSize), "r"(uint32_t(wanted)));
+  }
+#else
+  if (wanted) inputs = load_inputs<true, kColumns>(p, kColumns);
+#endif
+  return inputs;
+}
+
 // Weights stored as they are multiplied: in the type of x.
 template <class T>
 struct Plain {

@@ -100,7 +100,9 @@ inline void load_transposed(uint32_t (&words)[4], const void* row) {
   require(reinterpret_cast<uintptr_t>(row) % 16 == 0, "a row of a matrix is not aligned");
   wait(Scope::warp, "ldmatrix", reinterpret_cast<uint64_t>(row));
   const int group = int(threadIdx.x % 32) / 4, member = int(threadIdx.x % 4);
-  const auto value = [&](int lane) { return uint32_t(reinterpret_cast<const uint16_t*>(left_by(Scope::warp, lane))[group]); };
+  const auto value = [&](int lane) {
+    return uint32_t(reinterpret_cast<const uint16_t*>(left_by(Scope::warp, lane))[group]);
+  };
   for (int i = 0; i < 4; i++) words[i] = value(8 * i + 2 * member) | value(8 * i + 2 * member + 1) << 16;
   wait(Scope::warp, "the end of ldmatrix");
 }
