@@ -69,25 +69,33 @@ struct Slices {
   __device__ static int row_read() { return lane() % kSliceRows; }
   __device__ static int packet_read(int load) { return lane() / kSliceRows + 2 * load; }
 
+  // Reads z, which is 0 beyond the last row and token. Without branches many reads are in flight.
   template <class Z>
   __device__ void read_values(Values& values, const Z& z, int first) const {
+    const int last = int(rows.rows) - 1;
 #pragma unroll
-    for (int eight = 0; eight < kEights; eight++)
+    for (int eight = 0; eight < kEights; eight++) {
+      if (8 * eight >= tokens) break;
+      const int m = 8 * eight + group();
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int m = 8 * eight + group(), row = first + row_of(i);
-        values[eight][i] = m < tokens && row < rows.rows ? z.value(m, row) : 0.0f;
+        const int row = first + row_of(i);
+        const float value = z.value(min(m, tokens - 1), min(row, last));
+        values[eight][i] = m < tokens && row <= last ? value : 0.0f;
       }
+    }
   }
 
   // Returns which rows of a slice some token keeps, as bits.
-  __device__ static unsigned wanted_rows(const Values& values) {
+  __device__ unsigned wanted_rows(const Values& values) const {
     unsigned wanted = 0;
 #pragma unroll
-    for (int eight = 0; eight < kEights; eight++)
+    for (int eight = 0; eight < kEights; eight++) {
+      if (8 * eight >= tokens) break;
 #pragma unroll
-      for (int i = 0; i < 4; i++) wanted |= (values[eight][i] != 0.0f ? 1u : 0u) << row_of(i);
-    return __reduce_or_sync(kAllLanes, wanted);
+      for (int i = 0; i < 4; i++) wanted |= values[eight][i] != 0.0f ? 1u << (i % 2 + i / 2 * 8) : 0u;
+    }
+    return __reduce_or_sync(kAllLanes, wanted << 2 * member());
   }
 
   __device__ void read_weights(Weights& weights, unsigned wanted, int first) const {
@@ -170,28 +178,30 @@ __device__ void expand_by_slices(const Expansion<Z, W>& e, int tile, Done done_w
   S slices{e.rows, e.width, e.z.tokens, int64_t(tile) * e.width * kPacket<W>};
   auto& passed = shared_as<Passed<S::kPackets>[kWarps]>()[warp()];
   const int begin = kSliceRows * warp(), count = int(e.rows.rows);
-  typename S::Values z[S::kAhead], next[S::kAhead];
-  typename S::Weights weights[S::kAhead];
-#pragma unroll
-  for (int i = 0; i < S::kAhead; i++) slices.read_values(z[i], e.z, begin + i * kSliceStep);
-#pragma unroll
-  for (int i = 0; i < S::kAhead; i++) {
-    slices.read_weights(weights[i], S::wanted_rows(z[i]), begin + i * kSliceStep);
-    slices.read_values(next[i], e.z, begin + (S::kAhead + i) * kSliceStep);
-  }
   __syncthreads();  // all reads of what was in shared memory are over
-  for (int first = begin; first < count; first += S::kAhead * kSliceStep)
+  if (begin < count) {
+    typename S::Values z[S::kAhead] = {}, next[S::kAhead] = {};
+    typename S::Weights weights[S::kAhead];
+#pragma unroll
+    for (int i = 0; i < S::kAhead; i++) slices.read_values(z[i], e.z, begin + i * kSliceStep);
 #pragma unroll
     for (int i = 0; i < S::kAhead; i++) {
-      const int ahead = first + (S::kAhead + i) * kSliceStep;
-      slices.pass_on(weights[i], passed);
-      __syncwarp();
-      slices.read_weights(weights[i], S::wanted_rows(next[i]), ahead);
-      slices.multiply(passed, z[i]);
-      memcpy(z[i], next[i], sizeof z[i]);
-      slices.read_values(next[i], e.z, ahead + S::kAhead * kSliceStep);
-      __syncwarp();  // all lanes have read what was passed on
+      slices.read_weights(weights[i], slices.wanted_rows(z[i]), begin + i * kSliceStep);
+      slices.read_values(next[i], e.z, begin + (S::kAhead + i) * kSliceStep);
     }
+    for (int first = begin; first < count; first += S::kAhead * kSliceStep)
+#pragma unroll
+      for (int i = 0; i < S::kAhead; i++) {
+        const int ahead = first + (S::kAhead + i) * kSliceStep;
+        slices.pass_on(weights[i], passed);
+        __syncwarp();
+        slices.read_weights(weights[i], slices.wanted_rows(next[i]), ahead);
+        slices.multiply(passed, z[i]);
+        memcpy(z[i], next[i], sizeof z[i]);
+        slices.read_values(next[i], e.z, ahead + S::kAhead * kSliceStep);
+        __syncwarp();  // all lanes have read what was passed on
+      }
+  }
   slices.add_warps(done_with);
 }
 

@@ -43,21 +43,22 @@ struct PacketProducts : RowPackets<W> {
 #pragma unroll
     for (int s = 0; s < kSteps; s++) {
       const int tokens = group() % 4 == member() && s * kStride < left ? x.count - group() / 4 : 0;
-      float products[kPairs][4] = {};
+      uint32_t a[kPacket<W> / 4][4];
 #pragma unroll
-      for (int c = 0; c < kPacket<W>; c += 8) {
-        uint32_t a[2][4];
-#pragma unroll
-        for (int i = 0; i < 8; i++) a[i / 4][i % 4] = weights[s][i % 2].template pair<Operand>(c / 2 + i / 2);
-#pragma unroll
-        for (int pair = 0; pair < kPairs; pair++) {
-          if (pair > 0 && 2 * pair >= x.count) break;
-          const T* const of_pair = at + 2 * pair * int64_t(x.size);
-          multiply(products[pair], a, load_inputs_if<8>(2 * pair < tokens, of_pair + s * kStride + c));
-        }
-      }
-      add_scaled(products, s);
+      for (int i = 0; i < kPacket<W>; i++) a[i / 4][i % 4] = weights[s][i % 2].template pair<Operand>(i / 2);
+      const Scales scales(weights[s]);
       read(next, x.size, s);
+#pragma unroll
+      for (int pair = 0; pair < kPairs; pair++) {
+        if (pair > 0 && 2 * pair >= x.count) break;
+        const T* const of_pair = at + 2 * pair * int64_t(x.size) + s * kStride;
+        float products[4] = {};
+#pragma unroll
+        for (int c = 0; c < kPacket<W>; c += 8)
+          multiply(products, &a[c / 4], load_inputs_if<8>(2 * pair < tokens, of_pair + c));
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[pair][i / 2] += scales.of[i / 2][i % 2] * products[i];
+      }
     }
   }
 
@@ -74,8 +75,23 @@ struct PacketProducts : RowPackets<W> {
   }
 
  private:
+  // The scales of the sums that a lane has of a step: of the packets of two members, in rows group() and group() + 8.
+  struct Scales {
+    float of[2][2];
+
+    __device__ explicit Scales(const typename W::Loaded (&rows)[2]) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int from = 4 * group() + member() % 2 * 2 + i;
+        const uint32_t both = __shfl_sync(kAllLanes, rows[0].scale_bits | rows[1].scale_bits << 16, from);
+        of[0][i] = half(static_cast<unsigned short>(both), half::from_bits());
+        of[1][i] = half(static_cast<unsigned short>(both >> 16), half::from_bits());
+      }
+    }
+  };
+
   // Adds the products of eight columns.
-  __device__ static void multiply(float (&products)[4], const uint32_t (&a)[2][4], const Inputs<T, 8>& v) {
+  __device__ static void multiply(float (&products)[4], const uint32_t (*a)[4], const Inputs<T, 8>& v) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       uint32_t b[2][kInputParts<Operand, T>];
@@ -84,23 +100,6 @@ struct PacketProducts : RowPackets<W> {
       for (int part = 0; part < kInputParts<Operand, T>; part++)
         multiply_add<Operand>(products, a[i], {b[0][part], b[1][part]});
     }
-  }
-
-  // Adds the products of the packets of a step, times their scales, which other lanes have read.
-  __device__ void add_scaled(const float (&products)[kPairs][4], int step) {
-    const auto &low = weights[step][0], &high = weights[step][1];
-    float scales[2][2];  // of row group(), and of row group() + 8
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int from = 4 * group() + member() % 2 * 2 + i;
-      const uint32_t both = __shfl_sync(kAllLanes, low.scale_bits | high.scale_bits << 16, from);
-      scales[0][i] = half(static_cast<unsigned short>(both), half::from_bits());
-      scales[1][i] = half(static_cast<unsigned short>(both >> 16), half::from_bits());
-    }
-#pragma unroll
-    for (int pair = 0; pair < kPairs; pair++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) sums[pair][i / 2] += scales[i / 2][i % 2] * products[pair][i];
   }
 };
 
