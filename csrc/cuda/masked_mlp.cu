@@ -77,8 +77,10 @@ __device__ void compute_neurons(const Mlp<W, kTokens>& op, int tile) {
   const int columns = op.sides[kUp].width * kPacket<W>;
   const int64_t first = int64_t(tile) * columns, left = op.down.z.rows - first;
 #pragma unroll(W::kQuantized ? 1 : 2)  // the code for any width is long
-  for (int side = kUp; side < (op.neurons.gated ? 2 : 1); side++)
+  for (int side = kUp; side <= kGate; side++) {
+    if (side == kGate && !op.neurons.gated) break;
     expand<kTokens>(op.sides[side], tile, [&](int m, int64_t n, float sum) { sums.of[side][m][n - first] = sum; });
+  }
   __syncthreads();
   for (int i = threadIdx.x; i < op.down.z.tokens * columns; i += kThreads)
     if (const int m = i / columns, c = i % columns; c < left)
