@@ -249,9 +249,9 @@ QUANTIZED_MUTANTS = {
     "row_of_the_first_scale": (LINEAR, ANY, "row.scale += times * stride.scale, ", ""),
     "numbers_of_one_half": (DENSE, NUMBERS, "word : word >> 16", "word : word"),
     "numbers_not_negative": (DENSE, NUMBERS, "(1u << exponent) + (1u", "(1u << exponent) - (1u"),
-    "blocks_in_plain_order": (DENSE, NUMBERS, "column % 4 * 2 + column / kHalf", "column % 8"),
+    "blocks_in_plain_order": (LINEAR, NUMBERS, "column % 4 * 2 + column / kHalf", "column % 8"),
     "packet_of_the_first_scale": (DENSE, NUMBERS, "(row.column >> row.group_bits)", "0"),
-    "packet_of_another_row": (LINEAR, NUMBERS, "row.scale += times * stride.scale, ", ""),
+    "packet_of_another_row": (LINEAR, NUMBERS, "row.scale += wide_product_of(times, stride.scale);", ""),
     "sums_without_a_scale": (LINEAR, NUMBERS, "factor = z * scale()", "factor = z"),
     "products_without_a_scale": (DENSE, NUMBERS, "sum += scale() * (", "sum += ("),
     "pairs_of_one_word": (DENSE, NUMBERS, "words[2 * i % kColumns / 4]", "words[0]"),
@@ -265,8 +265,6 @@ QUANTIZED_MUTANTS = {
     "a_part_of_the_packet": (DENSE, PACKETS, "pair<Operand>(i / 2)", "pair<Operand>(i / 2 % 4)"),
     "no_second_pair": (DENSE, PACKETS, "pair > 0 && 2 * pair >= x.count", "pair > 0"),
     "gate_in_tiles_of_its_own": (MLP, f"{MLP}.cu", "of_gate.width = of_up.width", "of_gate.width = 1"),
-    "slices_passed_too_late": (LINEAR, SLICES, "        __syncwarp();\n", ""),
-    "slices_passed_too_early": (LINEAR, SLICES, "__syncwarp();  // all lanes", "// all lanes"),
     "slices_begin_too_early": (LINEAR, SLICES, f"{SYNC}  // all reads of what was in", "// in"),
     "slices_summed_too_early": (LINEAR, SLICES, f"{SYNC}  // all reads of what was there", "// there"),
     "slices_summed_too_late": (LINEAR, SLICES, f"{SYNC}\n      static_assert", "static_assert"),
@@ -283,12 +281,7 @@ QUANTIZED_MUTANTS = {
     "slices_of_one_packet": (LINEAR, SLICES, "numbers[2 * pair + lane()", "numbers[lane()"),
     "lines_swapped": (LINEAR, SLICES, "numbers(words[i / 2], 2 * s + i % 2)", "numbers(words[i / 2], 2 * s)"),
     "lines_in_plain_order": (LINEAR, SLICES, "2 * group() + set + line", "2 * group() + 1 - set + line"),
-    "rows_of_a_pair_swapped": (
-        LINEAR,
-        SLICES,
-        "whole_number<8>(word, i), high",
-        "whole_number<8>(word, i + 2), high",
-    ),
+    "rows_of_a_pair_swapped": (LINEAR, SLICES, "<8>(word, i), whole", "<8>(word, i + 2), whole"),
 }
 
 
@@ -310,5 +303,7 @@ def test_a_mutant_is_found_out(name, tmp_path, shared):
 @pytest.mark.parametrize("name", QUANTIZED_MUTANTS)
 def test_a_mutant_is_found_out_in_few_bits(name, tmp_path, shared):
     op, *mutation = QUANTIZED_MUTANTS[name]
-    found = not survives(tmp_path, shared, op, torch.bfloat16, QUANTIZED, tuple(mutation))
+    # threads multiply an x in float32, and only its errors show what the second part of z adds
+    dtype = torch.float32 if name in ("products_without_a_scale", "slices_of_one_part") else torch.bfloat16
+    found = not survives(tmp_path, shared, op, dtype, QUANTIZED, tuple(mutation))
     assert found, f"{name} passes every check"
