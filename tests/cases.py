@@ -205,8 +205,7 @@ PACKET_CASES = [
 PACKET_CASES += [
     replace(c, bits=bits, group=64, lead=(M,))
     for c in _PACKETS[1:4]
-    for bits in ((8, 4), (4, 8), (16, 4), (4, 16), (8, 16, 4), (4, 4, 8, 16))
-    for M in (1, 9)
+    for bits, M in (((8, 4), 1), ((4, 8), 9), ((16, 4), 9), ((4, 16), 1), ((8, 16, 4), 9), ((4, 4, 8, 16), 1))
 ]
 # packets of 16 columns that no packet of 32 ends with
 PACKET_CASES += [Case("masked_linear", R=48, N=N, lead=(5,), bits=(8,), group=32) for N in (144, 272)]

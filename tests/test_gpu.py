@@ -33,7 +33,21 @@ LARGE = {
     "masked_mlp_without_B": Case("masked_mlp", R=None, N=2048, K=2048, I=5632, gate="joint"),
     "linear": Case("linear", N=5632, K=2048),
 }
-ALL_FORMS = FORMS | QUANTIZED_FORMS
+LARGE |= {
+    "masked_lowrank_linear_mixed": replace(LARGE["masked_lowrank_linear"], bits=(8, 4)),
+    "masked_mlp_without_B_int4": replace(LARGE["masked_mlp_without_B"], bits=(4,)),
+}
+# quantised rows that are whole packets of 16 bytes, beside those of the forms, which are not
+PACKETS = {
+    "lowrank_packets": Case("masked_lowrank_linear", R=75, N=160, K=1088, bits=(4, 8), group=64),
+    "mlp_packets": Case("masked_mlp", R=48, N=96, K=64, I=544, gate=20, bits=(8, 4, 4, 8)),
+    "mlp_without_B_packets": Case(
+        "masked_mlp", R=None, N=96, K=96, I=320, gate="joint", bits=(4,), group=128
+    ),
+    "linear_packets": Case("masked_linear", R=601, N=320, bits=(4,)),
+    "dense_packets": Case("linear", N=150, K=1088, bits=(4,), group=0),
+}
+ALL_FORMS = FORMS | QUANTIZED_FORMS | PACKETS
 every_form = pytest.mark.parametrize("case", ALL_FORMS.values(), ids=ALL_FORMS)
 every_large = pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
 every_m = pytest.mark.parametrize("M", TOKENS)
@@ -193,7 +207,8 @@ SANITIZED = """
 import torch, rana_kernels
 from dataclasses import replace
 from tests.cases import FORMS, QUANTIZED_FORMS, SMALL, make_inputs
-others = FORMS["mlp_without_B"], QUANTIZED_FORMS["lowrank_mixed"], QUANTIZED_FORMS["dense_int4"]
+from tests.test_gpu import PACKETS
+others = FORMS["mlp_without_B"], QUANTIZED_FORMS["lowrank_mixed"], *PACKETS.values()
 with rana_kernels.use_backend("{backend}"):
     for case in (*SMALL.values(), *others):
         for M in (1, 5, 40, 100):

@@ -251,15 +251,16 @@ int warps_a_row(const AnyWidth<T>& B) {
   return warps_a_row(B.columns * B.all.width / 8, kSlice, kWarps);
 }
 
-template <class T>
+template <int kTokens, class T>
 Rounding rounding(const Plain<T>&) {
   return {8, 4};
 }
-// In fewer bits there are fewer packets for as many blocks, and a tile may be a sector of memory, 32 bytes.
-template <class T>
+// In fewer bits there are fewer packets for as many blocks. A tile may be a sector of memory, 32 bytes, or less for
+// several tokens, where instructions count for more than bytes.
+template <int kTokens, class T>
 Rounding rounding(const AnyWidth<T>& weights) {
   const int64_t bytes = kPacket<AnyWidth<T>> * weights.all.width / 8;
-  return {128 / bytes, std::max<int64_t>(1, 32 / bytes)};
+  return {128 / bytes, kTokens == 1 ? std::max<int64_t>(1, 32 / bytes) : 1};
 }
 
 template <int kTokens, class W>
@@ -269,7 +270,7 @@ void cut(Projection<W>& projection) {
 template <int kTokens, class Z, class W>
 void cut(Expansion<Z, W>& e, int64_t blocks) {
   const int64_t packets = ceil_div(e.rows.columns, kPacket<W>);
-  e.width = packets_a_tile(packets, blocks, kMostPackets<W, kTokens>, rounding(e.rows));
+  e.width = packets_a_tile(packets, blocks, kMostPackets<W, kTokens>, rounding<kTokens>(e.rows));
   e.tiles = int(ceil_div(packets, e.width));
 }
 
