@@ -62,15 +62,6 @@ __device__ inline int64_t wide_product_of(int a, int b) {
 #endif
 }
 
-// Returns the value, of which the compiler then knows nothing. It would carry pointers that it derives from the counter
-// of a loop through the loop, in registers.
-__device__ inline int64_t unknown(int64_t value) {
-#ifdef __CUDACC__
-  asm volatile("" : "+l"(value));
-#endif
-  return value;
-}
-
 // Adds up each of kCount values over the lanes of a warp. Afterwards the 32 / kCount lanes from i * (32 / kCount) on
 // have the total of value i. Every step halves the number of values that a lane works on.
 template <int kCount, int kOffset = kLanes / 2>

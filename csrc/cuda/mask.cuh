@@ -42,7 +42,7 @@ struct MaskedInput {
   Mask mask;
 
   __device__ float value(int m, int64_t row) const { return mask.apply(float(h[m * rows + row]), row); }
-  __device__ void run(int64_t row, float (&values)[kRun]) const { run_one_by_one(*this, unknown(row), values); }
+  __device__ void run(int64_t row, float (&values)[kRun]) const { run_one_by_one(*this, row, values); }
 };
 
 // Values that this launch has written itself, in float32. They are read past the first-level cache, because writes of

@@ -62,10 +62,14 @@ __device__ inline uint16_t split_off(float& value) {
   return uint16_t(upper >> 16);
 }
 
-// Returns the upper halves of two values, two bfloat16, and subtracts them. What is left of a value that is not finite
-// is NaN.
+// Returns the upper halves of two floats, a pair of bfloat16, the first one below.
+__device__ inline uint32_t upper_halves(float a, float b) {
+  return __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x7632);
+}
+
+// Returns the upper halves and subtracts them. What is left of a value that is not finite is NaN.
 __device__ inline uint32_t split_off_pair(float& a, float& b) {
-  const uint32_t pair = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x7632);
+  const uint32_t pair = upper_halves(a, b);
   a -= __uint_as_float(pair << 16), b -= __uint_as_float(pair & 0xffff0000u);
   return pair;
 }

@@ -14,16 +14,11 @@ namespace {
 template <int kBits>
 __device__ float whole_number(uint32_t word, int i) {
   constexpr int kFirstHalf = 16 / kBits;
-  const uint32_t half = i < kFirstHalf ? word : word >> 16;
+  const uint32_t around = i < kFirstHalf ? word : word >> 16;
   const int at = kBits * (i % kFirstHalf), exponent = 23 - at;
   const uint32_t mask = ((1u << kBits) - 1) << at, sign = 1u << (kBits - 1) << at;
-  const uint32_t bits = masked_and_flipped(half, mask, uint32_t(127 + exponent) << 23 | sign);
+  const uint32_t bits = masked_and_flipped(around, mask, uint32_t(127 + exponent) << 23 | sign);
   return __uint_as_float(bits) - float((1u << exponent) + (1u << (kBits - 1)));
-}
-
-// Returns two floats that bfloat16 can hold, the first one below.
-__device__ inline uint32_t upper_halves(float a, float b) {
-  return __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x7632);
 }
 
 // Returns the lowest whole number of each half of a word as a pair of 16-bit floats, in the same way as whole_number.
