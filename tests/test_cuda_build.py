@@ -146,8 +146,10 @@ def test_every_kernel_is_there_and_has_a_multiprocessor_to_itself():
     assert set(found) == {(target, *key) for target in TARGETS for key in keys()}
     for key, used in found.items():
         assert used["REG"] <= 128, (key, used)  # of 512 threads
-        # a few values that are needed before and after a loop may leave the registers, no more
-        assert used["STACK"] <= 128 and used["LOCAL"] == 0, (key, used)
+        # values that are needed before and after a loop may leave the registers, no more; the kernels of several
+        # tokens for any width have many such loops
+        most = 384 if key[2] == "AnyWidth" and key[4] > 1 else 128
+        assert used["STACK"] <= most and used["LOCAL"] == 0, (key, used)
         # shared memory is asked for at the launch; 1 KB belongs to the system from sm_90 on
         assert used["SHARED"] <= 1024, (key, used)
 
@@ -169,8 +171,11 @@ def test_weights_are_read_16_bytes_at_a_time_and_nothing_is_spilled_meanwhile(ta
         assert len(wide) == wide_loads(*key), key
         products = places(code, "HMMA")
         op, storage, dtype, tokens = key
-        # float weights in float32 are multiplied by threads
-        assert bool(products) == (tokens > 1 and (storage == "AnyWidth" or dtype != "float32")), key
+        if storage == "AnyWidth":  # one token is left to threads in rows, and in float32
+            multiplied = tokens > 1 or (dtype != "float32" and op != "masked_linear")
+        else:
+            multiplied = tokens > 1 and dtype != "float32"
+        assert bool(products) == multiplied, key
         # the columns of quantised rows are passed on through shared memory
         assert bool(places(code, r"LDSM\.16\.MT88\.4")) == (
             tokens > 1 and storage == "AnyWidth" and op != "linear"
@@ -178,12 +183,14 @@ def test_weights_are_read_16_bytes_at_a_time_and_nothing_is_spilled_meanwhile(ta
         for first, last in itertools.pairwise(sorted(wide + products)):
             between = code[first:last]
             spilled = places(between, r"\b(STL|LDL)\b") if not places(between, "BRA") else []
-            # float16 has its sums of sixteen tokens beside the products, and on sm_80 one value has no room
-            assert len(spilled) <= ((target, *key[1:]) == ("sm_80", "Plain", "float16", 16)), (key, first)
+            # float16 has its sums of sixteen tokens beside the products, and on sm_80 one value has no room; three
+            # parts of x in float32 leave none for one value on sm_100
+            tight = {("sm_80", "Plain", "float16", 16), ("sm_100", "AnyWidth", "float32", 16)}
+            assert len(spilled) <= ((target, *key[1:]) in tight), (key, first)
 
 
 # of one token in bfloat16, as bench/NOTES.md says: rows and B of floats, of bytes, B and rows of nibbles
-BUDGET = (2.3, 2.9, 4.8, 5.5, 6.5, 7.9)
+BUDGET = (2.3, 2.8, 4.8, 5.3, 6.2, 7.9)
 
 
 @built
