@@ -146,8 +146,8 @@ def test_every_kernel_is_there_and_has_a_multiprocessor_to_itself():
     assert set(found) == {(target, *key) for target in TARGETS for key in keys()}
     for key, used in found.items():
         assert used["REG"] <= 128, (key, used)  # of 512 threads
-        # values that are needed before and after a loop may leave the registers, no more; the kernels of several
-        # tokens for any width have many such loops
+        # values that are needed before and after a loop may leave the registers, no more; the kernels of
+        # several tokens for any width have many such loops
         most = 384 if key[2] == "AnyWidth" and key[4] > 1 else 128
         assert used["STACK"] <= most and used["LOCAL"] == 0, (key, used)
         # shared memory is asked for at the launch; 1 KB belongs to the system from sm_90 on
@@ -183,8 +183,8 @@ def test_weights_are_read_16_bytes_at_a_time_and_nothing_is_spilled_meanwhile(ta
         for first, last in itertools.pairwise(sorted(wide + products)):
             between = code[first:last]
             spilled = places(between, r"\b(STL|LDL)\b") if not places(between, "BRA") else []
-            # float16 has its sums of sixteen tokens beside the products, and on sm_80 one value has no room; three
-            # parts of x in float32 leave none for one value on sm_100
+            # float16 has its sums of sixteen tokens beside the products, and on sm_80 one value has no room;
+            # three parts of x in float32 leave none for one value on sm_100
             tight = {("sm_80", "Plain", "float16", 16), ("sm_100", "AnyWidth", "float32", 16)}
             assert len(spilled) <= ((target, *key[1:]) in tight), (key, first)
 
