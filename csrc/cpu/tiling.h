@@ -13,8 +13,10 @@ namespace {
 // Up to this many tokens tiles are not used: vectors keep up with memory, and they suffer less than tiles if the other
 // thread of the core is busy.
 constexpr int64_t kVectorTokens = 4;
-// Up to this many tokens weights are streamed; more tokens take panels.
-constexpr int64_t kStreamTokens = 32;
+// Up to this many tokens weights are streamed; more tokens take panels. A stream makes pairs of quantised weights again
+// for every few tokens, and a panel makes them once.
+template <class W>
+constexpr int64_t kStreamTokens = W::kAddressable || std::is_same_v<Fastest<W>, Single<W>> ? 32 : kExactTokens;
 // Says whether pairs of bfloat16 may be multiplied for so many tokens. Tiles keep all bits of h, vectors round it.
 constexpr bool expands_pairs(int64_t tokens) { return tokens > (kHasAmx ? kVectorTokens : kExactTokens); }
 // Longer inputs are cut into blocks, so that temporaries do not grow with the input.
@@ -28,7 +30,7 @@ template <class W, class F>
 void for_method(int64_t tokens, F f) {
   if constexpr (kUsesAmx<W>)
     if (tokens > kVectorTokens) return f(ByAmx<W>{});
-  if (tokens > kStreamTokens) return f(ByPanels<Fastest<W>>{});
+  if (tokens > kStreamTokens<W>) return f(ByPanels<Fastest<W>>{});
   if constexpr (!std::is_same_v<Fastest<W>, Single<W>>)
     if (tokens > kExactTokens) return f(ByVectors<Fastest<W>>{});
   f(ByVectors<Single<W>>{});
