@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace rana {
 
@@ -15,6 +16,16 @@ inline int64_t group_size(int64_t columns, int64_t groups) {
   for (int64_t group : kGroupSizes)
     if (groups_of(columns, group) == groups) return group;
   return groups_of(columns, columns) == groups ? columns : -1;
+}
+
+// The number of bits by which a column, a number of type Column, is shifted to find its group: all of them if a row is
+// one group.
+template <class Column>
+int group_bits(int64_t columns, int64_t groups) {
+  const int64_t group = group_size(columns, groups);
+  for (int bits : {5, 6, 7})
+    if (group == int64_t(1) << bits) return bits;
+  return 8 * sizeof(Column) - 1;
 }
 
 }  // namespace rana

@@ -16,14 +16,6 @@ Plain<T> plain(const Tensor& t) {
   return {static_cast<const T*>(t.const_data_ptr()), t.size(0), t.size(1), t.stride(0)};
 }
 
-// 2^result columns share a scale, or all of a row.
-inline int group_bits(int64_t columns, int64_t groups) {
-  const int64_t group = rana::group_size(columns, groups);
-  for (int bits : {5, 6, 7})
-    if (group == int64_t(1) << bits) return bits;
-  return 63;
-}
-
 template <class T, int kWidth>
 Quantized<T, kWidth> quantized(const Tensor& t, const Tensor& scale, int64_t columns, bool fixed_point) {
   return {static_cast<const uint8_t*>(t.const_data_ptr()),
@@ -32,7 +24,7 @@ Quantized<T, kWidth> quantized(const Tensor& t, const Tensor& scale, int64_t col
           t.stride(0),
           static_cast<const half*>(scale.const_data_ptr()),
           scale.stride(0),
-          group_bits(columns, scale.size(1)),
+          rana::group_bits<int64_t>(columns, scale.size(1)),
           fixed_point};
 }
 

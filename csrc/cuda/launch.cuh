@@ -191,7 +191,7 @@ AnyWidth<T> any_width(const Tensor& weight, const OptionalTensor& scale, int64_t
     wide = wide && std::max(ld, scale->stride(0)) <= kMostBytesApart;
     all.scale = static_cast<const half*>(scale->const_data_ptr());
     all.scale_ld = scale->stride(0);
-    all.group_bits = group_bits_of(columns, scale->size(1));
+    all.group_bits = rana::group_bits<int>(columns, scale->size(1));
   }
   return {all, rows, columns, wide};
 }

@@ -131,12 +131,4 @@ __device__ inline int value_of(const uint8_t* row, int64_t column, int64_t colum
   return ((high ? byte >> 4 : byte & 15) ^ 8) - 8;
 }
 
-// The number of bits by which a column is shifted to find its group.
-inline int group_bits_of(int64_t columns, int64_t groups) {
-  const int64_t group = rana::group_size(columns, groups);
-  for (int bits = 5; bits <= 7; bits++)
-    if (group == 1 << bits) return bits;
-  return 31;  // all columns
-}
-
 }  // namespace
