@@ -4,7 +4,6 @@
 // exact, and then become float32.
 #pragma once
 
-#include <utility>
 #include <vector>
 
 #include "expand_by_vectors.h"
@@ -14,46 +13,30 @@
 
 namespace {
 
-constexpr int kPairsOfRows = kFarStreams / 2;
+constexpr int kPairsOfRows = kTen / 2;
 
-// The factors of ten rows in fixed point, for each block of 32 columns.
+// The factors h · scale of ten rows in fixed point, for each block of 32 columns.
 class FixedFactors {
  public:
-  explicit FixedFactors(int64_t blocks) : blocks_((blocks + kLanes - 1) / kLanes * kLanes) {
-    pairs_.resize(kPairsOfRows * blocks_), sum_.resize(blocks_), step_.resize(blocks_);
+  explicit FixedFactors(int64_t blocks) : blocks_(blocks), ld_((blocks + kLanes - 1) / kLanes * kLanes) {
+    pairs_.resize(kPairsOfRows * ld_), sum_.resize(ld_), step_.resize(ld_);
   }
 
-  // Takes the factors of ten terms. Returns false if one of them is not finite.
-  template <class Term>
-  bool set(const Term (&term)[kFarStreams], int64_t blocks) {
-    using namespace integers;
-    Ints largest_of_all = {};
-    for (int64_t b = 0; b < blocks; b += kLanes) {
-      Vec factor[kFarStreams];
-      Ints largest = {};
-      for (int i = 0; i < kFarStreams; i++) {
-        factor[i] = first_lanes(term[i].factor + b, blocks - b);
-        largest = larger(largest, magnitude(factor[i]));
-      }
-      largest_of_all = larger(largest_of_all, largest);
-      const Step step(largest);
-      Ints sum = {};
-      for (int p = 0; p < kPairsOfRows; p++) {
-        const Ints first = step(factor[2 * p]), second = step(factor[2 * p + 1]);
-        const Ints pair = (first & 0xffff) | (second << 16);
-        std::memcpy(&pairs_[p * blocks_ + b], &pair, sizeof pair);
-        sum += first + second;
-      }
-      std::memcpy(&sum_[b], &sum, sizeof sum);
-      std::memcpy(&step_[b], &step.step, sizeof step.step);
+  // Takes the values of ten rows, which start at scales `scale`; a scale has 2^group_bits columns, or all. Returns false
+  // if a factor is not finite.
+  bool set(const half* const (&scale)[kTen], const float (&value)[kTen], int group_bits) {
+    switch (group_bits) {
+      case 5: return set([&](int i, int64_t b) { return value[i] * scales<0>(scale[i], b); });
+      case 6: return set([&](int i, int64_t b) { return value[i] * scales<1>(scale[i], b); });
+      case 7: return set([&](int i, int64_t b) { return value[i] * scales<2>(scale[i], b); });
     }
-    return finite(largest_lane(largest_of_all));
+    return set([&](int i, int64_t) { return splat(value[i] * to_float(*scale[i])); });
   }
 
   // What the blocks of a span share, from `block` on, in the lanes of each.
   template <int kBlocks>
   Bits pair(int p, int64_t block) const {
-    return integers::spread<kBlocks, Bits>(&pairs_[p * blocks_ + block]);
+    return integers::spread<kBlocks, Bits>(&pairs_[p * ld_ + block]);
   }
   template <int kBlocks>
   Ints sum(int64_t block) const {
@@ -65,14 +48,39 @@ class FixedFactors {
   }
 
  private:
-  static Vec first_lanes(const float* p, int64_t count) {
-    if (count >= kLanes) return load_bytes<Vec>(p);
-    Vec v = {};
-    std::memcpy(&v, p, count * sizeof(float));
-    return v;
+  // The scales of kLanes blocks from block b on, where 2^kShift blocks share one.
+  template <int kShift>
+  Vec scales(const half* scale, int64_t b) const {
+    constexpr int64_t kShared = 1 << kShift;
+    return repeat_lanes<kShift>(load_first_lanes(scale + b / kShared, (blocks_ - b + kShared - 1) / kShared), 0);
+  }
+  // factor(i, b) returns the factors of row i for kLanes blocks from b on.
+  template <class Factor>
+  bool set(Factor factor_of) {
+    using namespace integers;
+    Ints largest_of_all = {};
+    for (int64_t b = 0; b < blocks_; b += kLanes) {
+      Vec factor[kTen];
+      Ints largest = {};
+      for (int i = 0; i < kTen; i++) {
+        factor[i] = factor_of(i, b);
+        largest = larger(largest, magnitude(factor[i]));
+      }
+      largest_of_all = larger(largest_of_all, largest);
+      const Step step(largest);
+      Ints sum = {};
+      for (int p = 0; p < kPairsOfRows; p++) {
+        const Bits pair = pairs_of(step.rounded(factor[2 * p]), step.rounded(factor[2 * p + 1]));
+        std::memcpy(&pairs_[p * ld_ + b], &pair, sizeof pair);
+        sum = multiply_add(sum, pair, 0x00010001u - Bits{});
+      }
+      std::memcpy(&sum_[b], &sum, sizeof sum);
+      std::memcpy(&step_[b], &step.step, sizeof step.step);
+    }
+    return finite(largest_lane(largest_of_all));
   }
 
-  int64_t blocks_;
+  int64_t blocks_, ld_;
   std::vector<int32_t> pairs_, sum_;
   std::vector<float> step_;
 };
@@ -83,106 +91,98 @@ struct HalfTile {
   static constexpr int kShifts = integers::kShifts<kWidth>;
   Ints sums[kShifts];
 
-  // Takes the sum of the factors. Weights are too large by kOffset.
+  // Takes the sum of the factors, because weights are too large by an offset.
   explicit HalfTile(Ints sum) {
-    sum *= -integers::kOffset<kWidth>;
-    for_shifts([&](auto i) { sums[i()] = sum * integers::weight_of<kWidth, i()>; });
+    integers::for_shifts<kWidth>([&](auto i) {
+      sums[i()] = sum * (-integers::offset_of<kWidth, i()> * integers::weight_of<kWidth, i()>);
+    });
   }
   void add(Bits words, Bits value) {
-    for_shifts(
-        [&](auto i) { sums[i()] = integers::multiply_add(sums[i()], integers::weights<kWidth, i()>(words), value); });
+    const Bits unsigned_words = integers::without_signs<kWidth>(words);
+    integers::for_shifts<kWidth>([&](auto i) {
+      sums[i()] = integers::multiply_add(sums[i()], integers::weights_in_place<kWidth, i()>(unsigned_words), value);
+    });
   }
   void add_to(float* floats, Vec step) const {
-    for_shifts([&](auto i) {
+    integers::for_shifts<kWidth>([&](auto i) {
       Vec sum = load_bytes<Vec>(floats + i() * kLanes);
       sum += step / integers::weight_of<kWidth, i()> * to_floats(sums[i()]);
       std::memcpy(floats + i() * kLanes, &sum, sizeof sum);
     });
   }
-
- private:
-  template <class F, int... kShift>
-  static void for_each(std::integer_sequence<int, kShift...>, F f) {
-    (f(std::integral_constant<int, kShift>{}), ...);
-  }
-  template <class F>
-  static void for_shifts(F f) {
-    for_each(std::make_integer_sequence<int, kShifts>{}, f);
-  }
 };
 
 // Adds a span of ten rows to sums in the order of the shifts.
 template <int kWidth>
-inline void add_span(const uint8_t* const (&row)[kFarStreams], const FixedFactors& factors, int64_t n, float* sums) {
+inline void add_span(const uint8_t* const (&row)[kTen], const FixedFactors& factors, int64_t n, float* sums) {
   constexpr int kBlocks = integers::kSpanBlocks<kWidth>;
   const int64_t block = n / kScaleColumns;
   HalfTile<kWidth> low(factors.sum<kBlocks>(block)), high = low;
 #pragma GCC unroll 8
   for (int p = 0; p < kPairsOfRows; p++) {
-    const Bits a = load_bytes<Bits>(row[2 * p] + n * kWidth / 8), b = load_bytes<Bits>(row[2 * p + 1] + n * kWidth / 8);
+    Bits a = load_bytes<Bits>(row[2 * p] + n * kWidth / 8), b = load_bytes<Bits>(row[2 * p + 1] + n * kWidth / 8);
+    asm("" : "+v"(a), "+v"(b));  // keeps them in registers: GCC 12 stores them and reads them back for each use
     const Bits value = factors.pair<kBlocks>(p, block);
     low.add(integers::low_words(a, b), value);
     high.add(integers::high_words(a, b), value);
   }
-  low.add_to(sums + n, factors.step<kBlocks>(block));
-  high.add_to(sums + n + low.kShifts * kLanes, factors.step<kBlocks>(block));
+  const Vec step = factors.step<kBlocks>(block);
+  low.add_to(sums + n, step);
+  high.add_to(sums + n + low.kShifts * kLanes, step);
 }
 
-// Brings the sums of a span from the order of the shifts into natural order.
+// Adds the sums of a span, which lie in the order of the shifts, to sums in natural order. Four columns that follow one
+// another are two words of two shifts.
 template <int kWidth>
-inline void to_natural_order(float* sums) {
-  constexpr int kShifts = integers::kShifts<kWidth>;
-  float from[integers::kSpan<kWidth>];
-  std::memcpy(from, sums, sizeof from);
+inline void add_in_natural_order(const float* by_shift, float* sums) {
+  constexpr int kShifts = integers::kShifts<kWidth>, kWords = kLanes / 4 * 8;
   for (int half = 0; half < 2; half++)
-    for (int shift = 0; shift < kShifts; shift++)
-      for (int lane = 0; lane < kLanes; lane++) {
-        const int word = lane / 4 * 8 + half * 4 + lane % 4;
-        sums[integers::column_of<kWidth>(word, shift)] = from[(half * kShifts + shift) * kLanes + lane];
-      }
+    for (int shift = 0; shift < kShifts / 2; shift++) {
+      const float* const first = by_shift + (half * kShifts + shift) * kLanes;
+      const Vec a = load_bytes<Vec>(first), b = load_bytes<Vec>(first + kShifts / 2 * kLanes);
+      const Vec parts[2] = {integers::low_floats(a, b), integers::high_floats(a, b)};
+#pragma GCC unroll 8
+      for (int word = half * 4; word < kWords; word += 8)
+        for (int i = 0; i < 2; i++) {
+          Floats<4> part, *const sum = reinterpret_cast<Floats<4>*>(sums + integers::column_of<kWidth>(word + 2 * i, shift));
+          std::memcpy(&part, reinterpret_cast<const char*>(&parts[i]) + word / 8 * sizeof part, sizeof part);
+          *sum += part;
+        }
+    }
 }
 
-// Adds most steps of a share, as the general add_far_rows does, which also adds rows whose factors stay float32.
+// Adds most steps of a share, as the general add_tens does, which also adds rows whose factors stay float32.
 template <class T, int kWidth>
-int64_t add_far_rows(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, Share share,
-                     const Quantized<T, kWidth>& rows, int64_t column, int64_t size, float* sums) {
+int64_t add_tens(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, Share share, const Quantized<T, kWidth>& rows,
+                 int64_t column, int64_t size, float* sums) {
   using W = Quantized<T, kWidth>;
-  if (!rows.fixed_point) return add_far_rows<W>(h, share, rows, column, size, sums);
+  if (!rows.fixed_point) return add_tens<W>(h, share, rows, column, size, sums);
   constexpr int64_t kSpan = integers::kSpan<kWidth>;
-  const FarAhead ahead(columns_in<W>(far_ahead_bytes()), size);
+  const Later<Single<W>, W> later{h, rows, column, size};
   const int64_t whole = size / kSpan * kSpan;
-  const int64_t ld = W::room(size);
-  FixedFactors factors(W::scale_blocks(size));
-  std::vector<float> room(kFarStreams * ld), by_integers(whole);
-  const auto nothing = [](int, int64_t, int64_t) {};
-  for (int64_t s = 0; s < share.stream_length(); s++) {
-    typename W::Term term[kFarStreams];
-    const uint8_t *row[kFarStreams], *next[kFarStreams];
-    for (int i = 0; i < kFarStreams; i++) {
-      const int64_t step = share.step(i, s);
-      const typename W::Row here = rows.at(h.row(step, 0), column);
-      term[i] = W::term(here, h.values[step], size, room.data() + i * ld);
-      row[i] = here.steps;
-      const typename W::Row later = rows.at(h.row(std::min(step + ahead.steps, share.end - 1), 0), column);
-      W::ask_for_scales(later, size);
-      next[i] = later.steps;
+  FixedFactors factors(W::scale_blocks(whole));
+  std::vector<float> room(kTen * W::room(size)), by_integers(whole);
+  int64_t s = share.begin;
+  for (; s + kTen <= share.end; s += kTen) {
+    typename W::Row row[kTen];
+    const uint8_t* steps[kTen];
+    const half* scale[kTen];
+    float value[kTen];
+    for (int i = 0; i < kTen; i++) {
+      row[i] = rows.at(h.row(s + i, 0), column);
+      steps[i] = row[i].steps, scale[i] = row[i].first_scale(), value[i] = h.values[s + i];
     }
+    auto ahead = later.than(s, kTen);
     int64_t n = 0;
-    if (factors.set(term, W::scale_blocks(whole)))
+    if (factors.set(scale, value, rows.group_bits))
       for (; n < whole; n += kSpan) {
-        for (int i = 0; i < kFarStreams; i++)
-          __builtin_prefetch(n + ahead.columns < size ? row[i] + (n + ahead.columns) * kWidth / 8
-                                                      : next[i] + (n + ahead.columns - size) * kWidth / 8);
-        add_span<kWidth>(row, factors, n, by_integers.data());
+        ahead.ask(lines_of<W>(kTen * kSpan));
+        add_span<kWidth>(steps, factors, n, by_integers.data());
       }
-    for (; n + kChunk <= size; n += kChunk) add_columns<1>(term, n, sums, nothing);
-    if (n < size) add_columns<1>(term, n, sums, nothing, size - n);
+    if (n < size) add_ten<W>(row, value, n, size, room.data(), ahead, sums);
   }
-  for (int64_t n = 0; n < whole; n += kSpan) {
-    to_natural_order<kWidth>(by_integers.data() + n);
-    for (int i = 0; i < kSpan; i++) sums[n + i] += by_integers[n + i];
-  }
-  return share.step(kFarStreams, 0);
+  for (int64_t n = 0; n < whole; n += kSpan) add_in_natural_order<kWidth>(by_integers.data() + n, sums + n);
+  return s;
 }
 
 }  // namespace

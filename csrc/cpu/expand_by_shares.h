@@ -27,7 +27,7 @@ struct Kept {
   Share share(int64_t i) const { return {first_step(i), i + 1 < kShares ? first_step(i + 1) : h->steps()}; }
 
  private:
-  int64_t first_step(int64_t i) const { return i * (h->steps() / kFarStreams) / kShares * kFarStreams; }
+  int64_t first_step(int64_t i) const { return i * (h->steps() / kTen) / kShares * kTen; }
 };
 
 // sums[n] = the sum over a share, for the columns [begin, end).
@@ -37,7 +37,7 @@ void sum_share(const Kept<W>& kept, Share share, int64_t begin, int64_t end, flo
   const int64_t width = columns_at_once<W>(1);
   for (int64_t n = begin; n < end; n += width) {
     const int64_t size = std::min(width, end - n);
-    const int64_t s = add_far_rows(*kept.h, share, *kept.rows, n, size, sums + n);
+    const int64_t s = add_tens(*kept.h, share, *kept.rows, n, size, sums + n);
     add_all_groups(*kept.h, s, share.end, *kept.rows, n, size, sums + n, width);
   }
 }

@@ -9,26 +9,40 @@
 
 namespace {
 
-// Rows that several tokens read side by side: enough streams to fill the memory bus, and few enough for the hardware
-// prefetcher to follow (16 streams are slower, 24 half as fast).
-constexpr int kStreams = 12;
-// Rows that one token reads side by side, from distant places.
-constexpr int kFarStreams = 10;
+// Rows that several tokens read side by side, and rows that one token does.
+constexpr int kTwelve = 12, kTen = 10;
 #if defined(__AVX512F__)
 constexpr int kTokensAtOnce = 8;     // 16 sums, the rows and a value in 32 registers
-constexpr int kFewestFarChunks = 2;  // 4 sums and the values of ten streams
+constexpr int kFewestTenChunks = 2;  // 4 sums and the values of ten rows
 #else
 constexpr int kTokensAtOnce = 4;
-constexpr int kFewestFarChunks = 1;
+constexpr int kFewestTenChunks = 1;
 #endif
-// Chunks of a stream that one token adds before the next stream: at least a line of the caches, as far as there are
+// Chunks of a row that one token adds before the next row: at least a line of the caches, as far as there are
 // registers for the sums. The values of quantised rows are not in registers.
 template <class W>
-constexpr int kFarChunks = std::max(kFewestFarChunks, std::min(kLineChunks<W>, 4));
+constexpr int kTenChunks = std::max(kFewestTenChunks, std::min(kLineChunks<W>, 4));
 
-// The distance of prefetches for several tokens. The hardware prefetcher follows a dozen streams only if the loads of a
-// stream are close together in time, but the sums of several tokens come between them.
-constexpr int64_t kAheadBytes = 256;
+// What is asked from memory while rows are added: the same columns of the rows of later steps.
+template <class Step, class W>
+struct Later {
+  const Masked<ByVectors<Step>>& h;
+  const W& rows;
+  int64_t column, size;
+
+  // For `steps` steps from s on that are added side by side.
+  auto than(int64_t s, int steps) const {
+    constexpr int kRows = Step::kRows;
+    const int64_t bytes = size * W::kBits / 8;
+    const int64_t first = s + steps * groups_ahead(steps * kRows, bytes);
+    const auto ask_for_row = [*this](int64_t i) {
+      const auto row = rows.at(h.row(i / kRows, i % kRows), column);
+      W::ask_for_scales(row, size);
+      return W::address(row, 0);
+    };
+    return Ahead(ask_for_row, first * kRows, std::min(first + steps, h.steps()) * kRows, bytes);
+  }
+};
 
 // sums[m][0, kChunk) += Σ values[s][m] · rows(s), for kSteps steps and kTokens tokens.
 template <class Step, int kSteps, int kTokens, class Rows>
@@ -61,76 +75,56 @@ inline void add_chunk(Rows rows, const typename Step::Value* values, int64_t tok
   if (m < tokens) add(std::integral_constant<int, 1>{});
 }
 
-// Adds the columns [n, n + kChunks · kChunk) of one row of each stream. ask(i, n, count) prefetches for stream i;
-// `rest` is the argument of an incomplete chunk, or nothing.
-template <int kChunks, class Term, class Ask, class... Rest>
-inline void add_columns(const Term (&term)[kFarStreams], int64_t n, float* sums, Ask ask, Rest... rest) {
+// Adds the columns [n, n + kChunks · kChunk) of ten rows. `rest` is the argument of an incomplete chunk, or nothing.
+template <int kChunks, class Term, class... Rest>
+inline void add_columns(const Term (&term)[kTen], int64_t n, float* sums, Rest... rest) {
   Chunk tile[kChunks];
 #pragma GCC unroll 16
   for (int c = 0; c < kChunks; c++) tile[c] = load(sums + n + c * kChunk);
 #pragma GCC unroll 16
-  for (int i = 0; i < kFarStreams; i++) {
-    ask(i, n, kChunks * kChunk);
+  for (int i = 0; i < kTen; i++)
 #pragma GCC unroll 16
     for (int c = 0; c < kChunks; c++) term[i].add_to(tile[c], n + c * kChunk, rest...);
-  }
 #pragma GCC unroll 16
   for (int c = 0; c < kChunks; c++) store(sums + n + c * kChunk, tile[c]);
 }
 
-// Where the ten streams of one token ask memory for rows of `size` columns: so many columns ahead, and if that is
-// beyond the end of a row, in the row so many steps later. If rows are shorter than the distance, at the same column.
-struct FarAhead {
-  int64_t columns, steps;
-
-  FarAhead(int64_t distance, int64_t size) : columns(std::min(distance, size)), steps((distance + size - 1) / size) {}
-};
-
 // Steps of one token, of which a thread adds some columns.
 struct Share {
   int64_t begin, end;
-
-  int64_t stream_length() const { return (end - begin) / kFarStreams; }
-  int64_t step(int stream, int64_t s) const { return begin + stream * stream_length() + s; }
 };
 
-// Adds one row of each stream for one token, whose values stay in registers while the rows pass. The streams continue
-// with the rows `next`.
-template <class W, class Row = typename W::Row>
-inline void add_rows(const Row (&row)[kFarStreams], const Row (&next)[kFarStreams], const float* h, int64_t size,
-                     int64_t ahead, float* room, float* sums) {
-  constexpr int64_t kStep = kFarChunks<W> * kChunk;
-  typename W::Term term[kFarStreams];
-  for (int i = 0; i < kFarStreams; i++) term[i] = W::term(row[i], h[i], size, room + i * W::room(size));
-  const auto its_own = [&](int i, int64_t n, int64_t count) { ask_for<W>(row[i], n + ahead, count); };
-  const auto the_next = [&](int i, int64_t n, int64_t count) { ask_for<W>(next[i], n + ahead - size, count); };
-  int64_t n = 0;
-  for (; n + kStep <= size - ahead; n += kStep) add_columns<kFarChunks<W>>(term, n, sums, its_own);
-  for (; n + kStep <= size; n += kStep) add_columns<kFarChunks<W>>(term, n, sums, the_next);
-  for (; n + kChunk <= size; n += kChunk) add_columns<1>(term, n, sums, the_next);
-  if (n < size) add_columns<1>(term, n, sums, the_next, size - n);
+// Adds ten rows, from column n on, for one token, whose values stay in registers while the rows pass.
+template <class W, class Ahead>
+inline void add_ten(const typename W::Row (&row)[kTen], const float (&value)[kTen], int64_t n, int64_t size, float* room,
+                    Ahead& ahead, float* sums) {
+  constexpr int64_t kStep = kTenChunks<W> * kChunk;
+  typename W::Term term[kTen];
+  for (int i = 0; i < kTen; i++) term[i] = W::term(row[i], value[i], size, room + i * W::room(size));
+  for (; n + kStep <= size; n += kStep) {
+    ahead.ask(lines_of<W>(kTen * kStep));
+    add_columns<kTenChunks<W>>(term, n, sums);
+  }
+  for (; n + kChunk <= size; n += kChunk) add_columns<1>(term, n, sums);
+  if (n < size) add_columns<1>(term, n, sums, size - n);
 }
 
-// Adds most steps of a share. With one token, the order of a sum may depend on its mask, so this reads ten distant
-// streams, each a tenth of the share. Returns the first step that is still to be added. `column` is the first of the
-// `size` columns wanted.
+// Adds most steps of a share, ten at a time, and returns the first step that is still to be added. `column` is the first
+// of the `size` columns wanted.
 template <class W>
-int64_t add_far_rows(const Masked<ByVectors<Single<W>>>& h, Share share, const W& rows, int64_t column, int64_t size,
-                     float* sums) {
-  const FarAhead ahead(columns_in<W>(far_ahead_bytes()), size);
-  std::vector<float> room(kFarStreams * W::room(size));
-  for (int64_t s = 0; s < share.stream_length(); s++) {
-    typename W::Row row[kFarStreams], next[kFarStreams];
-    float value[kFarStreams];
-    for (int i = 0; i < kFarStreams; i++) {
-      const int64_t step = share.step(i, s);
-      row[i] = rows.at(h.row(step, 0), column);
-      next[i] = rows.at(h.row(std::min(step + ahead.steps, share.end - 1), 0), column);
-      value[i] = h.values[step];
-    }
-    add_rows<W>(row, next, value, size, ahead.columns, room.data(), sums);
+int64_t add_tens(const Masked<ByVectors<Single<W>>>& h, Share share, const W& rows, int64_t column, int64_t size,
+                 float* sums) {
+  const Later<Single<W>, W> later{h, rows, column, size};
+  std::vector<float> room(kTen * W::room(size));
+  int64_t s = share.begin;
+  for (; s + kTen <= share.end; s += kTen) {
+    typename W::Row row[kTen];
+    float value[kTen];
+    for (int i = 0; i < kTen; i++) row[i] = rows.at(h.row(s + i, 0), column), value[i] = h.values[s + i];
+    auto ahead = later.than(s, kTen);
+    add_ten<W>(row, value, 0, size, room.data(), ahead, sums);
   }
-  return share.step(kFarStreams, 0);
+  return s;
 }
 
 // Adds groups of kSteps steps from step s on, as long as a whole group is left before step `end`. Returns the first
@@ -139,20 +133,17 @@ template <class Step, int kSteps, class W = typename Step::Weights>
 int64_t add_groups(const Masked<ByVectors<Step>>& h, int64_t s, int64_t end, const W& rows, int64_t column,
                    int64_t size, float* sums, int64_t lds) {
   constexpr int kRows = Step::kRows;
-  constexpr int64_t kAhead = columns_in<W>(kAheadBytes);
+  const Later<Step, W> later{h, rows, column, size};
   std::vector<float> room(kSteps * kRows * W::room(size));
   for (; s + kSteps <= end; s += kSteps) {
-    typename W::Row row[kSteps * kRows];
     typename W::Term term[kSteps * kRows];
-    for (int i = 0; i < kSteps * kRows; i++) {
-      row[i] = rows.at(h.row(s + i / kRows, i % kRows), column);
-      term[i] = W::term(row[i], 1.0f, size, room.data() + i * W::room(size));
-    }
+    for (int i = 0; i < kSteps * kRows; i++)
+      term[i] = W::term(rows.at(h.row(s + i / kRows, i % kRows), column), 1.0f, size, room.data() + i * W::room(size));
     const auto* values = h.values.data() + s * h.tokens;
+    auto ahead = later.than(s, kSteps);
     int64_t n = 0;
     for (; n + kChunk <= size; n += kChunk) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kSteps * kRows; i++) ask_for<W>(row[i], n + kAhead);
+      ahead.ask(lines_of<W>(kSteps * kRows * kChunk));
       add_chunk<Step, kSteps>([&](int i) { return Step::rows(term + i * kRows, n); }, values, h.tokens, sums + n, lds);
     }
     if (n < size)
@@ -166,16 +157,17 @@ int64_t add_groups(const Masked<ByVectors<Step>>& h, int64_t s, int64_t end, con
 template <class Step, class W>
 void add_all_groups(const Masked<ByVectors<Step>>& h, int64_t s, int64_t end, const W& rows, int64_t column,
                     int64_t size, float* sums, int64_t lds) {
-  s = add_groups<Step, kStreams / Step::kRows>(h, s, end, rows, column, size, sums, lds);
+  s = add_groups<Step, kTwelve / Step::kRows>(h, s, end, rows, column, size, sums, lds);
   s = add_groups<Step, 4 / Step::kRows>(h, s, end, rows, column, size, sums, lds);
   add_groups<Step, 1>(h, s, end, rows, column, size, sums, lds);
 }
 
-// So many columns of sums fit the second-level cache.
+// So many columns of sums, and of the rows that are asked for early, fit the second-level cache.
 template <class W>
 constexpr int64_t columns_at_once(int64_t tokens) {
-  constexpr int64_t kSumBytes = 256 * 1024;
-  return std::max<int64_t>(kSumBytes / sizeof(float) / tokens / W::kUnit, 16) * W::kUnit;
+  constexpr int64_t kSumBytes = 256 * 1024, kRowBytes = 16 * 1024;
+  const int64_t most = std::min<int64_t>(kSumBytes / sizeof(float) / tokens, columns_in<W>(kRowBytes));
+  return std::max<int64_t>(most / W::kUnit, 16) * W::kUnit;
 }
 
 // Calls done(token, column, sums in lane order) for the columns [begin, end). The speed is bound by the bytes of the

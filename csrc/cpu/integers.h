@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "quantized.h"
 
@@ -57,6 +58,40 @@ inline Bits high_words(Bits a, Bits b) {
 #endif
 }
 
+// The floats of two vectors in turns: those of the lower half of every 16 bytes, or of the upper half.
+inline Vec low_floats(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_unpacklo_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_unpacklo_ps((__m256)a, (__m256)b);
+#else
+  return (Vec)_mm_unpacklo_ps((__m128)a, (__m128)b);
+#endif
+}
+inline Vec high_floats(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_unpackhi_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_unpackhi_ps((__m256)a, (__m256)b);
+#else
+  return (Vec)_mm_unpackhi_ps((__m128)a, (__m128)b);
+#endif
+}
+
+// The numbers of two vectors in turns, as words; those that do not fit become the largest or the least word.
+inline Bits pairs_of(Ints a, Ints b) {
+#if defined(__AVX512F__)
+  const __m512i words = _mm512_packs_epi32((__m512i)a, (__m512i)b);
+  return (Bits)_mm512_unpacklo_epi16(words, _mm512_bsrli_epi128(words, 8));
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_packs_epi32((__m256i)a, (__m256i)b);
+  return (Bits)_mm256_unpacklo_epi16(words, _mm256_srli_si256(words, 8));
+#else
+  const __m128i words = _mm_packs_epi32((__m128i)a, (__m128i)b);
+  return (Bits)_mm_unpacklo_epi16(words, _mm_srli_si128(words, 8));
+#endif
+}
+
 // kBlocks values of 4 bytes at p, each in the lanes of its block.
 template <int kBlocks, class V>
 inline V spread(const void* p) {
@@ -78,31 +113,48 @@ inline V spread(const void* p) {
 #endif
 }
 
-// A weight is stored as a signed number. These functions return it plus kOffset, which is not negative.
+// A weight is stored as a signed number. An offset of kOffset, which flips one bit, makes it positive.
 template <int kWidth>
 constexpr int kOffset = 1 << (kWidth - 1);
 
-// The weights of words for a shift, where they lie: times 2^(kWidth · kShift).
-template <int kWidth, int kShift>
-inline Bits in_place(Bits words) {
-  constexpr uint32_t kBoth = 0x00010001u << kWidth * kShift;
-  return (words & ((1u << kWidth) - 1) * kBoth) ^ kOffset<kWidth> * kBoth;
-}
-// The lowest weights of words.
-template <int kWidth>
-inline Bits lowest(Bits words) {
-  return in_place<kWidth, 0>(words);
-}
+// A bit pattern in both words of a lane.
+constexpr uint32_t both(uint32_t word) { return word << 16 | word; }
 
-// The weights of words for a shift, times weight_of<kWidth, kShift>: only the last shift needs an instruction. Sums of
-// ten of them, times 15 bits, fit 32 bits.
+// Flips the offset's bit of the weights of all shifts but the last one. The last one's are signed.
+template <int kWidth>
+inline Bits without_signs(Bits words) {
+  uint32_t flipped = 0;
+  for (int shift = 0; shift < kShifts<kWidth> - 1; shift++) flipped |= kOffset<kWidth> << kWidth * shift;
+  return words ^ both(flipped);
+}
+template <int kWidth, int kShift>
+constexpr int offset_of = kShift < kShifts<kWidth> - 1 ? kOffset<kWidth> : 0;
+
+// The weights of words without signs for a shift, plus offset_of<kWidth, kShift>.
 template <int kWidth, int kShift>
 inline Bits weights(Bits words) {
-  if constexpr (kShift == kShifts<kWidth> - 1) return lowest<kWidth>(words >> kWidth * kShift);
-  else return in_place<kWidth, kShift>(words);
+  using Words = int16_t __attribute__((vector_size(kVectorBytes)));
+  if constexpr (kShift == kShifts<kWidth> - 1) return (Bits)((Words)words >> kWidth * kShift);
+  else return words >> kWidth * kShift & both((1u << kWidth) - 1);
+}
+// The same times weight_of<kWidth, kShift>: one instruction. Sums of ten of them, times 15 bits, fit 32 bits.
+template <int kWidth, int kShift>
+inline Bits weights_in_place(Bits words) {
+  if constexpr (kShift == kShifts<kWidth> - 1) return weights<kWidth, kShift>(words);
+  else return words & both(((1u << kWidth) - 1) << kWidth * kShift);
 }
 template <int kWidth, int kShift>
 constexpr int weight_of = kShift == kShifts<kWidth> - 1 ? 1 : 1 << kWidth * kShift;
+
+// Calls f(shift) for every shift, a constant.
+template <class F, int... kShift>
+inline void for_each(std::integer_sequence<int, kShift...>, F f) {
+  (f(std::integral_constant<int, kShift>{}), ...);
+}
+template <int kWidth, class F>
+inline void for_shifts(F f) {
+  for_each(std::make_integer_sequence<int, kShifts<kWidth>>{}, f);
+}
 
 // The column of a span in word `word` of a vector, for a shift.
 template <int kWidth>
@@ -127,9 +179,11 @@ struct Step {
     inverse = (Vec)(((127u * 2 + 14) << 23) - exponent);
   }
   Ints operator()(Vec v) const {
-    const Ints rounded = round(v * inverse), most = kLargest - Ints{};
-    return rounded < most ? rounded : most;
+    const Ints most = kLargest - Ints{}, whole = rounded(v);
+    return whole < most ? whole : most;
   }
+  // May be kLargest + 1.
+  Ints rounded(Vec v) const { return round(v * inverse); }
 };
 
 // The bits of |v|. Their order is that of the numbers; Inf and NaN are above all numbers.

@@ -30,8 +30,7 @@ void project(const typename W::Element* x, int64_t tokens, const W& B, float* h)
     if constexpr (std::is_same_v<E, float>)
       if (tokens <= kTileTokens) {
 #if defined(__SSE2__)
-        if constexpr (W::kBits == 4)
-          if (B.fixed_point) return run(ByIntegers<W>{}, rows);
+        if (B.fixed_point) return run(ByIntegers<W>{}, rows);
 #endif
         return run(ByVectors<Single<W>>{}, rows);
       }

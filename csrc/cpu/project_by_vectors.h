@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "prefetch.h"
 #include "quantized.h"
 #include "steps.h"
 
@@ -13,19 +14,26 @@ namespace {
 
 constexpr int kTileTokens = 4;
 #if defined(__AVX512F__)
-constexpr int kTileRows = 5;  // 20 sums in 32 registers
+constexpr int kTileRows = 5;   // 20 sums in 32 registers
+constexpr int kRowsOfOne = 8;  // rows that a single token reads side by side
 #else
 constexpr int kTileRows = 2;  // 8 in 16
+constexpr int kRowsOfOne = 4;
 #endif
 constexpr int kFewTokens = 2;
-constexpr int kRowsOfFew = 4;  // the speed is bound by memory, and four streams are fastest
-// The distance of prefetches. On Intel's processors they raise one token from 12 to 14 GB/s. On Zen 4 they halved the
-// speed, so builds for AMD (AVX-512 with bfloat16 but without tiles) leave it to the hardware prefetcher.
-#if defined(__AMX_BF16__) || (defined(__AVX512F__) && !defined(__AVX512BF16__))
-constexpr int64_t kRowAheadBytes = 1024;
-#else
-constexpr int64_t kRowAheadBytes = 0;
-#endif
+constexpr int kRowsOfFew = 4;
+
+// What is asked from memory while the rows [r, r + count) of B are multiplied: later rows, of those before `end`.
+template <class W>
+auto rows_after(const W& B, int64_t r, int count, int64_t end) {
+  const int64_t bytes = B.columns * W::kBits / 8, first = r + count * groups_ahead(count, bytes);
+  const auto ask_for_row = [&B](int64_t i) {
+    const auto row = B.at(i, 0);
+    W::ask_for_scales(row, B.columns);
+    return W::address(row, 0);
+  };
+  return Ahead(ask_for_row, first, std::min(first + count, end), bytes);
+}
 
 // Columns of a row of weights in the form that multiply_add takes. For several tokens a quantised row is scaled first.
 template <bool kSeveral, class Term, class... Count>
@@ -35,18 +43,13 @@ auto weights_of(const Term& term, int64_t k, Count... count) {
   else return term.operand(k, count...);
 }
 
-// h[m][i · apart] = B[first + i · apart] · x[m] for a tile of kRows rows i and kTokens tokens m; x is [tokens,
-// columns].
-template <int kRows, int kTokens, class W>
-void dot_tile(const W& B, int64_t first, int64_t apart, const typename W::Element* x, float* room, float* h,
+// h[m][i] = B[first + i] · x[m] for a tile of kRows rows i and kTokens tokens m; x is [tokens, columns].
+template <int kRows, int kTokens, class W, class Ahead>
+void dot_tile(const W& B, int64_t first, const typename W::Element* x, Ahead& ahead, float* room, float* h,
               int64_t ldh) {
   const int64_t size = B.columns;
-  typename W::Row row[kRows];
   typename W::Term term[kRows];
-  for (int r = 0; r < kRows; r++) {
-    row[r] = B.at(first + r * apart, 0);
-    term[r] = W::term(row[r], 1.0f, size, room + r * W::room(size));
-  }
+  for (int r = 0; r < kRows; r++) term[r] = W::term(B.at(first + r, 0), 1.0f, size, room + r * W::room(size));
   Vec sums[kTokens][kRows] = {};
   // `count` is the argument of an incomplete chunk, or nothing.
   const auto add = [&](int64_t k, auto load_x, auto... count) {
@@ -57,14 +60,11 @@ void dot_tile(const W& B, int64_t first, int64_t apart, const typename W::Elemen
       for (int m = 0; m < kTokens; m++) sums[m][r] = multiply_add(sums[m][r], v[m], w);
     }
   };
-  const auto ask = [&](int64_t k) {
-    for (int r = 0; r < kRows; r++) ask_for<W>(row[r], k + columns_in<W>(kRowAheadBytes));
-  };
   const auto whole = [](const typename W::Element* p) { return load_operand(p); };
   constexpr int64_t kStep = kLineChunks<W> * kChunk;
   int64_t k = 0;
   for (; k + kStep <= size; k += kStep) {
-    if (kRowAheadBytes) ask(k);
+    ahead.ask(lines_of<W>(kRows * kStep));
 #pragma GCC unroll 4
     for (int c = 0; c < kLineChunks<W>; c++) add(k + c * kChunk, whole);
   }
@@ -72,7 +72,7 @@ void dot_tile(const W& B, int64_t first, int64_t apart, const typename W::Elemen
   if (const int64_t count = size - k; count > 0)
     add(k, [=](const typename W::Element* p) { return load_operand_first(p, count); }, count);
   for (int m = 0; m < kTokens; m++)
-    for (int r = 0; r < kRows; r++) h[m * ldh + r * apart] = sum(sums[m][r]);
+    for (int r = 0; r < kRows; r++) h[m * ldh + r] = sum(sums[m][r]);
 }
 
 template <class T>
@@ -80,11 +80,11 @@ const T* skip_tokens(const T* x, int64_t count, int64_t size) {
   return x + count * size;
 }
 
-template <int kRows, class W, class X>
-void dot_tokens(const W& B, int64_t first, int64_t apart, X x, int64_t tokens, float* room, float* h, int64_t ldh) {
+template <int kRows, class W, class X, class Ahead>
+void dot_tokens(const W& B, int64_t first, X x, int64_t tokens, Ahead ahead, float* room, float* h, int64_t ldh) {
   int64_t m = 0;
   const auto tile = [&](auto count) {
-    dot_tile<kRows, count()>(B, first, apart, skip_tokens(x, m, B.columns), room, h + m * ldh + first, ldh);
+    dot_tile<kRows, count()>(B, first, skip_tokens(x, m, B.columns), ahead, room, h + m * ldh + first, ldh);
     m += count();
   };
   while (m + kTileTokens <= tokens) tile(std::integral_constant<int, kTileTokens>{});
@@ -92,14 +92,21 @@ void dot_tokens(const W& B, int64_t first, int64_t apart, X x, int64_t tokens, f
   if (m < tokens) tile(std::integral_constant<int, 1>{});
 }
 
-// Reads the rows [begin, end) as kRows streams, each a share of them. The streams are far apart, because the hardware
-// prefetcher follows distant rows better than neighbouring ones. All streams use the same loads of x.
+// Multiplies the rows [begin, end), kRows at a time: they use the same loads of x.
 template <int kRows, class W, class X>
-void dot_streams(const W& B, X x, int64_t tokens, int64_t begin, int64_t end, float* h, int64_t ldh) {
-  const int64_t share = (end - begin) / kRows;
+void dot_rows(const W& B, X x, int64_t tokens, int64_t begin, int64_t end, float* h, int64_t ldh) {
   std::vector<float> room(kRows * W::room(B.columns));
-  for (int64_t r = begin; r < begin + share; r++) dot_tokens<kRows>(B, r, share, x, tokens, room.data(), h, ldh);
-  for (int64_t r = begin + kRows * share; r < end; r++) dot_tokens<1>(B, r, 1, x, tokens, room.data(), h, ldh);
+  int64_t r = begin;
+  for (; r + kRows <= end; r += kRows)
+    dot_tokens<kRows>(B, r, x, tokens, rows_after(B, r, kRows, end), room.data(), h, ldh);
+  for (; r < end; r++) dot_tokens<1>(B, r, x, tokens, rows_after(B, r, 1, end), room.data(), h, ldh);
+}
+
+// The same for a few tokens.
+template <class W, class X>
+void dot_rows_of_few(const W& B, X x, int64_t tokens, int64_t begin, int64_t end, float* h, int64_t ldh) {
+  if (tokens == 1) dot_rows<kRowsOfOne>(B, x, tokens, begin, end, h, ldh);
+  else dot_rows<kRowsOfFew>(B, x, tokens, begin, end, h, ldh);
 }
 
 // Vectors read x [tokens, size] as it is.
@@ -112,8 +119,8 @@ const Element<Step>* arrange(ByVectors<Step>, const Element<Step>* x, int64_t /*
 template <class Step, class W>
 void project_rows(ByVectors<Step>, const W& B, const typename W::Element* x, int64_t tokens, int64_t begin, int64_t end,
                   float* h, int64_t ldh) {
-  if (tokens <= kFewTokens) dot_streams<kRowsOfFew>(B, x, tokens, begin, end, h, ldh);
-  else dot_streams<kTileRows>(B, x, tokens, begin, end, h, ldh);
+  if (tokens <= kFewTokens) dot_rows_of_few(B, x, tokens, begin, end, h, ldh);
+  else dot_rows<kTileRows>(B, x, tokens, begin, end, h, ldh);
 }
 
 }  // namespace

@@ -74,19 +74,14 @@ void project_converted(ByVectors<Step>, const W& B, const typename W::Element* x
   alignas(kLineBytes) T rows[kTileRows * kPiece] = {};
   for (int64_t r = begin; r < end; r += kTileRows) {
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, end - r));
-    typename W::Row row[kTileRows];
     typename W::Term term[kTileRows];
-    for (int i = 0; i < count; i++) {
-      row[i] = B.at(r + i, 0);
-      term[i] = W::term(row[i], 1.0f, size, room.data() + i * W::room(size));
-    }
+    for (int i = 0; i < count; i++) term[i] = W::term(B.at(r + i, 0), 1.0f, size, room.data() + i * W::room(size));
+    auto ahead = rows_after(B, r, kTileRows, end);
     std::fill(sums.begin(), sums.end(), Vec{});
     for (int64_t k = 0; k < size; k += kPiece) {
       const int64_t columns = std::min(kPiece, size - k);
-      for (int i = 0; i < count; i++) {
-        if (kRowAheadBytes) ask_for<W>(row[i], k + kPiece, kPiece);
-        convert<W>(term[i], k, columns, rows + i * kPiece);
-      }
+      ahead.ask(lines_of<W>(kTileRows * columns));
+      for (int i = 0; i < count; i++) convert<W>(term[i], k, columns, rows + i * kPiece);
       // An incomplete chunk is multiplied whole: behind it are zeros.
       for (int i = 0; i < count && columns % kChunk; i++)
         std::fill_n(rows + i * kPiece + columns, kChunk - columns % kChunk, T(0));

@@ -136,6 +136,18 @@ inline Vec repeat_lanes(Vec v, int first) {
 #endif
 }
 
+// Up to kLanes numbers, followed by zeros.
+inline Vec load_first_lanes(const half* p, int64_t count) {
+  if (count >= kLanes) return load_lanes(p);
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << count) - 1, p));
+#else
+  half padded[kLanes] = {};
+  std::memcpy(padded, p, count * sizeof(half));
+  return load_lanes(padded);
+#endif
+}
+
 // Writes value · scale, each 2^kShift times, until there are `count`, and at most kLanes - 1 more.
 template <int kShift>
 inline void write_factors(const half* scale, float value, int64_t count, float* into) {
@@ -163,10 +175,11 @@ struct Quantized {
     const Quantized* all;
 
     int64_t left() const { return all->columns - first; }
+    const half* first_scale() const { return scale + (first >> all->group_bits); }
   };
   static constexpr int64_t kBits = kWidth;
   static constexpr bool kAddressable = false;
-  static constexpr int64_t kUnit = std::max<int64_t>(8 * kVectorBytes / kWidth, kScaleColumns);
+  static constexpr int64_t kUnit = std::max<int64_t>(8 * kVectorBytes / kWidth, kMostShared * kScaleColumns);
 
   const uint8_t* data;
   int64_t rows, columns, ld;  // ld in bytes
@@ -185,7 +198,7 @@ struct Quantized {
   static const void* address(const Row& row, int64_t n) { return row.steps + n * kWidth / 8; }
   // Prefetches the scales of `size` columns.
   static void ask_for_scales(const Row& row, int64_t size) {
-    const half* const first = row.scale + (row.first >> row.all->group_bits);
+    const half* const first = row.first_scale();
     const half* const last = row.scale + ((row.first + size - 1) >> row.all->group_bits);
     for (const half* p = first; p <= last; p += kLineBytes / sizeof(half)) __builtin_prefetch(p);
   }

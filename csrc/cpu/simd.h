@@ -67,17 +67,18 @@ inline Chunk load(const bfloat16* p) {
   return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)};
 }
 
-inline Chunk load(const half* p) {
+inline Vec load_lanes(const half* p) {
 #if defined(__AVX512F__)
-  return {(Vec)_mm512_cvtph_ps(load_bytes<__m256i>(p)), (Vec)_mm512_cvtph_ps(load_bytes<__m256i>(p + kLanes))};
+  return (Vec)_mm512_cvtph_ps(load_bytes<__m256i>(p));
 #elif defined(__F16C__)
-  return {(Vec)_mm256_cvtph_ps(load_bytes<__m128i>(p)), (Vec)_mm256_cvtph_ps(load_bytes<__m128i>(p + kLanes))};
+  return (Vec)_mm256_cvtph_ps(load_bytes<__m128i>(p));
 #else
-  Chunk c;
-  for (int i = 0; i < kLanes; i++) c.lo[i] = p[i], c.hi[i] = p[kLanes + i];
-  return c;
+  Vec v;
+  for (int i = 0; i < kLanes; i++) v[i] = p[i];
+  return v;
 #endif
 }
+inline Chunk load(const half* p) { return {load_lanes(p), load_lanes(p + kLanes)}; }
 
 // ---- rounding to nearest even: the inverse of load ----
 

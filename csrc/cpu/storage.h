@@ -42,6 +42,7 @@ struct Plain {
 
   static Row skip(Row row, int64_t count) { return row + count; }
   static const void* address(Row row, int64_t n) { return row + n; }
+  static void ask_for_scales(Row /*row*/, int64_t /*size*/) {}
 
   struct Term {
     Row row;
@@ -73,6 +74,12 @@ struct Plain {
 template <class W>
 constexpr int64_t columns_in(int64_t bytes) {
   return 8 * bytes / W::kBits;
+}
+
+// The lines of the caches that so many columns take, rounded up.
+template <class W>
+constexpr int lines_of(int64_t columns) {
+  return static_cast<int>((columns * W::kBits / 8 + kLineBytes - 1) / kLineBytes);
 }
 
 // Chunks that lie in one line of the caches, or one chunk if it is longer.
