@@ -164,8 +164,8 @@ def _generating(model: PreTrainedModel, prepare: Callable[[], None] = lambda: No
         clock, ids = _Clock(), torch.tensor([prompt])
         begin = time.perf_counter()
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens,
-            do_sample=False, pad_token_id=0, streamer=clock,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0,
+            eos_token_id=None, streamer=clock,
         )  # fmt: skip
         first, last = clock.times[1], clock.times[-1]
         return first - begin, (last - first) / (tokens - 1)

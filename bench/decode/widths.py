@@ -4,6 +4,7 @@ A model with random weights has neuron adapters everywhere and one set of weight
 told apart by thresholds. A trained model is compressed for every cost.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -24,11 +25,12 @@ from rana_kernels.model.plan import AdapterSpec, Plan
 from rana_kernels.nn.adapters import RanaNeuronLinear
 from rana_kernels.nn.base import AdapterModule
 from rana_kernels.nn.mlp import RanaMLP
+from rana_kernels.quantization import pack_int4
 from rana_kernels.statistics.calibration import Stats
 from rana_kernels.system.huge_pages import use_huge_pages
 
 GROUP = 32
-SAMPLE = 64  # tokens that set the thresholds of a random model
+SAMPLE = 32  # tokens of a prompt, and tokens written after it, that set the thresholds of a random model
 Thresholds = list[tuple[AdapterModule, Tensor]]
 
 
@@ -126,23 +128,44 @@ def _randomize(weight: Tensor, scale: Tensor | None, columns: int) -> None:
     if scale is None:
         weight.normal_(std=std)
     else:
+        # without a mean, or all outputs would have one direction in common
         packed = weight.dtype == torch.uint8
-        weight.random_(0, 256) if packed else weight.random_(-127, 128)
-        scale.fill_(std / (4.6 if packed else 73))  # the standard deviation of such values is 1 by it
+        whole = torch.randint(-7, 8, (len(weight), columns), dtype=torch.int8) if packed else weight
+        weight.copy_(pack_int4(whole) if packed else whole.random_(-127, 128))
+        scale.fill_(std / (4.3 if packed else 73))  # the standard deviation of such values is 1 by it
 
 
 @torch.no_grad()
 def _thresholds(model: PreTrainedModel, ratio: float) -> Thresholds:
-    """Run a few random tokens. Each adapter sets its thresholds so that it keeps `ratio` of its inputs."""
+    """Return thresholds by which each adapter keeps `ratio` of its inputs, on average of written tokens.
+
+    What a model with random weights writes depends on its thresholds, so they are found twice.
+    """
     found: Thresholds = []
+    torch.manual_seed(0)
+    prompt = torch.randint(model.config.vocab_size, (1, SAMPLE))
+    for _ in range(2):
+        scores = _scores(model, prompt)
+        found = [(module, _threshold(torch.cat(of_one), ratio)) for module, of_one in scores.items()]
+        _set(found)
+    return found
+
+
+def _threshold(scores: Tensor, ratio: float) -> Tensor:
+    """Return a threshold for each input, alike, that keeps `ratio` of the scores [tokens, K]."""
+    return threshold_for_live(round(ratio * scores.shape[1]), scores).expand(scores.shape[1])
+
+
+def _scores(model: PreTrainedModel, prompt: Tensor) -> dict[AdapterModule, list[Tensor]]:
+    """Return the scores of each adapter's inputs for tokens that the model writes after a prompt."""
+    scores: dict[AdapterModule, list[Tensor]] = defaultdict(list)
 
     def keep(module: AdapterModule, h: Tensor) -> None:
-        scores = h.reshape(-1, h.shape[-1]).float().abs()
-        threshold = threshold_for_live(round(ratio * scores.shape[1]), scores).expand(scores.shape[1])
-        module.set_threshold(threshold)
-        found.append((module, threshold))
+        scores[module].append(h.reshape(-1, h.shape[-1]).float().abs())
 
     def before(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if inputs[0].shape[1] > 1:
+            return
         keep(module, inputs[0])
         if isinstance(module, RanaMLP):
             a = module.op_arguments()
@@ -153,11 +176,13 @@ def _thresholds(model: PreTrainedModel, ratio: float) -> Thresholds:
 
     parts = [m for m in model.modules() if isinstance(m, RanaNeuronLinear | RanaMLP)]
     hooks = [part.register_forward_pre_hook(before) for part in parts]
-    torch.manual_seed(0)
-    model(torch.randint(model.config.vocab_size, (1, SAMPLE)), use_cache=False)
+    model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=SAMPLE, do_sample=False,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
     for hook in hooks:
         hook.remove()
-    return found
+    return scores
 
 
 def _set(thresholds: Thresholds) -> None:

@@ -18,19 +18,24 @@ constexpr int kPairsOfRows = kTen / 2;
 // The factors h · scale of ten rows in fixed point, for each block of 32 columns.
 class FixedFactors {
  public:
-  explicit FixedFactors(int64_t blocks) : blocks_(blocks), ld_((blocks + kLanes - 1) / kLanes * kLanes) {
+  void resize(int64_t blocks) {
+    blocks_ = blocks, ld_ = (blocks + kLanes - 1) / kLanes * kLanes;
     pairs_.resize(kPairsOfRows * ld_), sum_.resize(ld_), step_.resize(ld_);
   }
 
-  // Takes the values of ten rows, which start at scales `scale`; a scale has 2^group_bits columns, or all. Returns false
-  // if a factor is not finite.
+  // Takes the values of ten rows, which start at scales `scale`; a scale has 2^group_bits columns, or all. Returns
+  // false if a factor could be too large for float32, or is not finite.
   bool set(const half* const (&scale)[kTen], const float (&value)[kTen], int group_bits) {
     switch (group_bits) {
-      case 5: return set([&](int i, int64_t b) { return value[i] * scales<0>(scale[i], b); });
-      case 6: return set([&](int i, int64_t b) { return value[i] * scales<1>(scale[i], b); });
-      case 7: return set([&](int i, int64_t b) { return value[i] * scales<2>(scale[i], b); });
+      case 5: set_groups<0>(scale, value); break;
+      case 6: set_groups<1>(scale, value); break;
+      case 7: set_groups<2>(scale, value); break;
+      default:
+        for (int64_t b = 0; b < blocks_; b += kLanes)
+          set_lanes(b, [&](int i) { return splat(value[i] * to_float(*scale[i])); });
     }
-    return set([&](int i, int64_t) { return splat(value[i] * to_float(*scale[i])); });
+    constexpr float kMost = 0x1p111f;  // times a float16
+    return std::all_of(value, value + kTen, [](float v) { return __builtin_fabsf(v) < kMost; });
   }
 
   // What the blocks of a span share, from `block` on, in the lanes of each.
@@ -48,39 +53,42 @@ class FixedFactors {
   }
 
  private:
-  // The scales of kLanes blocks from block b on, where 2^kShift blocks share one.
+  // For groups that 2^kShift blocks share.
   template <int kShift>
-  Vec scales(const half* scale, int64_t b) const {
+  void set_groups(const half* const (&scale)[kTen], const float (&value)[kTen]) {
     constexpr int64_t kShared = 1 << kShift;
-    return repeat_lanes<kShift>(load_first_lanes(scale + b / kShared, (blocks_ - b + kShared - 1) / kShared), 0);
+    const int64_t groups = (blocks_ + kShared - 1) / kShared;
+    int64_t b = 0, g = 0;
+    const auto with = [&](auto load) {
+      set_lanes(b, [&](int i) { return value[i] * repeat_lanes<kShift>(load(scale[i] + g), 0); });
+      b += kLanes, g = b / kShared;
+    };
+    while (b < blocks_ && g + kLanes <= groups) with([](const half* p) { return load_lanes(p); });
+    while (b < blocks_) with([&](const half* p) { return load_first_lanes(p, groups - g); });
   }
-  // factor(i, b) returns the factors of row i for kLanes blocks from b on.
+  // factor_of(i) returns the factors of row i for kLanes blocks from b on.
   template <class Factor>
-  bool set(Factor factor_of) {
+  void set_lanes(int64_t b, Factor factor_of) {
     using namespace integers;
-    Ints largest_of_all = {};
-    for (int64_t b = 0; b < blocks_; b += kLanes) {
-      Vec factor[kTen];
-      Ints largest = {};
-      for (int i = 0; i < kTen; i++) {
-        factor[i] = factor_of(i, b);
-        largest = larger(largest, magnitude(factor[i]));
-      }
-      largest_of_all = larger(largest_of_all, largest);
-      const Step step(largest);
-      Ints sum = {};
-      for (int p = 0; p < kPairsOfRows; p++) {
-        const Bits pair = pairs_of(step.rounded(factor[2 * p]), step.rounded(factor[2 * p + 1]));
-        std::memcpy(&pairs_[p * ld_ + b], &pair, sizeof pair);
-        sum = multiply_add(sum, pair, 0x00010001u - Bits{});
-      }
-      std::memcpy(&sum_[b], &sum, sizeof sum);
-      std::memcpy(&step_[b], &step.step, sizeof step.step);
+    Vec factor[kTen];
+    Ints largest = {};
+    for (int i = 0; i < kTen; i++) {
+      factor[i] = factor_of(i);
+      largest = larger(largest, magnitude(factor[i]));
     }
-    return finite(largest_lane(largest_of_all));
+    const Step step(largest);
+    Ints sum = {};
+    for (int p = 0; p < kPairsOfRows; p++) {
+      const Bits first = step.low_words(factor[2 * p]), second = step.low_words(factor[2 * p + 1]);
+      const Bits pair = (first & 0xffffu) | (second << 16);
+      std::memcpy(&pairs_[p * ld_ + b], &pair, sizeof pair);
+      sum = multiply_add(sum, pair, both(1) - Bits{});
+    }
+    std::memcpy(&sum_[b], &sum, sizeof sum);
+    std::memcpy(&step_[b], &step.step, sizeof step.step);
   }
 
-  int64_t blocks_, ld_;
+  int64_t blocks_ = 0, ld_ = 0;
   std::vector<int32_t> pairs_, sum_;
   std::vector<float> step_;
 };
@@ -93,9 +101,8 @@ struct HalfTile {
 
   // Takes the sum of the factors, because weights are too large by an offset.
   explicit HalfTile(Ints sum) {
-    integers::for_shifts<kWidth>([&](auto i) {
-      sums[i()] = sum * (-integers::offset_of<kWidth, i()> * integers::weight_of<kWidth, i()>);
-    });
+    integers::for_shifts<kWidth>(
+        [&](auto i) { sums[i()] = sum * (-integers::offset_of<kWidth, i()> * integers::weight_of<kWidth, i()>); });
   }
   void add(Bits words, Bits value) {
     const Bits unsigned_words = integers::without_signs<kWidth>(words);
@@ -144,24 +151,34 @@ inline void add_in_natural_order(const float* by_shift, float* sums) {
 #pragma GCC unroll 8
       for (int word = half * 4; word < kWords; word += 8)
         for (int i = 0; i < 2; i++) {
-          Floats<4> part, *const sum = reinterpret_cast<Floats<4>*>(sums + integers::column_of<kWidth>(word + 2 * i, shift));
+          float* const first_sum = sums + integers::column_of<kWidth>(word + 2 * i, shift);
+          Floats<4> part, sum = load_bytes<Floats<4>>(first_sum);
           std::memcpy(&part, reinterpret_cast<const char*>(&parts[i]) + word / 8 * sizeof part, sizeof part);
-          *sum += part;
+          sum += part;
+          std::memcpy(first_sum, &sum, sizeof sum);
         }
     }
 }
 
+template <class T, int kWidth>
+struct Scratch<Quantized<T, kWidth>> {
+  std::vector<float> room, by_shift;
+  FixedFactors factors;
+};
+
 // Adds most steps of a share, as the general add_tens does, which also adds rows whose factors stay float32.
 template <class T, int kWidth>
-int64_t add_tens(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, Share share, const Quantized<T, kWidth>& rows,
-                 int64_t column, int64_t size, float* sums) {
+int64_t add_tens(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, Share share,
+                 const Quantized<T, kWidth>& rows, int64_t column, int64_t size, Scratch<Quantized<T, kWidth>>& scratch,
+                 float* sums) {
   using W = Quantized<T, kWidth>;
-  if (!rows.fixed_point) return add_tens<W>(h, share, rows, column, size, sums);
+  if (!rows.fixed_point) return add_tens<W>(h, share, rows, column, size, scratch, sums);
   constexpr int64_t kSpan = integers::kSpan<kWidth>;
   const Later<Single<W>, W> later{h, rows, column, size};
   const int64_t whole = size / kSpan * kSpan;
-  FixedFactors factors(W::scale_blocks(whole));
-  std::vector<float> room(kTen * W::room(size)), by_integers(whole);
+  scratch.room.resize(kTen * W::room(size));
+  scratch.by_shift.assign(whole, 0.0f);
+  scratch.factors.resize(W::scale_blocks(whole));
   int64_t s = share.begin;
   for (; s + kTen <= share.end; s += kTen) {
     typename W::Row row[kTen];
@@ -174,14 +191,14 @@ int64_t add_tens(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, Share
     }
     auto ahead = later.than(s, kTen);
     int64_t n = 0;
-    if (factors.set(scale, value, rows.group_bits))
+    if (scratch.factors.set(scale, value, rows.group_bits))
       for (; n < whole; n += kSpan) {
         ahead.ask(lines_of<W>(kTen * kSpan));
-        add_span<kWidth>(steps, factors, n, by_integers.data());
+        add_span<kWidth>(steps, scratch.factors, n, scratch.by_shift.data());
       }
-    if (n < size) add_ten<W>(row, value, n, size, room.data(), ahead, sums);
+    if (n < size) add_ten<W>(row, value, n, size, scratch.room.data(), ahead, sums);
   }
-  for (int64_t n = 0; n < whole; n += kSpan) add_in_natural_order<kWidth>(by_integers.data() + n, sums + n);
+  for (int64_t n = 0; n < whole; n += kSpan) add_in_natural_order<kWidth>(scratch.by_shift.data() + n, sums + n);
   return s;
 }
 

@@ -32,12 +32,12 @@ struct Kept {
 
 // sums[n] = the sum over a share, for the columns [begin, end).
 template <class W>
-void sum_share(const Kept<W>& kept, Share share, int64_t begin, int64_t end, float* sums) {
+void sum_share(const Kept<W>& kept, Share share, int64_t begin, int64_t end, Scratch<W>& scratch, float* sums) {
   std::fill(sums + begin, sums + chunks_of(end) * kChunk, 0.0f);
   const int64_t width = columns_at_once<W>(1);
   for (int64_t n = begin; n < end; n += width) {
     const int64_t size = std::min(width, end - n);
-    const int64_t s = add_tens(*kept.h, share, *kept.rows, n, size, sums + n);
+    const int64_t s = add_tens(*kept.h, share, *kept.rows, n, size, scratch, sums + n);
     add_all_groups(*kept.h, s, share.end, *kept.rows, n, size, sums + n, width);
   }
 }
@@ -53,10 +53,11 @@ void sum_shares(const Kept<W> (&kept)[kCount], Done done) {
   float* const sums = reinterpret_cast<float*>(memory.get());
   // The shares of all take turns, so that threads get equally much of each.
   parallel(kPieces * units, steps * W::kUnit / kPieces, [&](int64_t begin, int64_t end) {
+    Scratch<W> scratch;
     for (int64_t piece = begin / units; piece * units < end; piece++) {
       const int64_t first = std::max<int64_t>(begin - piece * units, 0), last = std::min(end - piece * units, units);
       const Kept<W>& of = kept[piece % kCount];
-      sum_share(of, of.share(piece / kCount), first * W::kUnit, std::min(last * W::kUnit, columns),
+      sum_share(of, of.share(piece / kCount), first * W::kUnit, std::min(last * W::kUnit, columns), scratch,
                 sums + piece * width);
     }
   });

@@ -96,8 +96,8 @@ struct Share {
 
 // Adds ten rows, from column n on, for one token, whose values stay in registers while the rows pass.
 template <class W, class Ahead>
-inline void add_ten(const typename W::Row (&row)[kTen], const float (&value)[kTen], int64_t n, int64_t size, float* room,
-                    Ahead& ahead, float* sums) {
+inline void add_ten(const typename W::Row (&row)[kTen], const float (&value)[kTen], int64_t n, int64_t size,
+                    float* room, Ahead& ahead, float* sums) {
   constexpr int64_t kStep = kTenChunks<W> * kChunk;
   typename W::Term term[kTen];
   for (int i = 0; i < kTen; i++) term[i] = W::term(row[i], value[i], size, room + i * W::room(size));
@@ -109,20 +109,27 @@ inline void add_ten(const typename W::Row (&row)[kTen], const float (&value)[kTe
   if (n < size) add_columns<1>(term, n, sums, size - n);
 }
 
-// Adds most steps of a share, ten at a time, and returns the first step that is still to be added. `column` is the first
-// of the `size` columns wanted.
+// What a thread needs to add rows for one token. It is kept from share to share: memory that is new costs as much as
+// adding ten rows.
+template <class W>
+struct Scratch {
+  std::vector<float> room;
+};
+
+// Adds most steps of a share, ten at a time, and returns the first step that is still to be added. `column` is the
+// first of the `size` columns wanted.
 template <class W>
 int64_t add_tens(const Masked<ByVectors<Single<W>>>& h, Share share, const W& rows, int64_t column, int64_t size,
-                 float* sums) {
+                 Scratch<W>& scratch, float* sums) {
   const Later<Single<W>, W> later{h, rows, column, size};
-  std::vector<float> room(kTen * W::room(size));
+  scratch.room.resize(kTen * W::room(size));
   int64_t s = share.begin;
   for (; s + kTen <= share.end; s += kTen) {
     typename W::Row row[kTen];
     float value[kTen];
     for (int i = 0; i < kTen; i++) row[i] = rows.at(h.row(s + i, 0), column), value[i] = h.values[s + i];
     auto ahead = later.than(s, kTen);
-    add_ten<W>(row, value, 0, size, room.data(), ahead, sums);
+    add_ten<W>(row, value, 0, size, scratch.room.data(), ahead, sums);
   }
   return s;
 }

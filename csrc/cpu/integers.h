@@ -15,8 +15,6 @@
 namespace {
 namespace integers {
 
-constexpr int kLargest = 32767;
-
 template <int kWidth>
 constexpr int kSpan = 8 * kVectorBytes / kWidth;
 // Blocks of kScaleColumns in a span. Where a span is shorter than a block, it has the block to itself.
@@ -75,20 +73,6 @@ inline Vec high_floats(Vec a, Vec b) {
   return (Vec)_mm256_unpackhi_ps((__m256)a, (__m256)b);
 #else
   return (Vec)_mm_unpackhi_ps((__m128)a, (__m128)b);
-#endif
-}
-
-// The numbers of two vectors in turns, as words; those that do not fit become the largest or the least word.
-inline Bits pairs_of(Ints a, Ints b) {
-#if defined(__AVX512F__)
-  const __m512i words = _mm512_packs_epi32((__m512i)a, (__m512i)b);
-  return (Bits)_mm512_unpacklo_epi16(words, _mm512_bsrli_epi128(words, 8));
-#elif defined(__AVX2__)
-  const __m256i words = _mm256_packs_epi32((__m256i)a, (__m256i)b);
-  return (Bits)_mm256_unpacklo_epi16(words, _mm256_srli_si256(words, 8));
-#else
-  const __m128i words = _mm_packs_epi32((__m128i)a, (__m128i)b);
-  return (Bits)_mm_unpacklo_epi16(words, _mm_srli_si128(words, 8));
 #endif
 }
 
@@ -163,27 +147,24 @@ constexpr int column_of(int word, int shift) {
   else return word / 8 * 32 + shift % 2 * 16 + word % 8 * 2 + shift / 2;
 }
 
-inline Ints round(Vec v) {
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  return (Ints)(v + kRounder) - 0x4b400000;
-}
-
-// A power of two for each lane: with it as their step, numbers up to `largest` become 16-bit whole numbers.
+// A power of two for each lane: with it as their step, numbers up to `largest` become words of 15 bits and a sign.
 struct Step {
   Vec step, inverse;
 
   explicit Step(Ints largest) {
     constexpr uint32_t kExponent = 0x7f800000u, kLeast = (127 - 110) << 23;
-    const Bits bits = (Bits)largest & kExponent, exponent = bits < kLeast ? kLeast - Bits{} : bits;
+    // A number that would be rounded to 2^15 gets the next step.
+    const Bits bits = ((Bits)largest + 0x100) & kExponent, exponent = bits < kLeast ? kLeast - Bits{} : bits;
     step = (Vec)(exponent - (14u << 23));
     inverse = (Vec)(((127u * 2 + 14) << 23) - exponent);
   }
-  Ints operator()(Vec v) const {
-    const Ints most = kLargest - Ints{}, whole = rounded(v);
-    return whole < most ? whole : most;
-  }
-  // May be kLargest + 1.
-  Ints rounded(Vec v) const { return round(v * inverse); }
+  Ints operator()(Vec v) const { return (Ints)rounded(v) - kRounder; }
+  // The whole numbers in the lower words of the lanes. The upper words are not defined.
+  Bits low_words(Vec v) const { return (Bits)rounded(v); }
+
+ private:
+  static constexpr int32_t kRounder = 0x4b400000;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  Vec rounded(Vec v) const { return v * inverse + (Vec)(kRounder - Ints{}); }
 };
 
 // The bits of |v|. Their order is that of the numbers; Inf and NaN are above all numbers.

@@ -49,9 +49,15 @@ struct Masked {
   Masked(const float* h, int64_t ldh, int64_t tokens, int64_t ranks, Mask mask)
       : tokens(tokens), ranks(ranks), width(Method::width(tokens)) {
     const int64_t most = steps_of<Step>(ranks);
-    std::vector<Value> packed(tokens * most);
     std::vector<uint32_t> live(most * kRows);
     std::vector<float> kept(most * kRows);
+    if constexpr (std::is_same_v<Value, float>)
+      if (tokens == 1 && width == 1) {
+        mask.apply(h, ranks, kept.data(), live.data());
+        list_kept(kept.data(), live.data());
+        return;
+      }
+    std::vector<Value> packed(tokens * most);
     for (int64_t m = 0; m < tokens; m++) {
       mask.apply(h + m * ldh, ranks, kept.data(), live.data());
       Step::pack(kept.data(), most, packed.data() + m * most);
@@ -68,6 +74,16 @@ struct Masked {
   int64_t row(int64_t s, int i) const { return first[s] + i < ranks ? first[s] + i : first[s]; }
 
  private:
+  // The steps and values of a single token.
+  void list_kept(const float* kept, const uint32_t* live) {
+    first.resize(ranks), values.resize(ranks);
+    int64_t steps = 0;
+    for (int64_t r = 0; r < ranks; r++) {
+      first[steps] = r, values[steps] = kept[r];
+      steps += live[r];
+    }
+    first.resize(steps), values.resize(steps);
+  }
   void fill(const Value* packed, int64_t most, int64_t count, Value* tile) const {
     for (int64_t s = 0; s < steps(); s++)
       for (int64_t m = 0; m < count; m++) tile[s * width + m] = packed[m * most + first[s] / kRows];

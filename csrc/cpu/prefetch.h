@@ -35,7 +35,8 @@ class Ahead {
       }
       run = std::min(lines, left_);
       left_ -= run;
-      for (const char* const stop = at_ + run * kLineBytes; at_ != stop; at_ += kLineBytes) __builtin_prefetch(at_, 0, 2);
+      for (const char* const stop = at_ + run * kLineBytes; at_ != stop; at_ += kLineBytes)
+        __builtin_prefetch(at_, 0, 2);
     }
   }
 

@@ -179,7 +179,7 @@ struct Quantized {
   };
   static constexpr int64_t kBits = kWidth;
   static constexpr bool kAddressable = false;
-  static constexpr int64_t kUnit = std::max<int64_t>(8 * kVectorBytes / kWidth, kMostShared * kScaleColumns);
+  static constexpr int64_t kUnit = std::max<int64_t>(8 * kVectorBytes / kWidth, kMostShared* kScaleColumns);
 
   const uint8_t* data;
   int64_t rows, columns, ld;  // ld in bytes
