@@ -9,8 +9,8 @@
 
 namespace {
 
-// Rows that several tokens read side by side, and rows that one token does.
-constexpr int kTwelve = 12, kTen = 10;
+constexpr int kTen = 10;         // rows that one token reads side by side
+constexpr int kSideBySide = 12;  // rows that several tokens do
 #if defined(__AVX512F__)
 constexpr int kTokensAtOnce = 8;     // 16 sums, the rows and a value in 32 registers
 constexpr int kFewestTenChunks = 2;  // 4 sums and the values of ten rows
@@ -164,7 +164,7 @@ int64_t add_groups(const Masked<ByVectors<Step>>& h, int64_t s, int64_t end, con
 template <class Step, class W>
 void add_all_groups(const Masked<ByVectors<Step>>& h, int64_t s, int64_t end, const W& rows, int64_t column,
                     int64_t size, float* sums, int64_t lds) {
-  s = add_groups<Step, kTwelve / Step::kRows>(h, s, end, rows, column, size, sums, lds);
+  s = add_groups<Step, kSideBySide / Step::kRows>(h, s, end, rows, column, size, sums, lds);
   s = add_groups<Step, 4 / Step::kRows>(h, s, end, rows, column, size, sums, lds);
   add_groups<Step, 1>(h, s, end, rows, column, size, sums, lds);
 }

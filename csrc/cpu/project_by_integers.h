@@ -104,12 +104,13 @@ FixedTokens<kWidth> skip_tokens(FixedTokens<kWidth> x, int64_t count, int64_t si
 
 // The same as for float32, span by span.
 template <int kRows, int kTokens, class W, int kWidth, class Ahead>
-void dot_tile(const W& B, int64_t first, FixedTokens<kWidth> x, Ahead& ahead, float* room, float* h, int64_t ldh) {
+void dot_tile(const W& B, int64_t first, int64_t apart, FixedTokens<kWidth> x, Ahead& ahead, float* room, float* h,
+              int64_t ldh) {
   using Inputs = FixedInputs<kWidth>;
   constexpr int kSpan = Inputs::kSpan, kShifts = Inputs::kShifts, kBlocks = Inputs::kBlocks;
   const int64_t size = B.columns, spans = x.fixed->spans();
   typename W::Term term[kRows];
-  for (int r = 0; r < kRows; r++) term[r] = W::term(B.at(first + r, 0), 1.0f, size, room + r * W::room(size));
+  for (int r = 0; r < kRows; r++) term[r] = W::term(B.at(first + r * apart, 0), 1.0f, size, room + r * W::room(size));
   Vec sums[kTokens][kRows] = {};
   for (int64_t s = 0; s < spans; s++) {
     ahead.ask(lines_of<W>(kRows * kSpan));
@@ -133,7 +134,7 @@ void dot_tile(const W& B, int64_t first, FixedTokens<kWidth> x, Ahead& ahead, fl
         sums[m][r] = multiply_add(sums[m][r], load_first(x.floats + m * size + k, size - k), w);
     }
   for (int m = 0; m < kTokens; m++)
-    for (int r = 0; r < kRows; r++) h[m * ldh + r] = sum(sums[m][r]);
+    for (int r = 0; r < kRows; r++) h[m * ldh + r * apart] = sum(sums[m][r]);
 }
 
 // A method: whole numbers, for a few tokens.
