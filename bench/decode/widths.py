@@ -130,8 +130,10 @@ def _randomize(weight: Tensor, scale: Tensor | None, columns: int) -> None:
     else:
         # without a mean, or all outputs would have one direction in common
         packed = weight.dtype == torch.uint8
-        whole = torch.randint(-7, 8, (len(weight), columns), dtype=torch.int8) if packed else weight
-        weight.copy_(pack_int4(whole) if packed else whole.random_(-127, 128))
+        if packed:
+            weight.copy_(pack_int4(torch.randint(-7, 8, (len(weight), columns), dtype=torch.int8)))
+        else:
+            weight.random_(-127, 128)
         scale.fill_(std / (4.3 if packed else 73))  # the standard deviation of such values is 1 by it
 
 

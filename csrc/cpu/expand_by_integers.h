@@ -174,7 +174,6 @@ int64_t add_tens(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, Share
   using W = Quantized<T, kWidth>;
   if (!rows.fixed_point) return add_tens<W>(h, share, rows, column, size, scratch, sums);
   constexpr int64_t kSpan = integers::kSpan<kWidth>;
-  const Later<Single<W>, W> later{h, rows, column, size};
   const int64_t whole = size / kSpan * kSpan;
   scratch.room.resize(kTen * W::room(size));
   scratch.by_shift.assign(whole, 0.0f);
@@ -189,7 +188,7 @@ int64_t add_tens(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, Share
       row[i] = rows.at(h.row(s + i, 0), column);
       steps[i] = row[i].steps, scale[i] = row[i].first_scale(), value[i] = h.values[s + i];
     }
-    auto ahead = later.than(s, kTen);
+    auto ahead = steps_after(h, rows, s, kTen, column, size);
     int64_t n = 0;
     if (scratch.factors.set(scale, value, rows.group_bits))
       for (; n < whole; n += kSpan) {

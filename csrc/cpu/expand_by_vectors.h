@@ -23,26 +23,17 @@ constexpr int kFewestTenChunks = 1;
 template <class W>
 constexpr int kTenChunks = std::max(kFewestTenChunks, std::min(kLineChunks<W>, 4));
 
-// What is asked from memory while rows are added: the same columns of the rows of later steps.
+// What is asked from memory while `steps` steps from s on are added side by side.
 template <class Step, class W>
-struct Later {
-  const Masked<ByVectors<Step>>& h;
-  const W& rows;
-  int64_t column, size;
-
-  // For `steps` steps from s on that are added side by side.
-  auto than(int64_t s, int steps) const {
-    constexpr int kRows = Step::kRows;
-    const int64_t bytes = size * W::kBits / 8;
-    const int64_t first = s + steps * groups_ahead(steps * kRows, bytes);
-    const auto ask_for_row = [*this](int64_t i) {
-      const auto row = rows.at(h.row(i / kRows, i % kRows), column);
-      W::ask_for_scales(row, size);
-      return W::address(row, 0);
-    };
-    return Ahead(ask_for_row, first * kRows, std::min(first + steps, h.steps()) * kRows, bytes);
-  }
-};
+auto steps_after(const Masked<ByVectors<Step>>& h, const W& rows, int64_t s, int steps, int64_t column, int64_t size) {
+  constexpr int kRows = Step::kRows;
+  const auto ask_for_row = [=, &h, &rows](int64_t i) {
+    const auto row = rows.at(h.row(i / kRows, i % kRows), column);
+    W::ask_for_scales(row, size);
+    return W::address(row, 0);
+  };
+  return Ahead(ask_for_row, s * kRows, steps * kRows, h.steps() * kRows, size * W::kBits / 8);
+}
 
 // sums[m][0, kChunk) += Σ values[s][m] · rows(s), for kSteps steps and kTokens tokens.
 template <class Step, int kSteps, int kTokens, class Rows>
@@ -109,8 +100,8 @@ inline void add_ten(const typename W::Row (&row)[kTen], const float (&value)[kTe
   if (n < size) add_columns<1>(term, n, sums, size - n);
 }
 
-// What a thread needs to add rows for one token. It is kept from share to share: memory that is new costs as much as
-// adding ten rows.
+// What a thread needs to add rows for one token. It is kept from share to share, because allocations show in the
+// profile of a step.
 template <class W>
 struct Scratch {
   std::vector<float> room;
@@ -121,14 +112,13 @@ struct Scratch {
 template <class W>
 int64_t add_tens(const Masked<ByVectors<Single<W>>>& h, Share share, const W& rows, int64_t column, int64_t size,
                  Scratch<W>& scratch, float* sums) {
-  const Later<Single<W>, W> later{h, rows, column, size};
   scratch.room.resize(kTen * W::room(size));
   int64_t s = share.begin;
   for (; s + kTen <= share.end; s += kTen) {
     typename W::Row row[kTen];
     float value[kTen];
     for (int i = 0; i < kTen; i++) row[i] = rows.at(h.row(s + i, 0), column), value[i] = h.values[s + i];
-    auto ahead = later.than(s, kTen);
+    auto ahead = steps_after(h, rows, s, kTen, column, size);
     add_ten<W>(row, value, 0, size, scratch.room.data(), ahead, sums);
   }
   return s;
@@ -140,14 +130,13 @@ template <class Step, int kSteps, class W = typename Step::Weights>
 int64_t add_groups(const Masked<ByVectors<Step>>& h, int64_t s, int64_t end, const W& rows, int64_t column,
                    int64_t size, float* sums, int64_t lds) {
   constexpr int kRows = Step::kRows;
-  const Later<Step, W> later{h, rows, column, size};
   std::vector<float> room(kSteps * kRows * W::room(size));
   for (; s + kSteps <= end; s += kSteps) {
     typename W::Term term[kSteps * kRows];
     for (int i = 0; i < kSteps * kRows; i++)
       term[i] = W::term(rows.at(h.row(s + i / kRows, i % kRows), column), 1.0f, size, room.data() + i * W::room(size));
     const auto* values = h.values.data() + s * h.tokens;
-    auto ahead = later.than(s, kSteps);
+    auto ahead = steps_after(h, rows, s, kSteps, column, size);
     int64_t n = 0;
     for (; n + kChunk <= size; n += kChunk) {
       ahead.ask(lines_of<W>(kSteps * kRows * kChunk));

@@ -51,7 +51,7 @@ struct Masked {
     const int64_t most = steps_of<Step>(ranks);
     std::vector<uint32_t> live(most * kRows);
     std::vector<float> kept(most * kRows);
-    if constexpr (std::is_same_v<Value, float>)
+    if constexpr (kRows == 1)
       if (tokens == 1 && width == 1) {
         mask.apply(h, ranks, kept.data(), live.data());
         list_kept(kept.data(), live.data());

@@ -10,20 +10,20 @@ namespace {
 // Rows are asked for at least so many bytes ahead.
 constexpr int64_t kAheadBytes = 16 * 1024;
 
-// The number of groups of `rows` pieces of rows, each of `bytes` bytes, that lie between a piece and its use.
-inline int64_t groups_ahead(int64_t rows, int64_t bytes) {
-  return (kAheadBytes + rows * bytes - 1) / std::max<int64_t>(rows * bytes, 1);
-}
-
 // A few rows that are read side by side later. While earlier rows are read side by side, memory is asked for these one
-// after the other, in the order in which they lie: that is the only order in which it is fast, and which the hardware
-// prefetcher follows. They wait in the second-level cache.
+// after the other, in the order in which they lie, which the hardware prefetcher follows. They wait in the second-level
+// cache.
 template <class RowOf>
 class Ahead {
  public:
-  // The rows row_of(i) for i in [next, end), each of `bytes` bytes.
-  Ahead(RowOf row_of, int64_t next, int64_t end, int64_t bytes)
-      : row_of_(row_of), next_(next), end_(end), lines_((bytes + kLineBytes - 1) / kLineBytes) {}
+  // While the rows i in [r, r + count) are read, as many later ones are asked for, of those with i < end. Of each,
+  // `bytes` from row_of(i) on are read.
+  Ahead(RowOf row_of, int64_t r, int64_t count, int64_t end, int64_t bytes)
+      : row_of_(row_of), lines_((bytes + kLineBytes - 1) / kLineBytes) {
+    const int64_t of_all = std::max<int64_t>(count * bytes, 1);
+    next_ = r + (kAheadBytes + of_all - 1) / of_all * count;
+    end_ = std::min(next_ + count, end);
+  }
 
   // Asks for some lines of the caches.
   void ask(int64_t lines) {
@@ -42,7 +42,7 @@ class Ahead {
 
  private:
   RowOf row_of_;
-  int64_t next_, end_, lines_, left_ = 0;
+  int64_t lines_, next_, end_, left_ = 0;
   const char* at_ = nullptr;
 };
 

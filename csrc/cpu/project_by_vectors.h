@@ -33,13 +33,12 @@ constexpr int64_t kRowAheadBytes = 0;
 // What is asked from memory while the rows [r, r + count) of B are multiplied: later rows, of those before `end`.
 template <class W>
 auto rows_after(const W& B, int64_t r, int count, int64_t end) {
-  const int64_t bytes = B.columns * W::kBits / 8, first = r + count * groups_ahead(count, bytes);
   const auto ask_for_row = [&B](int64_t i) {
     const auto row = B.at(i, 0);
     W::ask_for_scales(row, B.columns);
     return W::address(row, 0);
   };
-  return Ahead(ask_for_row, first, std::min(first + count, end), bytes);
+  return Ahead(ask_for_row, r, count, end, B.columns * W::kBits / 8);
 }
 
 // Asks for what lies ahead in kRows rows that are read side by side, from far apart places.

@@ -118,6 +118,7 @@ inline float to_float(half scale) {
 }
 
 constexpr int64_t kMostShared = 4;  // blocks of kScaleColumns that share a scale, unless a whole row does
+constexpr int64_t kSharedColumns = kMostShared * kScaleColumns;
 
 // The lanes from `first` on of a vector in which each lane of v is repeated 2^kShift times.
 template <int kShift>
@@ -179,7 +180,7 @@ struct Quantized {
   };
   static constexpr int64_t kBits = kWidth;
   static constexpr bool kAddressable = false;
-  static constexpr int64_t kUnit = std::max<int64_t>(8 * kVectorBytes / kWidth, kMostShared* kScaleColumns);
+  static constexpr int64_t kUnit = std::max<int64_t>(8 * kVectorBytes / kWidth, kSharedColumns);
 
   const uint8_t* data;
   int64_t rows, columns, ld;  // ld in bytes
