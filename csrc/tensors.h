@@ -5,12 +5,18 @@
 
 #include <algorithm>
 #include <array>
+#include <string>
 #include <vector>
 
 #include "check.h"
 #include "dtypes.h"
 
 namespace rana {
+
+// A string as an op takes it. As std::string, torch 2.13 hands over a copy that nobody frees.
+struct Text {
+  std::string value;
+};
 
 // A small argument (input, bias, threshold), made contiguous if it is not. Calls of torch that would do nothing are
 // skipped: during decode their code is no longer in the caches, and a cold call costs 5 to 10 µs.
@@ -79,6 +85,20 @@ inline int64_t first_gate_rank(int64_t ranks, const OptionalTensor& gate_rows) {
 
 }  // namespace rana
 
+template <>
+struct torch::stable::detail::ToImpl<rana::Text> {
+  static rana::Text call(StableIValue value, uint64_t, bool) {
+    const auto handle = torch::stable::detail::to<StringHandle>(value);
+    size_t length;
+    const char* data;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    rana::Text text{std::string(data, length)};
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
+
 // The names that the sources of the ops use without rana::.
 namespace {
 
@@ -91,6 +111,7 @@ using rana::Packed;
 using rana::packed;
 using rana::ScalarType;
 using rana::Tensor;
+using rana::Text;
 using rana::tokens_of;
 
 // Calls f with a value of the element type of `dtype`, which Check has found to be one of these three.

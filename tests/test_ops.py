@@ -1,8 +1,10 @@
 """Each op on each implementation: exact, close, memory, framework, meaning, errors."""
 
+import resource
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +213,24 @@ def test_arguments_are_left_alone(implementation, case):
         y = implementation(case.op, args)
         assert all(torch.equal(args[n], t) for n, t in before.items())
         assert all(y.data_ptr() != args[n].data_ptr() for n in before)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@every_op
+def test_calls_leave_no_memory_behind(implementation, case):
+    args = make_inputs(case, torch.float32, device=implementation.device)
+
+    def call_often(times: int = 20_000) -> None:
+        for _ in range(times):
+            implementation(case.op, args)
+
+    call_often(1000)
+    before = resident_bytes()
+    call_often()
+    assert resident_bytes() - before < 20_000 * 50
 
 
 # 4. framework

@@ -239,12 +239,12 @@ Tensor compute(const Device& device, const Given& given, const Masks& masks) {
 Tensor masked_mlp(const Tensor& x, const OptionalTensor& B, const Tensor& up_rows, const OptionalTensor& gate_rows,
                   const Tensor& threshold, const OptionalTensor& norms, const OptionalTensor& up_bias,
                   const OptionalTensor& gate_bias, const Tensor& down_rows, const Tensor& down_norms,
-                  const Tensor& down_threshold, const OptionalTensor& down_bias, std::string activation,
+                  const Tensor& down_threshold, const OptionalTensor& down_bias, const Text& activation,
                   const OptionalTensor& B_scale, const OptionalTensor& up_scale, const OptionalTensor& gate_scale,
                   const OptionalTensor& down_scale) {
-  const Activation function = find_activation(activation);
+  const Activation function = find_activation(activation.value);
   rana::check_masked_mlp(x, B, up_rows, gate_rows, threshold, norms, up_bias, gate_bias, down_rows, down_norms,
-                         down_threshold, down_bias, activation, B_scale, up_scale, gate_scale, down_scale,
+                         down_threshold, down_bias, activation.value, B_scale, up_scale, gate_scale, down_scale,
                          function != Activation::unknown);
   const int64_t columns = rana::columns_of(down_rows);
   if (tokens_of(x) * columns == 0) return empty_output(x, columns);
