@@ -73,12 +73,13 @@ def shipped_python(text: str) -> str:
 
 
 def _write_sources(csrc: Path) -> None:
-    """Copy csrc without what stands between the ops. The CPU ops become headers, without registrations."""
-    shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("bindings.cpp", "between.h"))
+    """Copy csrc without the steps of generation. The CPU ops become headers, without registrations."""
+    others = shutil.ignore_patterns("bindings.cpp", "between.h", "run_blocks.h")
+    shutil.copytree(ROOT / "csrc", csrc, ignore=others)
     for path in (csrc / "cuda").glob("*.cu"):
         path.write_text(REGISTRATION.sub(OWN_REGISTRATION, path.read_text()))
     for path in (csrc / "cpu").glob("*.cpp"):
-        text = path.read_text().replace('#include "between.h"\n', "")
+        text = path.read_text().replace('#include "run_blocks.h"\n', "")
         text = REGISTRATION.sub("", text).replace('.cpp"\n', '.h"\n')
         path.with_suffix(".h").write_text("#pragma once\n" + text)
         path.unlink()

@@ -14,6 +14,7 @@ from rana_kernels.backends import installed
 from rana_kernels.cli.options import quicken_or_say
 from rana_kernels.integrations.decoding import blocks, quicken, step
 from rana_kernels.integrations.decoding.cache import SPARE, GrowingLayer
+from rana_kernels.integrations.decoding.recipe import INSTRUCTIONS, NoRecipe, Recipe, recipes
 from tests.test_compress import make_model, tokens
 
 pytestmark = pytest.mark.skipif(not installed("cpu"), reason="the CPU library was not built")
@@ -85,6 +86,7 @@ def test_compressed_models_write_the_same(method, bits, steps):
     )  # fmt: skip
     old, new = both(model, max_new_tokens=40)
     assert torch.equal(old, new) and len(steps) == 39
+    assert Recipe(model).holds()
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def between(length: int = 700, threads: int = 1, dtype: torch.dtype = torch.floa
     seen[:, -1] = True
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    y = torch.ops.rana_between.attend(q, k, v, cos, sin, seen, keys, values, length, 0.3)
+    y = torch.ops.rana_decoding.attend(q, k, v, cos, sin, seen, keys, values, length, 0.3)
     torch.set_num_threads(before)
     return y, keys, values
 
@@ -160,6 +162,117 @@ def test_threads_do_not_change_a_bit(dtype):
         assert torch.equal(one, two) and one.isfinite().all()
 
 
+def logits_of(model: nn.Module, recipe: Recipe | None) -> Tensor:
+    """Return the logits of four steps of three texts by a recipe, or by the modules."""
+    cache = DynamicCache(config=model.config)
+    model(tokens(3, 9), use_cache=True, **{CACHE: cache})
+    recipes[model] = recipe
+    steps = [
+        model(input_ids=torch.full((3, 1), t), use_cache=True, **{CACHE: cache}).logits for t in range(4)
+    ]
+    return torch.stack(steps)
+
+
+def compressed(architecture: str = "Llama", method: str = "global", bits: int = 4) -> nn.Module:
+    sizes = {"sliding_window": None} if architecture == "Mistral" else {}
+    model = wide_model(architecture, **sizes).to(torch.bfloat16)
+    rana.compress(
+        model, [tokens(8)], flops_reduction=0.3, method=method, bits=bits, group=32, progress=False
+    )  # fmt: skip
+    quicken(model)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["global", "paper"])
+@pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_a_program_gives_the_bits_of_the_modules(architecture, method):
+    """paper has ranks that q, k and v share. In float32, the activation of a dense MLP differs by an ulp."""
+    model = compressed(architecture, method, bits=16 if architecture == "Mistral" else 4)
+    assert torch.equal(logits_of(model, Recipe(model)), logits_of(model, None))
+
+
+def hook(model: nn.Module, called: list) -> None:
+    model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: called.append(1))
+
+
+def hook_all(model: nn.Module, called: list) -> None:
+    nn.modules.module.register_module_forward_hook(lambda *_: called.append(1))
+
+
+def replace_forward(model: nn.Module, called: list) -> None:
+    old = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: (called.append(1), old(x))[1]
+
+
+def replace_module(model: nn.Module, called: list) -> None:
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            called.append(1)
+            return x
+
+    model.model.layers[0].self_attn.o_proj = Other()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [hook, hook_all, replace_forward, replace_module])
+def test_a_program_notices_what_changes(change, request):
+    request.addfinalizer(nn.modules.module._global_forward_hooks.clear)
+    model, called = compressed(), []
+    recipe = Recipe(model)
+    before = logits_of(model, recipe)
+    assert recipe.holds()
+    change(model, called)
+    after = logits_of(model, recipe)
+    assert len(called) >= 4 and not recipe.holds()
+    assert torch.equal(after, before) is (change is not replace_module)
+    model(tokens(1, 2))
+    assert model not in recipes, "it is made anew after a prompt"
+
+
+@torch.no_grad()
+def test_a_program_reads_the_weights_of_the_moment():
+    model = compressed(bits=16)
+    recipe, linear = Recipe(model), model.model.layers[0].self_attn.o_proj
+    before = logits_of(model, recipe)
+    linear.rows = nn.Parameter(linear.rows.neg(), requires_grad=False)
+    after = logits_of(model, recipe)
+    assert recipe.holds() and not torch.equal(after, before)
+    assert torch.equal(after, logits_of(model, None))
+    linear.threshold.fill_(1e9)
+    assert torch.equal(logits_of(model, recipe), logits_of(model, None))
+
+
+@torch.no_grad()
+def test_autocast_and_loras_are_computed_by_modules():
+    model = compressed()
+    recipe = Recipe(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not recipe.holds()
+    with pytest.raises(NoRecipe):
+        Recipe(wide_model())  # whose linears are torch's
+
+
+def test_no_program_overruns_its_weights():
+    """Recipes at random are computed or refused."""
+    torch.manual_seed(0)
+    refused = 0
+    for _ in range(2000):
+        recipe = torch.randint(-1, len(INSTRUCTIONS) + 1, (int(torch.randint(1, 6, ())),)).tolist()
+        weights = [
+            None if torch.rand(()) < 0.3 else torch.ones([8] * int(torch.randint(1, 3, ())))
+            for _ in range(int(torch.randint(0, 12, ())))
+        ]
+        caches = [[torch.zeros(2, 1, 4, 8)] for _ in range(2)]
+        angles = [torch.zeros(2, 1, 8)] * 2
+        given = (torch.ones(2, 1, 8), recipe, weights, 1e-5, *angles, None, *caches, 2, 1.0, "silu")
+        try:
+            assert torch.ops.rana_decoding.run_blocks(*given).shape[:2] == (2, 1)
+        except RuntimeError:
+            refused += 1
+    assert 1000 < refused < 2000
+
+
 @pytest.mark.parametrize("changed", ["keys", "values", "k", "cos", "seen", "length"])
 def test_nothing_is_overrun(changed):
     given = {
@@ -168,10 +281,10 @@ def test_nothing_is_overrun(changed):
         "seen": torch.ones(2, 6, dtype=torch.bool), "keys": torch.zeros(2, 2, 9, 24),
         "values": torch.zeros(2, 2, 9, 24), "length": 5, "scale": 1.0,
     }  # fmt: skip
-    torch.ops.rana_between.attend(**given)
+    torch.ops.rana_decoding.attend(**given)
     given[changed] = 9 if changed == "length" else given[changed][..., :-1].contiguous()
-    with pytest.raises(RuntimeError, match="rana_between: wanted"):
-        torch.ops.rana_between.attend(**given)
+    with pytest.raises(RuntimeError, match="rana_decoding: wanted"):
+        torch.ops.rana_decoding.attend(**given)
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ void mix(const float* shares, const T* values, int64_t length, int64_t D, int64_
 
 // These functions have one caller, `rana_kernels/integrations/decoding`. Their checks say that memory is not overrun.
 inline void require(bool right, const char* wanted) {
-  if (!right) throw std::runtime_error(std::string("rana_between: wanted ") + wanted);
+  if (!right) throw std::runtime_error(std::string("rana_decoding: wanted ") + wanted);
 }
 
 inline void require_like(const Tensor& t, const Tensor& x, int64_t count, const char* wanted) {
@@ -124,66 +124,104 @@ Tensor add_rms_norm(const Tensor& x, const OptionalTensor& delta, const Tensor& 
   return y;
 }
 
+// One token of each text, and the cache that it attends to.
+struct Attention {
+  const Tensor &cos, &sin;
+  const OptionalTensor& seen;
+  const Tensor &keys, &values;  // [batch, heads, room, D], of which `length` are filled
+  int64_t length;
+  double scale;
+
+  int64_t batch() const { return keys.size(0); }
+  int64_t heads() const { return keys.size(1); }
+  int64_t room() const { return keys.size(2); }
+  int64_t head_size() const { return keys.size(3); }
+
+  // Checks all for queries of a dtype.
+  void check(const Tensor& q) const {
+    const int64_t angles = batch() * head_size();
+    require(keys.dim() == 4 && keys.is_contiguous() && values.is_contiguous() && 0 <= length && length < room(),
+            "contiguous keys and values with room");
+    require_like(keys, q, keys.numel(), "keys in the dtype of q");
+    require_like(values, q, keys.numel(), "values like keys");
+    require_like(cos, q, angles, "cosines for each text");
+    require_like(sin, q, angles, "sines for each text");
+    require(!seen || (seen->scalar_type() == ScalarType::Bool && seen->numel() == batch() * (length + 1)),
+            "`seen` to be bool, for each text and token");
+  }
+};
+
+// A vector for each text, `stride` elements apart.
+template <class T>
+struct Vectors {
+  const T* data;
+  int64_t stride;
+};
+
+// Adds k and v [heads · D] to the cache of each text, and attends with q, `queries` · D elements for each head.
+template <class T>
+void attend_heads(const Attention& a, Vectors<T> q, Vectors<T> k, Vectors<T> v, int64_t queries, T* y) {
+  const int64_t heads = a.heads(), room = a.room(), D = a.head_size(), length = a.length, chunks = chunks_of(D);
+  const Packed<T> cosines(a.cos), sines(a.sin);
+  const auto mask = packed<bool>(a.seen);
+  T* const all_keys = static_cast<T*>(a.keys.mutable_data_ptr());
+  T* const all_values = static_cast<T*>(a.values.mutable_data_ptr());
+  parallel(a.batch() * heads, 2 * queries * (length + 1) * D, [&](int64_t begin, int64_t end) {
+    const int64_t seen_length = length + 1;
+    std::vector<float> shares(kQueries * seen_length);
+    std::vector<Chunk> turned(kQueries * chunks);
+    std::vector<T> one(D);
+    for (int64_t i = begin; i < end; i++) {  // a head of a text
+      T *own_keys = all_keys + i * room * D, *own_values = all_values + i * room * D;
+      const int64_t text = i / heads, head = i % heads;
+      const T *c = cosines.data + text * D, *s = sines.data + text * D;
+      rotate(k.data + text * k.stride + head * D, c, s, D, own_keys + length * D);
+      std::copy_n(v.data + text * v.stride + head * D, D, own_values + length * D);
+      for (int64_t first = 0; first < queries; first += kQueries) {
+        const int64_t count = std::min(kQueries, queries - first);
+        const T* const own_queries = q.data + text * q.stride + (head * queries + first) * D;
+        for (int64_t j = 0; j < count; j++) {
+          rotate(own_queries + j * D, c, s, D, one.data());
+          for (int64_t n = 0; n < chunks; n++)
+            turned[j * chunks + n] = load_first(one.data() + n * kChunk, D - n * kChunk);
+        }
+        score(turned.data(), own_keys, seen_length, D, float(a.scale), mask ? mask->data + text * seen_length : nullptr,
+              shares.data());
+        for (int64_t j = 0; j < count; j++) softmax(shares.data() + j * seen_length, seen_length);
+        mix(shares.data(), own_values, seen_length, D, count, y + (i * queries + first) * D);
+      }
+    }
+  });
+}
+
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
               const OptionalTensor& seen, const Tensor& keys, const Tensor& values, int64_t length, double scale) {
-  const int64_t batch = keys.size(0), heads = keys.size(1), room = keys.size(2), D = keys.size(3);
-  const int64_t queries = last_size(q) / (heads * D);  // that read one head of keys
-  require(keys.is_contiguous() && values.is_contiguous() && length < room, "contiguous keys and values with room");
-  require_like(keys, q, batch * heads * room * D, "keys in the dtype of q");
-  require_like(values, q, keys.numel(), "values like keys");
-  require_like(q, keys, batch * heads * queries * D, "heads of q that share keys evenly");
-  require_like(k, q, batch * heads * D, "one new key a head");
-  require_like(v, q, batch * heads * D, "one new value a head");
-  require_like(cos, q, batch * D, "cosines for each text");
-  require_like(sin, q, batch * D, "sines for each text");
-  require(!seen || (seen->scalar_type() == ScalarType::Bool && seen->numel() == batch * (length + 1)),
-          "`seen` to be bool, for each text and token");
+  const Attention attention{cos, sin, seen, keys, values, length, scale};
+  attention.check(q);
+  const int64_t width = attention.heads() * attention.head_size(), queries = last_size(q) / width;
+  require_like(q, keys, attention.batch() * width * queries, "heads of q that share keys evenly");
+  require_like(k, q, attention.batch() * width, "one new key a head");
+  require_like(v, q, attention.batch() * width, "one new value a head");
   Tensor y = empty_output(q, last_size(q));
   for_dtype(q.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const Packed<T> query(q), key(k), value(v), cosines(cos), sines(sin);
-    const auto mask = packed<bool>(seen);
-    T *all_keys = static_cast<T*>(keys.mutable_data_ptr()), *all_values = static_cast<T*>(values.mutable_data_ptr());
-    T* out = static_cast<T*>(y.mutable_data_ptr());
-    parallel(batch * heads, 2 * queries * (length + 1) * D, [&](int64_t begin, int64_t end) {
-      const int64_t chunks = chunks_of(D), seen_length = length + 1;
-      std::vector<float> shares(kQueries * seen_length);
-      std::vector<Chunk> turned(kQueries * chunks);
-      std::vector<T> one(D);
-      for (int64_t i = begin; i < end; i++) {  // a head of a text
-        T *own_keys = all_keys + i * room * D, *own_values = all_values + i * room * D;
-        const int64_t text = i / heads;
-        const T *c = cosines.data + text * D, *s = sines.data + text * D;
-        rotate(key.data + i * D, c, s, D, own_keys + length * D);
-        std::copy_n(value.data + i * D, D, own_values + length * D);
-        for (int64_t first = 0; first < queries; first += kQueries) {
-          const int64_t count = std::min(kQueries, queries - first), at = (i * queries + first) * D;
-          for (int64_t j = 0; j < count; j++) {
-            rotate(query.data + at + j * D, c, s, D, one.data());
-            for (int64_t k = 0; k < chunks; k++)
-              turned[j * chunks + k] = load_first(one.data() + k * kChunk, D - k * kChunk);
-          }
-          score(turned.data(), own_keys, seen_length, D, float(scale), mask ? mask->data + text * seen_length : nullptr,
-                shares.data());
-          for (int64_t j = 0; j < count; j++) softmax(shares.data() + j * seen_length, seen_length);
-          mix(shares.data(), own_values, seen_length, D, count, out + at);
-        }
-      }
-    });
+    const Packed<T> query(q), key(k), value(v);
+    attend_heads<T>(attention, {query.data, width * queries}, {key.data, width}, {value.data, width}, queries,
+                    static_cast<T*>(y.mutable_data_ptr()));
   });
   return y;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(rana_between, m) {
+STABLE_TORCH_LIBRARY(rana_decoding, m) {
   m.def("add_rms_norm(Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? seen, Tensor(a!) keys, Tensor(b!) values, "
       "int length, float scale) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rana_between, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(rana_decoding, CPU, m) {
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("attend", TORCH_BOX(&attend));
 }

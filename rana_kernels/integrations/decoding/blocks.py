@@ -1,7 +1,7 @@
 """One token of each text through the blocks of a Llama, or of a model whose blocks compute the same.
 
-The modules of linears and MLPs are called as transformers calls them. What stands between them is computed
-by `csrc/cpu/between.h`.
+Blocks that have a recipe run it. In others, those of a LoRA and those with hooks, the modules of linears and
+MLPs are called as transformers calls them, and what stands between them is computed by `csrc/cpu/between.h`.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rana_kernels.integrations.decoding.cache import GrowingLayer
+from rana_kernels.integrations.decoding.recipe import recipe_of
 
 
 def decode(
@@ -25,8 +26,9 @@ def decode(
     rotation = decoder.rotary_emb(x, positions.expand(len(x), 1))
     for layer in layers:
         layer.reserve()
-    x = _through_blocks(decoder, x, rotation, seen, layers)
-    return model.lm_head(x)
+    recipe = recipe_of(model)
+    y = None if recipe is None else recipe.run(x.clone(), rotation, seen, layers)
+    return model.lm_head(_through_blocks(decoder, x, rotation, seen, layers) if y is None else y)
 
 
 # In inference mode our ops are called without the Python that would record derivatives. What outlives a step
@@ -45,7 +47,7 @@ def _through_blocks(
 
 def _normalize(norm: Any, x: Tensor, delta: Tensor | None = None) -> Tensor:
     """Add `delta` to x in place, and return the norm of the sum."""
-    return torch.ops.rana_between.add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
+    return torch.ops.rana_decoding.add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
 
 
 def _attend(
@@ -54,10 +56,10 @@ def _attend(
     q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
     if hasattr(attention, "q_norm"):
         heads = (*x.shape[:-1], -1, attention.head_dim)
-        q = _normalize(attention.q_norm, q.reshape(heads)).flatten(-2)
-        k = _normalize(attention.k_norm, k.reshape(heads)).flatten(-2)
+        q = _normalize(attention.q_norm, q.reshape(heads).contiguous()).flatten(-2)
+        k = _normalize(attention.k_norm, k.reshape(heads).contiguous()).flatten(-2)
     keys, values = layer.rooms()
-    y = torch.ops.rana_between.attend(
+    y = torch.ops.rana_decoding.attend(
         q, k, v, *rotation, seen, keys.memory, values.memory, keys.length, attention.scaling
     )
     keys.length += 1

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rana_kernels.integrations.decoding.blocks import decode
 from rana_kernels.integrations.decoding.cache import growing_layers
+from rana_kernels.integrations.decoding.recipe import forget_recipe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose blocks `blocks.py` computes
 # arguments of `forward` that a step knows; the last three say nothing about a single token
@@ -61,7 +62,7 @@ def _require_step(model: PreTrainedModel) -> None:
     other = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {"DynamicLayer"}
     if other:
         raise ValueError(f"{name} caches keys in a {min(other)}, wanted every layer to see the whole text")
-    if not hasattr(torch.ops.rana_between, "attend"):
+    if not hasattr(torch.ops.rana_decoding, "attend"):
         raise ValueError("the CPU library was not built, wanted an installation with a C++ compiler at hand")
     devices = {p.device.type for p in model.parameters()} - {"cpu"}
     if devices:
@@ -72,6 +73,7 @@ def _with_step(forward: Callable) -> Callable:
     @functools.wraps(forward)
     def step_or_forward(model: Any, *args: Any, **given: Any) -> Any:
         if args or not _is_step(model, given):
+            forget_recipe(model)
             return forward(model, *args, **given)
         name = "cache" if given.get("cache") is not None else "past_key_values"
         layers = growing_layers(given.get(name))
