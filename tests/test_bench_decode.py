@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +16,8 @@ from bench.decode.measure import Setting, measure_drafts, share_rows, take_turns
 from bench.decode.models import NAMES, SHAPES, from_random, random_model
 from bench.decode.steps import Decoder, compiled
 from bench.kernels.baselines import can_pack
+from bench.report import page
+from bench.report.results import read_csv
 from rana_kernels.evaluation.metrics import count_live_rows
 from rana_kernels.nn.adapters import RanaLinear
 from rana_kernels.nn.dense import DenseLinear
@@ -221,6 +224,24 @@ def test_shapes_have_the_weights_of_their_names():
     for name, billions in (("Llama-3.2-1B", 1.24), ("Llama-2-7B", 6.74)):
         model = random_model(SHAPES[name], torch.bfloat16, "meta")
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_the_command_in_4_bits(tmp_path, capsys, monkeypatch):
+    """Three models take turns, and their rows have a place on the page."""
+    config = LlamaConfig(**{**TINY.to_dict(), "hidden_size": 256})
+    monkeypatch.setitem(SHAPES, "tiny", config)
+    monkeypatch.setattr(command, "require_green_tests", lambda: None)
+    command.main(
+        "tiny", prompt=[32], batch=[1], threads=[1], cost_ratio=0.7, dtype="bf16", bits=4, device="cpu",
+        compile=False, rounds=3, turn=2, read=2048, output=tmp_path / "rows.csv",
+    )  # fmt: skip
+    assert "rana::masked_mlp" in capsys.readouterr().out
+    _, rows = read_csv(tmp_path / "rows.csv")
+    assert [row["contender"] for row in rows] == ["dense", "dense, 4 bits", "masked, 4 bits"]
+    entry = page._models(rows, "")[0]
+    assert entry.case == "tiny, 4 bits, eager, 1 text after 32" and set(entry.ratios) >= {"dense"}
+    with pytest.raises(typer.BadParameter, match="--bits takes 8 or 4"):
+        command.main("tiny", bits=3)
 
 
 def test_the_command_on_a_directory(tmp_path, capsys, monkeypatch):

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.gpu import __main__ as command
@@ -164,6 +166,73 @@ def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys, monkeypatc
     assert "third: left out" in log and "never" not in log and log in capsys.readouterr().out
 
 
+def test_a_later_call_goes_on(tmp_path):
+    """What is done is not run again; what was late or left out is."""
+    log, record = tmp_path / "log", tmp_path / "done.json"
+
+    def call(stamp: str = "mine", seconds: float = 60) -> Stages:
+        stages = Stages(log, time.monotonic() + seconds, record, stamp)
+        assert stages.run("first", {"good": say("once")}, limit=30) == []
+        assert stages.run("second", {"bad": say("oh", "raise SystemExit(3)")}, limit=30) == ["bad"]
+        hang = "" if "second call" in log.read_text() else "import time; time.sleep(1000)"
+        stages.run("third", {"slow": say("thrice", hang)}, limit=6)
+        return stages
+
+    stages = call()
+    assert stages.missing == ["third"] and stages.red == ["second, bad", "third, slow"]
+    stages.end()
+    assert "not done: third" in log.read_text()
+    stages.say("second call")
+    stages = call()
+    assert stages.red == ["second, bad"] and not stages.missing
+    text = log.read_text()
+    assert text.count("\nonce\n") == text.count("\noh\n") == 1 and "first: done by an earlier call" in text
+    assert stages_module.done_before(record, "mine") == {"first": [], "second": ["bad"], "third": []}
+    assert not stages_module.done_before(record, "another card"), "of another run"
+    stages.end()
+    assert not record.exists(), "the next call begins anew"
+
+
+def test_green_gates_are_not_repeated(tmp_path, monkeypatch):
+    record = tmp_path / "done.json"
+    monkeypatch.setattr(tests, "RECORD", record)
+    monkeypatch.setattr(tests, "conditions", lambda device: "a card")
+    monkeypatch.setattr(tests, "gates", lambda: {"cuda:linear": say("run", "raise SystemExit(1)")})
+    for stamp, failed, green in (("a card", [], True), ("a card", ["x"], False), ("another", [], False)):
+        record.write_text(json.dumps({"stamp": stamp, "done": {tests.GATES_STAGE: failed}}))
+        with nullcontext() if green else pytest.raises(typer.Exit):
+            tests.require_green_gates()
+
+
+TUNED = """
+import sys
+from pathlib import Path
+import torch
+from transformers import LlamaConfig
+from bench.decode.models import SHAPES
+from bench.gpu import tune
+from rana_kernels.backends.triton import configurations
+
+tune.DEVICE, tune.TOKENS = "cpu", (1, 2)
+sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 3}
+SHAPES["tiny"] = LlamaConfig(**sizes)
+configurations.gpu_name = lambda device: "no-card"
+tune.microseconds = lambda calls: float(len(calls))
+tune.main(Path(sys.argv[1]), "tiny")
+"""
+
+
+@pytest.mark.skipif(not triton.available(), reason="the triton package is not installed")
+def test_a_table_of_configurations_is_written(tmp_path):
+    path = tmp_path / "no-card-triton.json"
+    child = python("-c", TUNED, str(path))
+    assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-3000:]
+    found = json.loads(path.read_text())
+    assert found["card"] == "no-card"
+    kinds = {(key.split()[0], key.split()[-1]) for key in found["configurations"]}
+    assert {("masked_mlp", "uint8"), ("masked_linear", "int8"), ("masked_linear", "bytes2")} <= kinds
+
+
 def test_a_log_names_files_from_the_project_on(tmp_path):
     stages = Stages(tmp_path / "log", time.monotonic() + 60)
     stages.say(f'File "{ROOT}/tests/test_gpu.py", line 1')
@@ -191,13 +260,15 @@ def test_stages_come_in_the_order_of_their_worth(monkeypatch, tmp_path):
     played.clear()
     command.run(Rehearsal(tmp_path / "log", time.monotonic()), "", "bf16", tmp_path, tmp_path / "out")
     stages = [stage for stage, _ in played]
-    first = ["limits", "the ops, exact and close", "times of one token", "times in 8 and 4 bits", "all tests"]
-    assert stages[:5] == first
-    assert stages[-1] == "sanitizer"
+    assert stages == [
+        "limits", tests.GATES_STAGE, "times of one token", "times in 8 and 4 bits", "whole steps in 4 bits",
+        "times of several tokens", "times in float16", "sanitizer", "configurations", "all tests",
+        "times of other models",
+    ]  # fmt: skip
     timed = [commands["times"] for _, commands in played if "times" in commands]
     assert len(timed) == 4 and all(words[-4:-2] == ["--red", "cuda:masked_mlp"] for words in timed)
     stamp, rows = read_csv(tmp_path / "out" / "no-card.csv")
-    of_ops = [stage for stage in stages if stage.startswith("times of")]
+    of_ops = [stage for stage, commands in played if "times" in commands]
     assert stamp == "a card" and [row["op"] for row in rows] == of_ops
     # the command lines are understood, and fail later, because there is no card
     in_bits = next(commands["times in bits"] for _, commands in played if "times in bits" in commands)

@@ -311,6 +311,18 @@ def test_a_table_of_the_card_comes_before_the_rule(configurations):
     assert other == configurations.decode_rule(1, torch.bfloat16)
 
 
+def test_ones_own_table_comes_before_the_shipped_one(configurations, monkeypatch, tmp_path):
+    monkeypatch.setattr(configurations, "shipped_table", lambda name: tmp_path / f"shipped-{name}.json")
+    fields = {"warps": 8, "residents": 1, "in_flight": 64, "columns": 256}
+    for path, found in (
+        (configurations.shipped_table("nvidia-test-1"), {"a": fields, "b": fields}),
+        (configurations.own_table("nvidia-test-1"), {"b": {**fields, "warps": 4}}),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"configurations": found}))
+    assert configurations.table(CUDA) == {"a": fields, "b": {**fields, "warps": 4}}
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{}", '{"configurations": {"a": {"warps": 3, "residents": 1, "in_flight": 64, "columns": 64}}}',

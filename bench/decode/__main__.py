@@ -28,6 +28,7 @@ from bench.decode.measure import (
 )
 from bench.decode.models import SHAPES, from_directory, from_random, random_model
 from bench.decode.steps import Decoder, compiled, forget_compiled
+from bench.decode.widths import in_bits
 from bench.gpu.tests import require_green_gates
 from bench.kernels.cases import COST_RATIO
 from bench.kernels.timing import thread_counts, using
@@ -55,6 +56,9 @@ def main(
     threads: Annotated[list[int] | None, typer.Option(help="Threads; default 1 and all.")] = None,
     cost_ratio: Annotated[float, typer.Option(help="Cost of the blocks' linears, dense = 1.")] = COST_RATIO,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "bf16",
+    bits: Annotated[
+        int, typer.Option(help="8 or 4: weights in so many bits, with masks on inputs and without masks.")
+    ] = 16,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     compile: Annotated[bool, typer.Option(help="Time compiled steps, not eager ones.")] = False,
     rounds: Annotated[int, typer.Option(min=3, help="Every contender decodes once a round.")] = 9,
@@ -89,10 +93,13 @@ def main(
 
     With others:  python -m bench.decode Llama-3.2-1B --rivals llama.cpp --rounds 5 --turn 32
     On a card:  python -m bench.decode Llama-2-7B --device cuda --compile --prompt 32 --batch 1 --turn 32
+    In 4 bits:  the same with --bits 4 --cost-ratio 0.7
     """
     if rivals:
         others.check(rivals)
         _check_output(tests, output)
+    if bits not in others.WIDTHS or (bits < 16 and (rivals or model not in SHAPES)):
+        raise typer.BadParameter("--bits takes 8 or 4 for a shape; --rivals has all widths, of any model")
     prompt, batch = prompt or [32, 1024], batch or [1, 2, 4, 8]
     on_card = device == "cuda"
     if tests:
@@ -107,7 +114,9 @@ def main(
         texts = {name: _text(folder, name, tokens) for name in ("calibration", "evaluation")}
     if rivals:
         return _compare(model, folder, texts, rivals, threads, prompt[0], turn, rounds, tests, output, stamp)
-    if folder:
+    if bits < 16:
+        models = in_bits(random_model(SHAPES[model], DTYPES[dtype], device), bits, cost_ratio)
+    elif folder:
         models = from_directory(folder, texts["calibration"], cost_ratio, DTYPES[dtype], device)
     else:
         models = from_random(random_model(SHAPES[model], DTYPES[dtype], device), cost_ratio)
@@ -134,7 +143,8 @@ def main(
             _show_drafts(models, texts["evaluation"], count)
     if tests:
         machine = card() if on_card else processor()
-        path = output or RESULTS / f"decode-{Path(model).name}-{mode}-{machine}.csv".lower()
+        width = f"-{bits}-bits" if bits < 16 else ""
+        path = output or RESULTS / f"decode-{Path(model).name}{width}-{mode}-{machine}.csv".lower()
         write_csv(path, stamp, timed)
         write(path.with_suffix(".txt"), console.export_text())
         console.print(f"wrote {path}, and all that was printed to {path.with_suffix('.txt').name}")

@@ -50,29 +50,49 @@ class Ours:
 
 def dense(model: PreTrainedModel, bits: int, stats: Stats | None) -> Ours:
     """Return the dense model in so many bits, rounded with its statistics, or at random without them."""
-    plan = _plan(model, bits, lambda block: [("dense", (name,)) for name in block.linears])
-    made = twin(model)
-    if stats is not None:
-        rana.compress(made, stats=replace(stats, model=made), plan=plan, progress=False)
+    if stats is None:
+        made, plan = without_masks(model, bits)
     else:
-        _install(made, plan)
+        made, plan = twin(model), _dense_plan(model, bits)
+        rana.compress(made, stats=replace(stats, model=made), plan=plan, progress=False)
     return _ours(made, plan, 1.0)
+
+
+def without_masks(model: PreTrainedModel, bits: int) -> tuple[PreTrainedModel, Plan]:
+    """Return the dense model in so many bits, with random weights, and its plan."""
+    made, plan = twin(model), _dense_plan(model, bits)
+    _install(made, plan)
+    return made, plan
 
 
 def masked(model: PreTrainedModel, bits: int, ratios: tuple[float, ...], stats: Stats | None) -> list[Ours]:
     """Return a model for each cost of the blocks' linears."""
     if stats is not None:
         return [_compressed(model, bits, ratio, stats) for ratio in ratios]
-    plan = _plan(model, bits, _neurons)
-    made = twin(model)
-    _install(made, plan)
+    made, plan = with_neurons(model, bits)
     found = []
     for ratio in ratios:
         adapters = tuple(replace(a, live=ratio * a.rank) for a in plan.adapters)
-        thresholds = _thresholds(made, ratio)
+        thresholds = set_thresholds(made, ratio)
         ours = _ours(made, plan.with_adapters(adapters), ratio)
         found.append(replace(ours, prepare=lambda thresholds=thresholds: _set(thresholds)))
     return found
+
+
+def in_bits(model: PreTrainedModel, bits: int, ratio: float) -> dict[str, PreTrainedModel]:
+    """Return the dense model, and ones with random weights in so many bits: without masks, and with them."""
+    masked, _ = with_neurons(model, bits)
+    set_thresholds(masked, ratio)
+    plain, _ = without_masks(model, bits)
+    return {"dense": model, f"dense, {bits} bits": plain, f"masked, {bits} bits": masked}
+
+
+def with_neurons(model: PreTrainedModel, bits: int) -> tuple[PreTrainedModel, Plan]:
+    """Return a model with neuron adapters everywhere, random weights and no masks yet, and its plan."""
+    plan = _plan(model, bits, _neurons)
+    made = twin(model)
+    _install(made, plan)
+    return made, plan
 
 
 def _ours(model: PreTrainedModel, plan: Plan, cost_ratio: float) -> Ours:
@@ -88,6 +108,10 @@ def _compressed(model: PreTrainedModel, bits: int, ratio: float, stats: Stats) -
     made = twin(model)
     asked = {"flops_reduction": 1 - ratio, "bits": bits, "progress": False}
     return _ours(made, rana.compress(made, stats=replace(stats, model=made), **asked).plan, ratio)
+
+
+def _dense_plan(model: PreTrainedModel, bits: int) -> Plan:
+    return _plan(model, bits, lambda block: [("dense", (name,)) for name in block.linears])
 
 
 def _plan(model: PreTrainedModel, bits: int, kinds: Callable[[Block], list]) -> Plan:
@@ -138,14 +162,14 @@ def _randomize(weight: Tensor, scale: Tensor | None, columns: int) -> None:
 
 
 @torch.no_grad()
-def _thresholds(model: PreTrainedModel, ratio: float) -> Thresholds:
-    """Return thresholds by which each adapter keeps `ratio` of its inputs, on average of written tokens.
+def set_thresholds(model: PreTrainedModel, ratio: float) -> Thresholds:
+    """Set thresholds by which each adapter keeps `ratio` of its inputs, on average of written tokens.
 
     What a model with random weights writes depends on its thresholds, so they are found twice.
     """
     found: Thresholds = []
     torch.manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, (1, SAMPLE))
+    prompt = torch.randint(model.config.vocab_size, (1, SAMPLE), device=model.device)
     for _ in range(2):
         scores = _scores(model, prompt)
         found = [(module, _threshold(torch.cat(of_one), ratio)) for module, of_one in scores.items()]

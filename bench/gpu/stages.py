@@ -1,5 +1,6 @@
 """Stages of a long run: commands side by side in child processes, with time limits and a log."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import IO
 
 from rich.console import Console
 
-from bench.report.results import ROOT
+from bench.report.results import ROOT, write
 
 console = Console(width=None if sys.stdout.isatty() else 160)
 SHORTEST = 5  # seconds: a stage with less time left is not begun
@@ -25,16 +26,27 @@ PLACES = (str(ROOT), sysconfig.get_path("purelib"))
 
 @dataclass
 class Stages:
-    """A run in stages.
+    """A run in stages, which a later call can go on with.
 
-    log    file that gets everything that is printed
-    ends   the time.monotonic() at which everything ends
-    red    stages and commands that failed
+    log       file that gets everything that is printed
+    ends      the time.monotonic() at which everything ends
+    record    file that says which stages are done; None: nothing is recorded
+    stamp     the machine, versions and revision. A record with another one is of another run
+    red       stages and commands that failed
+    done      the commands that failed in each stage that is done
+    missing   stages that are not done: left out, or out of time
     """
 
     log: Path
     ends: float
+    record: Path | None = None
+    stamp: str = ""
     red: list[str] = field(default_factory=list)
+    done: dict[str, list[str]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.done = dict(done_before(self.record, self.stamp))
 
     def say(self, text: str) -> None:
         text = text.rstrip("\n")
@@ -45,12 +57,19 @@ class Stages:
             file.write(text + "\n")
 
     def run(self, stage: str, commands: dict[str, list[str]], limit: float) -> list[str]:
-        """Run the commands side by side, `limit` seconds at most. Return the names of those that failed."""
+        """Run the commands side by side, `limit` seconds at most. Return the names of those that failed.
+
+        A stage that an earlier call has done is not run again.
+        """
+        if stage in self.done:
+            self.say(f"=== {stage}: done by an earlier call")
+            return self._failed(stage, self.done[stage])
         begin = time.monotonic()
         limit = min(limit, self.ends - begin)
         if limit < SHORTEST:
             self.say(f"=== {stage}: left out, the time is used up")
             self.red.append(stage)
+            self.missing.append(stage)
             return list(commands)
         self.say(f"=== {stage}: {limit:.0f} s at most")
         children = {name: _start(command) for name, command in commands.items()}
@@ -63,9 +82,37 @@ class Stages:
             printed.close()
             if verdict != "done":
                 failed.append(name)
-        self.red += [f"{stage}, {name}" for name in failed]
         self.say(f"=== {stage}: {time.monotonic() - begin:.0f} s")
-        return failed
+        if late:
+            self.missing.append(stage)
+        else:
+            self._remember(stage, failed)
+        return self._failed(stage, failed)
+
+    def _failed(self, stage: str, names: list[str]) -> list[str]:
+        self.red += [f"{stage}, {name}" for name in names]
+        return names
+
+    def _remember(self, stage: str, failed: list[str]) -> None:
+        self.done[stage] = failed
+        if self.record is not None:
+            write(self.record, json.dumps({"stamp": self.stamp, "done": self.done}, indent=1))
+
+    def end(self) -> None:
+        """Say what failed. If every stage is done, the next call begins anew."""
+        self.say("red: " + ("; ".join(self.red) or "nothing"))
+        if self.missing:
+            self.say(f"not done: {', '.join(self.missing)}. Run the same command again to go on")
+        elif self.record is not None:
+            self.record.unlink(missing_ok=True)
+
+
+def done_before(record: Path | None, stamp: str) -> dict[str, list[str]]:
+    """Return what an earlier call has done under this stamp: the commands that failed, by stage."""
+    if record is None or not record.exists():
+        return {}
+    found = json.loads(record.read_text())
+    return found["done"] if found["stamp"] == stamp else {}
 
 
 def _start(command: list[str]) -> tuple[subprocess.Popen, IO[str]]:

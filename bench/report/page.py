@@ -204,11 +204,14 @@ def _models(rows: list[Row], measured: str) -> list[Entry]:
     found = []
     for (model, mode, prompt, batch, threads), part in settings.items():
         speed = {name: float(row["tokens/s"]) for name, row in part.items()}
-        ratios = {"dense": speed["rana"] / speed["dense"], "static low rank": speed["rana"] / speed["static"]}
-        if part["rana"].get("x dense, first"):
-            ratios[FIRST] = float(part["rana"]["x dense, first"])
-        case = f"{model}, {mode}, {batch} text{'s' * (batch != '1')} after {prompt}"
-        found.append(Entry(case, int(batch), threads, f"{speed['rana']:.1f}", "", ratios, measured))
+        ours = next(name for name in part if name == "rana" or name.startswith("masked"))
+        others = {"dense": "dense", "static low rank": "static"}
+        ratios = {title: speed[ours] / speed[name] for title, name in others.items() if name in speed}
+        if part[ours].get("x dense, first"):
+            ratios[FIRST] = float(part[ours]["x dense, first"])
+        width = ours.removeprefix("rana").removeprefix("masked")
+        case = f"{model}{width}, {mode}, {batch} text{'s' * (batch != '1')} after {prompt}"
+        found.append(Entry(case, int(batch), threads, f"{speed[ours]:.1f}", "", ratios, measured))
     return found
 
 

@@ -200,9 +200,14 @@ def gpu_name(device: torch.device) -> str:
 
 @cache
 def tables(name: str) -> dict[str, dict]:
-    """Return the table of the GPU `name`, read once; {} if there is none."""
-    path = own_table(name)
-    return read(path) if path.exists() else {}
+    """Return what is measured for the GPU `name`, read once: the shipped table, and one's own over it."""
+    paths = [shipped_table(name), own_table(name)]
+    return {key: fields for path in paths if path.exists() for key, fields in read(path).items()}
+
+
+def shipped_table(name: str) -> Path:
+    """Return where the package has the table of a GPU, if it has one."""
+    return Path(__file__).parent / "tables" / f"{name}.json"
 
 
 def own_table(name: str) -> Path:
