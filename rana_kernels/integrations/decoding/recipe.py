@@ -180,8 +180,8 @@ class Recipe:
         return child
 
     def _children(self, parent: nn.Module, name: str) -> dict[str, nn.Module]:
-        children = dict(self._child(parent, name, hooked=True)._modules)
-        return {each: self._child(parent._modules[name], each, hooked=True) for each in children}
+        holder = self._child(parent, name, hooked=True)
+        return {each: self._child(holder, each, hooked=True) for each in holder._modules}
 
     def _setting(self, held: dict, name: str, value: object) -> None:
         if held.get(name) is not value and held.get(name) != value:
