@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rana_kernels.allocation.methods import plan
     from rana_kernels.backends.info import report
     from rana_kernels.checkpoint.budget import set_budget
+    from rana_kernels.checkpoint.draft import make_draft
     from rana_kernels.compression.run import compress
     from rana_kernels.integrations.transformers import load, save
     from rana_kernels.model.plan import Plan
@@ -33,6 +34,7 @@ __all__ = [
     "calibrate",
     "compress",
     "load",
+    "make_draft",
     "plan",
     "report",
     "rotate",
@@ -48,6 +50,7 @@ _HOMES = {
     "calibrate": "statistics.calibration",
     "compress": "compression.run",
     "load": "integrations.transformers",
+    "make_draft": "checkpoint.draft",
     "plan": "allocation.methods",
     "report": "backends.info",
     "rotate": "rotation.run",

@@ -1,5 +1,6 @@
 """The dial: masks for several budgets over the weights of one plan."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.evaluation.density import costs_of
 from rana_kernels.evaluation.divergence import divergence
 from rana_kernels.evaluation.live import count_live
+from rana_kernels.integrations.decoding import quicken
 from rana_kernels.model.dial import cost_ratios
 from rana_kernels.model.plan import AdapterSpec, Plan, Setting
 from rana_kernels.nn.base import AdapterModule
@@ -113,6 +115,36 @@ def test_plans_with_ranks_say_what_they_can_serve():
         if adapter.kind == "rank" and f"{adapter.names[0]}.threshold" in ranks:
             name = f"{adapter.names[0]}.threshold"
             assert torch.equal(model.state_dict()[name], ranks[name])
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_draft_has_the_weights_of_its_model(neurons_alone, bits):
+    """All tensors but the thresholds are the same memory, and the model's masks stay as they are."""
+    ids = tokens(8, 64)
+    model = compressed(ids, flops_reduction=0.2, bits=bits)
+    before = thresholds(model)
+    draft = rana.make_draft(model, 0.5)
+    own = {
+        name for name, t in draft.state_dict().items() if t.data_ptr() != model.state_dict()[name].data_ptr()
+    }
+    assert own == set(before) - {n for n, t in before.items() if t.numel() == 0}
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
+    assert 1 - attached_plan(draft).reduction == pytest.approx(0.5, abs=1e-3)
+    assert 1 - attached_plan(model).reduction == pytest.approx(0.8, abs=1e-2)
+    other = copy.deepcopy(model)
+    rana.set_budget(other, 0.5)
+    assert torch.equal(logits(draft), logits(other))
+
+
+def test_what_a_draft_proposes_is_checked(neurons_alone):
+    """Greedy and sampled texts with a draft are those of the model without masks."""
+    model = compressed(flops_reduction=0.3)
+    rana.set_budget(model, 1.0)
+    quicken(model)
+    draft, prompt = rana.make_draft(model, 0.5), tokens(1, 9)
+    asked = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 60, "eos_token_id": None}
+    alone = model.generate(prompt, do_sample=False, **asked)
+    assert torch.equal(model.generate(prompt, do_sample=False, assistant_model=draft, **asked), alone)
 
 
 def test_a_compiled_model_needs_no_new_graph(neurons_alone):

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from rana_kernels.checkpoint.draft import make_draft
 from rana_kernels.cli.lengths import count_new
 from rana_kernels.cli.options import (
     AsJson,
@@ -41,6 +42,13 @@ def generate(
         ),
     ] = 0.0,
     budget: Budget = None,
+    draft_budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATIO",
+            help="Let the same weights with the masks of this budget propose tokens. The text is the same.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt with a compressed model."""
@@ -55,6 +63,7 @@ def generate(
         raise ValueError("the prompt is empty, wanted at least one token")
     new_tokens = count_new(model, asked["input_ids"].shape[1], max_new_tokens)
     quicken_or_say(model)
+    draft = None if draft_budget is None else make_draft(model, draft_budget)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     started = time.perf_counter()
     written = model.generate(
@@ -62,6 +71,7 @@ def generate(
         attention_mask=asked["attention_mask"],
         max_new_tokens=new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        assistant_model=draft,
         **sampling,
     )[0, asked["input_ids"].shape[1] :]
     seconds = time.perf_counter() - started

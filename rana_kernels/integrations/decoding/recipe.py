@@ -3,6 +3,7 @@
 It is run by `csrc/cpu/run_blocks.h`. A step of 16 blocks then calls torch once, in place of 160 times.
 """
 
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,12 +40,13 @@ class NoRecipe(Exception):
 
 def recipe_of(model: nn.Module) -> "Recipe | None":
     """Return the recipe of a model, or None if it has none. It is made once."""
-    if model not in recipes:
-        try:
-            recipes[model] = Recipe(model)
-        except NoRecipe:
-            recipes[model] = None
-    return recipes[model]
+    with suppress(KeyError):
+        return recipes[model]
+    found: Recipe | None = None
+    with suppress(NoRecipe):
+        found = Recipe(model)
+    recipes[model] = found
+    return found
 
 
 def forget_recipe(model: nn.Module) -> None:
