@@ -186,7 +186,7 @@ def compressed(architecture: str = "Llama", method: str = "global", bits: int = 
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["global", "paper"])
 @pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-def test_a_program_gives_the_bits_of_the_modules(architecture, method):
+def test_a_recipe_gives_the_bits_of_the_modules(architecture, method):
     """paper has ranks that q, k and v share. In float32, the activation of a dense MLP differs by an ulp."""
     model = compressed(architecture, method, bits=16 if architecture == "Mistral" else 4)
     assert torch.equal(logits_of(model, Recipe(model)), logits_of(model, None))
@@ -216,7 +216,7 @@ def replace_module(model: nn.Module, called: list) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", [hook, hook_all, replace_forward, replace_module])
-def test_a_program_notices_what_changes(change, request):
+def test_a_recipe_notices_what_changes(change, request):
     request.addfinalizer(nn.modules.module._global_forward_hooks.clear)
     model, called = compressed(), []
     recipe = Recipe(model)
@@ -231,7 +231,7 @@ def test_a_program_notices_what_changes(change, request):
 
 
 @torch.no_grad()
-def test_a_program_reads_the_weights_of_the_moment():
+def test_a_recipe_reads_the_weights_of_the_moment():
     model = compressed(bits=16)
     recipe, linear = Recipe(model), model.model.layers[0].self_attn.o_proj
     before = logits_of(model, recipe)
@@ -244,7 +244,7 @@ def test_a_program_reads_the_weights_of_the_moment():
 
 
 @torch.no_grad()
-def test_autocast_and_loras_are_computed_by_modules():
+def test_autocast_and_linears_of_torch_are_computed_by_modules():
     model = compressed()
     recipe = Recipe(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -253,7 +253,7 @@ def test_autocast_and_loras_are_computed_by_modules():
         Recipe(wide_model())  # whose linears are torch's
 
 
-def test_no_program_overruns_its_weights():
+def test_no_recipe_overruns_its_weights():
     """Recipes at random are computed or refused."""
     torch.manual_seed(0)
     refused = 0
@@ -271,6 +271,19 @@ def test_no_program_overruns_its_weights():
         except RuntimeError:
             refused += 1
     assert 1000 < refused < 2000
+
+
+@pytest.mark.parametrize("sizes", [(2, 0, 4, 8), (2, 1, 4, 0), (2, 8), (1, 1, 4, 8)], ids=str)
+@pytest.mark.parametrize("instruction", ["norm_heads", "attend"])
+def test_a_cache_of_another_shape_is_refused(instruction, sizes):
+    weight, angles, cache = torch.ones(8), [torch.zeros(2, 1, 8)] * 2, torch.zeros(sizes)
+    recipe = [INSTRUCTIONS.index(name) for name in ("linear", instruction)]
+    weights = [torch.ones(24, 8), None, None, weight, weight]
+    x = torch.ones(2, 1, 8)
+    with pytest.raises(RuntimeError):
+        torch.ops.rana_decoding.run_blocks(
+            x, recipe, weights, 1e-5, *angles, None, [cache], [cache], 2, 1.0, "silu"
+        )
 
 
 @pytest.mark.parametrize("changed", ["keys", "values", "k", "cos", "seen", "length"])

@@ -137,7 +137,7 @@ def test_a_draft_has_the_weights_of_its_model(neurons_alone, bits):
 
 
 def test_what_a_draft_proposes_is_checked(neurons_alone):
-    """Greedy and sampled texts with a draft are those of the model without masks."""
+    """The greedy text with a draft is that of the model without masks."""
     model = compressed(flops_reduction=0.3)
     rana.set_budget(model, 1.0)
     quicken(model)

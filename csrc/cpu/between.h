@@ -136,12 +136,14 @@ struct Attention {
   int64_t heads() const { return keys.size(1); }
   int64_t room() const { return keys.size(2); }
   int64_t head_size() const { return keys.size(3); }
+  int64_t width() const { return heads() * head_size(); }  // of the new keys of a text
 
   // Checks all for queries of a dtype.
   void check(const Tensor& q) const {
     const int64_t angles = batch() * head_size();
     require(keys.dim() == 4 && keys.is_contiguous() && values.is_contiguous() && 0 <= length && length < room(),
             "contiguous keys and values with room");
+    require(width() > 0, "heads that are not empty");
     require_like(keys, q, keys.numel(), "keys in the dtype of q");
     require_like(values, q, keys.numel(), "values like keys");
     require_like(cos, q, angles, "cosines for each text");
@@ -198,7 +200,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& c
               const OptionalTensor& seen, const Tensor& keys, const Tensor& values, int64_t length, double scale) {
   const Attention attention{cos, sin, seen, keys, values, length, scale};
   attention.check(q);
-  const int64_t width = attention.heads() * attention.head_size(), queries = last_size(q) / width;
+  const int64_t width = attention.width(), queries = last_size(q) / width;
   require_like(q, keys, attention.batch() * width * queries, "heads of q that share keys evenly");
   require_like(k, q, attention.batch() * width, "one new key a head");
   require_like(v, q, attention.batch() * width, "one new value a head");

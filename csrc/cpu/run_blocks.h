@@ -75,7 +75,7 @@ class TokenStep {
 
   void norm_heads(const Attention& attention) {
     const OptionalTensor* const w = take(2);
-    const int64_t D = attention.head_size(), keys = attention.heads() * D, queries = outputs_.width() - 2 * keys;
+    const int64_t D = attention.head_size(), keys = attention.width(), queries = outputs_.width() - 2 * keys;
     for_dtype(x_.scalar_type(), [&](auto element) {
       using T = decltype(element);
       norm_each<T>(outputs_.part<T>(0, queries), queries, given(w[0]), D);
@@ -84,9 +84,7 @@ class TokenStep {
   }
 
   void attend(const Attention& attention) {
-    attention.check(x_);
-    require(tokens_of(x_) == attention.batch(), "a token for each text");
-    const int64_t keys = attention.heads() * attention.head_size(), queries = outputs_.width() - 2 * keys;
+    const int64_t keys = attention.width(), queries = outputs_.width() - 2 * keys;
     require(queries % keys == 0, "heads of q that share keys evenly");
     Tensor y = empty_output(x_, queries);
     for_dtype(x_.scalar_type(), [&](auto element) {
@@ -113,20 +111,20 @@ class TokenStep {
   }
 
   void op(Instruction instruction) {
-    if (instruction == Instruction::kLinear) {
-      const OptionalTensor* const w = take(3);
-      outputs_.add(linear(read_, given(w[0]), w[1], w[2]));
-    } else if (instruction == Instruction::kMaskedLinear) {
-      const OptionalTensor* const w = take(5);
-      outputs_.add(masked_linear(read_, given(w[0]), given(w[1]), w[2], w[3], w[4]));
-    } else if (instruction == Instruction::kMaskedLowrankLinear) {
-      const OptionalTensor* const w = take(6);
-      outputs_.add(masked_lowrank_linear(read_, given(w[0]), given(w[1]), given(w[2]), w[3], w[4], w[5]));
-    } else {
-      require(instruction == Instruction::kMaskedMlp, "a known instruction");
-      const OptionalTensor* const w = take(15);
-      outputs_.add(masked_mlp(read_, w[0], given(w[1]), w[2], given(w[3]), w[4], w[5], w[6], given(w[7]), given(w[8]),
-                              given(w[9]), w[10], activation_, w[11], w[12], w[13], w[14]));
+    const OptionalTensor* w;
+    switch (instruction) {
+      case Instruction::kLinear: w = take(3); return outputs_.add(linear(read_, given(w[0]), w[1], w[2]));
+      case Instruction::kMaskedLinear:
+        w = take(5);
+        return outputs_.add(masked_linear(read_, given(w[0]), given(w[1]), w[2], w[3], w[4]));
+      case Instruction::kMaskedLowrankLinear:
+        w = take(6);
+        return outputs_.add(masked_lowrank_linear(read_, given(w[0]), given(w[1]), given(w[2]), w[3], w[4], w[5]));
+      case Instruction::kMaskedMlp:
+        w = take(15);
+        return outputs_.add(masked_mlp(read_, w[0], given(w[1]), w[2], given(w[3]), w[4], w[5], w[6], given(w[7]),
+                                       given(w[8]), given(w[9]), w[10], activation_, w[11], w[12], w[13], w[14]));
+      default: require(false, "a known instruction");
     }
   }
 
@@ -170,19 +168,20 @@ Tensor run_blocks(const Tensor& x, std::vector<int64_t> recipe, std::vector<Opti
   require(x.dim() == 3 && x.size(1) == 1 && keys.size() == values.size(), "one token of each text, and its cache");
   TokenStep step(x, weights, eps, activation);
   size_t block = 0;
+  const auto attention = [&] {
+    require(block < keys.size(), "keys and values of each block");
+    const Attention own{cos, sin, seen, keys[block], values[block], length, scale};
+    own.check(x);
+    require(x.size(0) == own.batch(), "a token for each text");
+    return own;
+  };
   for (const int64_t number : recipe) {
-    const auto instruction = Instruction(number);
-    if (instruction == Instruction::kAddNorm) {
-      step.add_norm();
-    } else if (instruction == Instruction::kCombine) {
-      step.combine();
-    } else if (instruction == Instruction::kNormHeads || instruction == Instruction::kAttend) {
-      require(block < keys.size(), "keys and values of each block");
-      const Attention attention{cos, sin, seen, keys[block], values[block], length, scale};
-      if (instruction == Instruction::kNormHeads) step.norm_heads(attention);
-      else step.attend(attention), block++;
-    } else {
-      step.op(instruction);
+    switch (const auto instruction = Instruction(number)) {
+      case Instruction::kAddNorm: step.add_norm(); break;
+      case Instruction::kNormHeads: step.norm_heads(attention()); break;
+      case Instruction::kAttend: step.attend(attention()), block++; break;
+      case Instruction::kCombine: step.combine(); break;
+      default: step.op(instruction);
     }
   }
   return step.read();

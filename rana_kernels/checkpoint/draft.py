@@ -25,13 +25,13 @@ def make_draft(model: Model, cost_ratio: float) -> Model:
 
     Raises ValueError as `set_budget` does.
     """
-    own = {id(module.threshold) for module in model.modules() if _has_threshold(module)}
-    tensors = [*model.parameters(), *model.buffers()]
+    own = {
+        id(module.threshold)
+        for module in model.modules()
+        if isinstance(module, AdapterModule) and "threshold" in module._buffers
+    }
+    tensors = (*model.parameters(), *model.buffers())
     shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors if id(tensor) not in own}
     draft = copy.deepcopy(model, shared)
     set_budget(draft, cost_ratio)
     return draft
-
-
-def _has_threshold(module: nn.Module) -> bool:
-    return isinstance(module, AdapterModule) and "threshold" in module._buffers

@@ -27,7 +27,7 @@ def decode(
     for layer in layers:
         layer.reserve()
     recipe = recipe_of(model)
-    y = None if recipe is None else recipe.run(x.clone(), rotation, seen, layers)
+    y = None if recipe is None else recipe.run(x, rotation, seen, layers)
     return model.lm_head(_through_blocks(decoder, x, rotation, seen, layers) if y is None else y)
 
 

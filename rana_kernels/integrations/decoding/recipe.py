@@ -89,7 +89,7 @@ class Recipe:
     ) -> Tensor | None:
         """Return the norm of the last block's output, and add the token to the cache.
 
-        x [batch, 1, hidden] is overwritten. For `seen`, see `decode`.
+        x [batch, 1, hidden] is left alone. For `seen`, see `decode`.
         """
         rooms = [layer.rooms() for layer in layers]
         length = rooms[0][0].length
@@ -100,8 +100,9 @@ class Recipe:
         except KeyError:  # a module has got tensors of another kind
             return None
         y = torch.ops.rana_decoding.run_blocks(
-            x, self.instructions, weights, self.eps, *rotation, seen, [keys.memory for keys, _ in rooms],
-            [values.memory for _, values in rooms], length, self.scale, self.activation or "",
+            x.clone(), self.instructions, weights, self.eps, *rotation, seen,
+            [keys.memory for keys, _ in rooms], [values.memory for _, values in rooms],
+            length, self.scale, self.activation or "",
         )  # fmt: skip
         for keys, values in rooms:
             keys.length = values.length = length + 1
@@ -186,9 +187,10 @@ class Recipe:
         return {each: self._child(holder, each, hooked=True) for each in holder._modules}
 
     def _setting(self, held: dict, name: str, value: object) -> None:
-        if held.get(name) is not value and held.get(name) != value:
+        found = held.get(name)
+        if found != value:
             raise NoRecipe
-        self.settings.append((held, name, held.get(name)))
+        self.settings.append((held, name, found))
 
 
 def _place(module: nn.Module, name: str) -> tuple[dict, Any]:
