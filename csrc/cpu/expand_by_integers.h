@@ -119,15 +119,16 @@ struct HalfTile {
   }
 };
 
-// Adds a span of ten rows to sums in the order of the shifts.
-template <int kWidth>
-inline void add_span(const uint8_t* const (&row)[kTen], const FixedFactors& factors, int64_t n, float* sums) {
+// Adds a span of ten rows to sums in the order of the shifts. load(p) reads the span at p.
+template <int kWidth, class Load>
+inline void add_span(const uint8_t* const (&row)[kTen], const FixedFactors& factors, int64_t n, Load load,
+                     float* sums) {
   constexpr int kBlocks = integers::kSpanBlocks<kWidth>;
   const int64_t block = n / kScaleColumns;
   HalfTile<kWidth> low(factors.sum<kBlocks>(block)), high = low;
 #pragma GCC unroll 8
   for (int p = 0; p < kPairsOfRows; p++) {
-    Bits a = load_bytes<Bits>(row[2 * p] + n * kWidth / 8), b = load_bytes<Bits>(row[2 * p + 1] + n * kWidth / 8);
+    Bits a = load(row[2 * p] + n * kWidth / 8), b = load(row[2 * p + 1] + n * kWidth / 8);
     asm("" : "+v"(a), "+v"(b));  // keeps them in registers: GCC 12 stores them and reads them back for each use
     const Bits value = factors.pair<kBlocks>(p, block);
     low.add(integers::low_words(a, b), value);
@@ -174,10 +175,10 @@ int64_t add_tens(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, Share
   using W = Quantized<T, kWidth>;
   if (!rows.fixed_point) return add_tens<W>(h, share, rows, column, size, scratch, sums);
   constexpr int64_t kSpan = integers::kSpan<kWidth>;
-  const int64_t whole = size / kSpan * kSpan;
+  const integers::Spans<kWidth> spans(size);
   scratch.room.resize(kTen * W::room(size));
-  scratch.by_shift.assign(whole, 0.0f);
-  scratch.factors.resize(W::scale_blocks(whole));
+  scratch.by_shift.assign(spans.count() * kSpan, 0.0f);
+  scratch.factors.resize(W::scale_blocks(spans.columns));
   int64_t s = share.begin;
   for (; s + kTen <= share.end; s += kTen) {
     typename W::Row row[kTen];
@@ -190,14 +191,18 @@ int64_t add_tens(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, Share
     }
     auto ahead = steps_after(h, rows, s, kTen, column, size);
     int64_t n = 0;
-    if (scratch.factors.set(scale, value, rows.group_bits))
-      for (; n < whole; n += kSpan) {
+    if (scratch.factors.set(scale, value, rows.group_bits)) {
+      integers::for_spans(spans, [&](int64_t first, auto load) {
         ahead.ask(lines_of<W>(kTen * kSpan));
-        add_span<kWidth>(steps, scratch.factors, n, scratch.by_shift.data());
-      }
+        add_span<kWidth>(steps, scratch.factors, first, load, scratch.by_shift.data());
+      });
+      n = spans.columns;
+    }
     if (n < size) add_ten<W>(row, value, n, size, scratch.room.data(), ahead, sums);
   }
-  for (int64_t n = 0; n < whole; n += kSpan) add_in_natural_order<kWidth>(scratch.by_shift.data() + n, sums + n);
+  // Sums have room for whole spans.
+  for (int64_t n = 0; n < spans.columns; n += kSpan)
+    add_in_natural_order<kWidth>(scratch.by_shift.data() + n, sums + n);
   return s;
 }
 

@@ -23,6 +23,44 @@ constexpr int kSpanBlocks = std::max<int>(1, kSpan<kWidth> / kScaleColumns);
 template <int kWidth>
 constexpr int kShifts = 16 / kWidth;
 
+// The columns of a row that are multiplied in whole numbers: whole blocks. The last span may be incomplete.
+template <int kWidth>
+struct Spans {
+  static constexpr int kBlockColumns = kSpan<kWidth> / kSpanBlocks<kWidth>;
+
+  int64_t columns, whole, rest;  // columns in whole numbers, those of them in whole spans, those after these
+
+  explicit Spans(int64_t size)
+      : columns(size / kBlockColumns * kBlockColumns),
+        whole(columns / kSpan<kWidth> * kSpan<kWidth>),
+        rest(columns - whole) {}
+  int64_t count() const { return (columns + kSpan<kWidth> - 1) / kSpan<kWidth>; }
+};
+
+// The first `bytes` bytes at p, a multiple of 4, followed by zeros.
+inline Bits load_first_bytes(const void* p, int64_t bytes) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_maskz_loadu_epi32((1u << bytes / 4) - 1, p);
+#elif defined(__AVX2__)
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i wanted = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(bytes / 4)), lane);
+  return (Bits)_mm256_maskload_epi32(static_cast<const int*>(p), wanted);
+#else
+  Bits padded = {};
+  std::memcpy(&padded, p, bytes);
+  return padded;
+#endif
+}
+
+// Calls f(n, load) for the first column n of each span. load(p) reads the weights of a span at p.
+template <int kWidth, class F>
+inline void for_spans(const Spans<kWidth>& spans, F f) {
+  for (int64_t n = 0; n < spans.whole; n += kSpan<kWidth>) f(n, [](const void* p) { return load_bytes<Bits>(p); });
+  if constexpr (kSpanBlocks<kWidth> > 1)
+    if (const int64_t bytes = spans.rest * kWidth / 8; bytes > 0)
+      f(spans.whole, [=](const void* p) { return load_first_bytes(p, bytes); });
+}
+
 // The sums of products of neighbouring 16-bit words, plus `sums`.
 inline Ints multiply_add(Ints sums, Bits a, Bits b) {
 #if defined(__AVX512VNNI__)

@@ -14,7 +14,7 @@
 namespace {
 
 // x [tokens, size] in fixed point, in the order in which weights of kWidth bits are multiplied. Columns after the last
-// whole span stay float32.
+// whole block stay float32. Zeros complete the last span.
 template <int kWidth>
 class FixedInputs {
  public:
@@ -22,18 +22,19 @@ class FixedInputs {
   static constexpr int kShifts = integers::kShifts<kWidth>;
 
   FixedInputs(const float* x, int64_t tokens, int64_t size)
-      : spans_(size / kSpan),
+      : columns_(size),
+        spans_(columns_.count()),
         words_(tokens * spans_ * kShifts),
         zero_(tokens * spans_),
         step_(tokens * spans_),
         finite_(tokens) {
     for (int64_t m = 0; m < tokens; m++) {
       finite_[m] = true;
-      for (int64_t s = 0; s < spans_; s++) set(x + m * size + s * kSpan, m, s);
+      for (int64_t s = 0; s < spans_; s++) set(x + m * size + s * kSpan, columns_.columns - s * kSpan, m, s);
     }
   }
 
-  int64_t spans() const { return spans_; }
+  const integers::Spans<kWidth>& columns() const { return columns_; }
   bool finite(int64_t m) const { return finite_[m]; }
   Bits words(int64_t m, int64_t span, int shift) const { return words_[(m * spans_ + span) * kShifts + shift]; }
   Ints zero(int64_t m, int64_t span) const { return zero_[m * spans_ + span]; }  // what the sums start from
@@ -42,14 +43,15 @@ class FixedInputs {
  private:
   static constexpr int kBlockColumns = kSpan / kBlocks, kBlockLanes = kLanes / kBlocks;
 
-  void set(const float* x, int64_t m, int64_t span) {
+  // Takes a span of a token, of which `columns` are left.
+  void set(const float* x, int64_t columns, int64_t m, int64_t span) {
     using namespace integers;
     int16_t fixed[kShifts][kSpan / kShifts];
     int32_t zero[kLanes];
     float steps[kLanes];
     for (int block = 0; block < kBlocks; block++) {
-      int32_t values[kBlockColumns], with_offset = 0;
-      const float step = set_block(x + block * kBlockColumns, m, values);
+      int32_t values[kBlockColumns] = {}, with_offset = 0;
+      const float step = block * kBlockColumns < columns ? set_block(x + block * kBlockColumns, m, values) : 0.0f;
       constexpr int kWords = kBlockColumns / kShifts;
       for (int word = block * kWords; word < (block + 1) * kWords; word++)
         for_shifts<kWidth>([&](auto shift) {
@@ -82,6 +84,7 @@ class FixedInputs {
     return step.step[0];
   }
 
+  integers::Spans<kWidth> columns_;
   int64_t spans_;
   std::vector<Bits> words_;
   std::vector<Ints> zero_;
@@ -108,17 +111,18 @@ void dot_tile(const W& B, int64_t first, int64_t apart, FixedTokens<kWidth> x, A
               int64_t ldh) {
   using Inputs = FixedInputs<kWidth>;
   constexpr int kSpan = Inputs::kSpan, kShifts = Inputs::kShifts, kBlocks = Inputs::kBlocks;
-  const int64_t size = B.columns, spans = x.fixed->spans();
+  const int64_t size = B.columns;
   typename W::Term term[kRows];
   for (int r = 0; r < kRows; r++) term[r] = W::term(B.at(first + r * apart, 0), 1.0f, size, room + r * W::room(size));
   Vec sums[kTokens][kRows] = {};
-  for (int64_t s = 0; s < spans; s++) {
+  integers::for_spans(x.fixed->columns(), [&](int64_t n, auto load) {
+    const int64_t s = n / kSpan;
     ahead.ask(lines_of<W>(kRows * kSpan));
     for (int r = 0; r < kRows; r++) {
-      const Bits words = integers::without_signs<kWidth>(load_bytes<Bits>(term[r].steps + s * kVectorBytes));
+      const Bits words = integers::without_signs<kWidth>(load(term[r].steps + n * kWidth / 8));
       Bits q[kShifts];
       integers::for_shifts<kWidth>([&](auto i) { q[i()] = integers::weights<kWidth, i()>(words); });
-      const Vec scale = integers::spread<kBlocks, Vec>(term[r].factor + s * kSpan / kScaleColumns);
+      const Vec scale = integers::spread<kBlocks, Vec>(term[r].factor + n / kScaleColumns);
       for (int m = 0; m < kTokens; m++) {
         Ints sum = x.fixed->zero(x.token + m, s);
 #pragma GCC unroll 4
@@ -126,8 +130,8 @@ void dot_tile(const W& B, int64_t first, int64_t apart, FixedTokens<kWidth> x, A
         sums[m][r] += x.fixed->step(x.token + m, s) * scale * to_floats(sum);
       }
     }
-  }
-  for (int64_t k = spans * kSpan; k < size; k += kChunk)
+  });
+  for (int64_t k = x.fixed->columns().columns; k < size; k += kChunk)
     for (int r = 0; r < kRows; r++) {
       const auto w = term[r].operand(k, size - k);
       for (int m = 0; m < kTokens; m++)

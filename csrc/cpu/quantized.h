@@ -149,17 +149,17 @@ inline Vec load_first_lanes(const half* p, int64_t count) {
 #endif
 }
 
-// Writes value · scale, each 2^kShift times, until there are `count`, and at most kLanes - 1 more.
+// Writes value · scale, each 2^kShift times, until there are `count`, and zeros up to a multiple of kLanes.
 template <int kShift>
 inline void write_factors(const half* scale, float value, int64_t count, float* into) {
   constexpr int kShared = 1 << kShift;
-  for (int64_t i = 0; i < count; i += kChunk * kShared) {
-    const Chunk scales = load_first(scale + (i >> kShift), (count - i + kShared - 1) >> kShift);
-#pragma GCC unroll 8
-    for (int part = 0; part < 2 * kShared; part++) {
+  for (int64_t i = 0; i < count; i += kLanes * kShared) {
+    const Vec scales = load_first_lanes(scale + (i >> kShift), (count - i + kShared - 1) >> kShift);
+#pragma GCC unroll 4
+    for (int part = 0; part < kShared; part++) {
       const int64_t start = i + part * kLanes;
       if (start >= count) break;
-      const Vec factors = value * repeat_lanes<kShift>(part < kShared ? scales.lo : scales.hi, part % kShared * kLanes);
+      const Vec factors = value * repeat_lanes<kShift>(scales, part * kLanes);
       std::memcpy(into + start, &factors, sizeof factors);
     }
   }
@@ -204,7 +204,8 @@ struct Quantized {
     for (const half* p = first; p <= last; p += kLineBytes / sizeof(half)) __builtin_prefetch(p);
   }
 
-  // The factors of a Term are its scales, times its value, in float32: one for every kScaleColumns columns.
+  // The factors of a Term are its scales, times its value, in float32: one for every kScaleColumns columns. Finite
+  // ones follow, up to a multiple of kMostShared, if the row begins at its first column.
   struct Term {
     const uint8_t* steps;
     const float* factor;
@@ -256,7 +257,7 @@ struct Quantized {
       case 6: return write(std::integral_constant<int, 1>{});
       case 7: return write(std::integral_constant<int, 2>{});
     }
-    std::fill_n(into, count, value * to_float(*row.scale));
+    std::fill_n(into, count + kMostShared - 1, value * to_float(*row.scale));
     return {row.steps, into, row.left()};
   }
 };
