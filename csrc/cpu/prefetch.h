@@ -25,6 +25,13 @@ class Ahead {
     end_ = std::min(next_ + count, end);
   }
 
+  // Asks for the rows from r on that ask() leaves out, because they are read sooner.
+  void ask_for_first(int64_t r) {
+    Ahead first = *this;
+    first.next_ = r, first.end_ = std::min(next_, end_);
+    first.ask(first.lines_ * (first.end_ - r));
+  }
+
   // Asks for some lines of the caches.
   void ask(int64_t lines) {
     for (int64_t run; lines > 0; lines -= run) {

@@ -118,6 +118,7 @@ void dot_tile(const W& B, int64_t first, int64_t apart, FixedTokens<kWidth> x, A
   integers::for_spans(x.fixed->columns(), [&](int64_t n, auto load) {
     const int64_t s = n / kSpan;
     ahead.ask(lines_of<W>(kRows * kSpan));
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
       const Bits words = integers::without_signs<kWidth>(load(term[r].steps + n * kWidth / 8));
       Bits q[kShifts];

@@ -130,6 +130,7 @@ void dot_rows(const W& B, X x, int64_t tokens, int64_t begin, int64_t end, float
     for (int64_t r = begin; r < begin + share; r++)
       dot_tokens<kRows>(B, r, share, x, tokens, AheadInRows<kRows>(B, r, share), room.data(), h, ldh);
   } else {
+    if (begin < whole) rows_after(B, begin, kRows, end).ask_for_first(begin);
     for (int64_t r = begin; r < whole; r += kRows)
       dot_tokens<kRows>(B, r, 1, x, tokens, rows_after(B, r, kRows, end), room.data(), h, ldh);
   }
