@@ -67,19 +67,21 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
     uint32_t a[4], b[2];
   } mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   const auto operands = [](int lane) { return reinterpret_cast<decltype(mine)*>(left_by(Scope::warp, lane)); };
-  const auto half = [](uint32_t word, int i) {
-    T value;
-    const uint16_t bits = uint16_t(word >> 16 * i);
-    std::memcpy(&value, &bits, sizeof bits);
-    return float(value);
+  const auto widen = [](uint32_t word, float* values) {
+    T both[2];
+    std::memcpy(both, &word, sizeof word);
+    values[0] = float(both[0]), values[1] = float(both[1]);
   };
   wait(Scope::warp, "mma", reinterpret_cast<uint64_t>(&mine));
   const int group = int(threadIdx.x % 32) / 4, member = int(threadIdx.x % 4);
-  for (int i = 0; i < 4; i++)
-    for (int k = 0; k < 16; k++) {
-      const auto *of_row = operands(4 * group + k % 8 / 2), *of_column = operands(4 * (2 * member + i % 2) + k % 8 / 2);
-      c[i] += half(of_row->a[i / 2 + k / 8 * 2], k % 2) * half(of_column->b[k / 8], k % 2);
+  float rows[2][16], columns[2][16];  // of a and of b, those that this lane's c has
+  for (int k = 0; k < 16; k += 2)
+    for (int i = 0; i < 2; i++) {
+      widen(operands(4 * group + k % 8 / 2)->a[i + k / 8 * 2], &rows[i][k]);
+      widen(operands(4 * (2 * member + i) + k % 8 / 2)->b[k / 8], &columns[i][k]);
     }
+  for (int i = 0; i < 4; i++)
+    for (int k = 0; k < 16; k++) c[i] += rows[i / 2][k] * columns[i % 2][k];
   wait(Scope::warp, "the end of mma");
 }
 

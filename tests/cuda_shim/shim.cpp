@@ -44,7 +44,7 @@ struct Meeting {
     left[0].resize(threads), left[1].resize(threads);
   }
   void arrive(int thread, const char* call, uint64_t value) {
-    require(!arrived || !std::strcmp(what, call), "threads wait for one another at different calls");
+    require(!arrived || what == call || !std::strcmp(what, call), "threads wait for one another at different calls");
     what = call;
     left[round % 2][thread] = value;
     arrived++;
