@@ -2,8 +2,8 @@
 
 The loss of a choice has two parts: what the mask drops, and what rounding changes (`quantization/loss.py`).
 What a neuron adapter drops is measured on tokens whose slopes are known (`statistics/fisher.py`): the mean
-square of Σ slope_i·x_i over the dropped inputs, twice the rise in loss. What a rank adapter drops is the
-energy of its dropped ranks, each output weighted by how strongly the loss depends on it.
+square of Σ slope_i·x_i over the dropped inputs, which is twice the rise in loss. What a rank adapter drops is
+the energy of its dropped ranks, each output weighted by how strongly the loss depends on it.
 """
 
 import math

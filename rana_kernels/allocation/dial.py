@@ -1,7 +1,7 @@
-"""The masks of the dial: for each of several budgets, how many rows of every neuron adapter are live.
+"""The choice of how many rows of every neuron adapter are live at each budget of the dial (`model/dial.py`).
 
 The budgets share the weights of one plan, and so its kinds, formats and joint masks. With those fixed, each
-budget is spent over the linears as the planned one was (`spending.py`), in FLOPs. `model/dial.py` sets them.
+budget is spent over the linears as the planned one was (`spending.py`), in FLOPs.
 """
 
 from dataclasses import replace

@@ -1,9 +1,9 @@
 """A regression that predicts the loss of an allocation from a few measured ones.
 
 An allocation has one number a for each input of each block: the errors of the linears that read this input
-count e^a times. In the reference allocation every number is 0. RankAdaptor (arXiv 2406.15734) trains a small
-network to predict the loss. Near an optimum the loss is quadratic in the allocation, so a Bayesian linear
-regression is enough here. Its coefficients depend on the kind of input and on the depth of the block.
+are multiplied by e^a. In the reference allocation every number is 0. RankAdaptor (arXiv 2406.15734) trains a
+small network to predict the loss. Near an optimum the loss is quadratic in the allocation, so a Bayesian
+linear regression is enough here. Its coefficients depend on the kind of input and on the depth of the block.
 Therefore it needs fewer measurements than there are inputs, and it applies to models of other depths. It also
 says how uncertain a prediction is.
 """

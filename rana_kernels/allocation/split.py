@@ -1,4 +1,4 @@
-"""The split of a rank adapter's budget: few ranks that are mostly on, or many that are mostly off.
+"""The split of a rank adapter's budget: how many ranks it stores, and how many of them are live on average.
 
 RaNA (arXiv 2503.18216, algorithm 1) considers all pairs (stored ranks R, mean live ranks) that a budget of
 R·K + live·N multiply-adds allows, and takes the pair whose mask captures the most energy, Σ h² over the live

@@ -1,4 +1,4 @@
-"""What `rana compress` says before it works: what it will do, and the time of the calibration by a trial."""
+"""`rana compress` says first what it will do, and how long the calibration takes, by a trial."""
 
 import time
 from typing import Any

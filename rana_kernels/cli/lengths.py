@@ -1,4 +1,4 @@
-"""The lengths of rows and continuations that a model takes: a default is lowered, what was asked is not."""
+"""Lengths of rows and continuations: defaults are lowered to what a model takes, given lengths are not."""
 
 import sys
 from pathlib import Path

@@ -4,7 +4,7 @@ A method that plans block by block decomposes each linear once. A method with on
 decomposes every linear before it decides, and the chosen ones again for their modules: to keep all factors
 would take the memory of two more models. A block's factors are dropped when its modules are in place, so
 there are never two copies of the model. Only linears are replaced: embeddings and norms stay, and in 16 bits
-so do the weights of linears that are left dense. In 8 and 4 bits, every weight of a block is rounded when the
+the weights of dense linears stay too. In 8 and 4 bits, every weight of a block is rounded when the
 block's adapters are computed. lm_head comes last, as a block of its own.
 """
 

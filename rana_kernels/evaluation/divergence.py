@@ -1,8 +1,8 @@
 """How far the predictions of a model are from those of the dense model that it was made of.
 
 Perplexity can fall while predictions get worse, because noise makes a model less sure, and a model that was
-trained to follow instructions is too sure of itself on plain text. The divergence cannot: it is 0 only for
-the predictions of the dense model.
+trained to follow instructions is too sure of itself on plain text. The divergence is 0 only for the
+predictions of the dense model, so noise does not lower it.
 """
 
 from dataclasses import dataclass

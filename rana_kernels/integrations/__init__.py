@@ -1,4 +1,4 @@
-"""The connections to other libraries, one file for each. They translate, and contain no logic of our own."""
+"""The connections to other libraries, one file or folder for each."""
 
 import importlib
 import sys

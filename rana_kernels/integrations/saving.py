@@ -2,7 +2,7 @@
 
 transformers writes into the directory file by file. A `model.safetensors` that it leaves beside new shards is
 what it reads afterwards, and an error half-way loses the old weights. A compressed model is therefore written
-beside its place and then moved. Other models are saved as ever.
+beside its place and then moved. Other models are saved by transformers alone.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The door: what a model has to be before anything is done with it. Each refusal comes before any work.
+"""Checks of a model before any work on it.
 
 `admit` takes off wrappers, for every function that is given a model. `require_dense` is asked of a model that
 will be calibrated or compressed.

@@ -1,4 +1,4 @@
-"""The table of architectures: the paths of the linears in each of them. A new architecture is one line here.
+"""The table of architectures: the paths of the linears in each of them. A new architecture is one entry.
 
 The key is `model.config.model_type`, the name that Hugging Face transformers gives an architecture. That
 package is not imported: every module with the same layout and such a config works. For any other model,

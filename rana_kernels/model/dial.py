@@ -1,9 +1,9 @@
-"""The dial: the masks of one compressed model, set to another budget without other weights.
+"""The dial: it changes the budget of a compressed model by other thresholds, with the same weights.
 
 A neuron adapter drops the inputs whose scores are below its threshold. Its weights serve every threshold, so
 a plan can hold the masks of several budgets: each neuron adapter has one `Setting` for each of them
-(`allocation/dial.py` chooses them). Between two settings, thresholds and live rows are interpolated. Rank
-adapters store what their budget paid for, and keep their masks.
+(`allocation/dial.py` chooses them). Between two settings, thresholds and live rows are interpolated. The
+masks of rank adapters stay.
 """
 
 from bisect import bisect_left

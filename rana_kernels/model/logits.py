@@ -1,7 +1,7 @@
 """Logits, a few tokens at a time: with a large vocabulary those of a batch take more memory than the model.
 
 The layers run on the whole batch. What follows them (lm_head, and scales or caps of some models) treats every
-token alone. It runs on a few tokens, as the forward of a twin of the model: the twin shares its modules, and
+token alone. It runs on a few tokens, as the forward of a copy of the model: the copy shares its modules, and
 has a stand-in for the layers, which gives the hidden states of these tokens. The model itself is not changed,
 so other threads may use it meanwhile.
 """

@@ -1,4 +1,4 @@
-"""The text that a model takes: how many tokens, of which vocabulary. The checks of what is given to it."""
+"""Checks of the token ids that are given to a model: their number and their range."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Quantised modules with float weights again, for code that trains them. What rounding lost stays lost."""
+"""Quantised modules with float weights again, for code that trains them. The rounding errors stay."""
 
 from collections.abc import Iterable
 

@@ -1,8 +1,8 @@
 """Estimates of the loss by rounding, before anything is rounded: means over tokens, in the metric "loss".
 
-GPTQ leaves of every line (`gptq.py`) its squared rounding error, times the part of its input that later lines
-cannot make good. Both are known without running GPTQ: the first from rounding to nearest, the second from one
-Cholesky factor, which serves all widths.
+After GPTQ (`gptq.py`), the loss by a line is its squared rounding error, times the part of its input that
+later lines cannot compensate. Both are known without running GPTQ: the first from rounding to nearest, the
+second from one Cholesky factor, which serves all widths.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,8 +1,8 @@
-"""The rotation within value heads: o reads mixtures of tokens of v's outputs, and mixing commutes with it.
+"""The rotation within value heads. o reads weighted sums of v's outputs, and these can be rotated with them.
 
 For any invertible M, o(v(x)) stays the same if a head's rows of v are multiplied by M and its columns of o by
 M⁻¹. This M makes the inputs of o uncorrelated, and the slopes of the loss by them too. A neuron adapter of o
-then keeps and drops what a rank adapter would, and pays for no B.
+then drops what a rank adapter would, and needs no B.
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
 """The residual stream of a model: who writes it, who reads it, the norms between, and its rotation.
 
 With an orthogonal Q, everything that writes the stream writes Qᵀ of it, and everything that reads it first
-undoes Q. A norm that divides by the root mean square alone does not see Q, once its own weights are those of
-its readers. Norms that subtract means, or that scale what is written, leave no such freedom.
+undoes Q. A norm that only divides by the root mean square is not changed by Q, after its weights were
+multiplied into those of its readers. Models whose norms subtract means, or scale what is written, cannot be
+rotated.
 """
 
 from dataclasses import dataclass

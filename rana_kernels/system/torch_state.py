@@ -1,4 +1,4 @@
-"""What a caller may have set for all of torch, and what our own work runs under."""
+"""Our own work runs without the inference mode, autocast and defaults that a caller has set for torch."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""Generation with little besides the ops in a step. `quicken(model)` is all that a program calls.
+"""Faster generation on the CPU: a step of our own in place of that of transformers. Programs call `quicken`.
 
 step     the step of one token: when it is taken, and what it computes
 blocks   one token through the blocks of a Llama and its relatives
