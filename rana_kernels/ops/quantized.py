@@ -3,7 +3,7 @@
 A weight [R, N] in 8 bits is int8 [R, N]. In 4 bits it is uint8 [R, ⌈N/2⌉], two values of -8..7 a byte. Each
 row is cut into groups of g columns, the last of which may be shorter. A group has one step, so the weight is
 `q · scale` with a float16 scale [R, ⌈N/g⌉]. g is the smallest of 32, 64, 128 and N that gives so many groups,
-so needs no argument of its own.
+so no op takes it as an argument.
 
 In 4 bits, the columns lie in blocks of 32, which are 16 bytes. Byte i of a block holds column i in its low
 four bits and column i + 16 in its high four bits. A kernel thus splits a vector of bytes into two runs of

@@ -1,4 +1,4 @@
-"""The rotation within value heads. o reads weighted sums of v's outputs, and these can be rotated with them.
+"""The rotation within value heads. o reads weighted sums of v's outputs, which are rotated with the outputs.
 
 For any invertible M, o(v(x)) stays the same if a head's rows of v are multiplied by M and its columns of o by
 M⁻¹. This M makes the inputs of o uncorrelated, and the slopes of the loss by them too. A neuron adapter of o

@@ -7,8 +7,8 @@ information is defined. With the labels of the text, the derivatives would also 
 wrong (Kunstner et al., 2019, arXiv 1905.12558).
 
 The derivatives of single tokens say more: if an input changes by d, the loss of this token's successors rises
-by (slope · d)² / 2 on average over the labels. This includes errors of many outputs
-at once, and that some tokens matter more than others.
+by (slope · d)² / 2 on average over the labels. This includes errors of many
+outputs at once, and that some tokens matter more than others.
 """
 
 from contextlib import contextmanager
