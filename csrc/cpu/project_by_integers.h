@@ -22,23 +22,23 @@ class FixedInputs {
   static constexpr int kShifts = integers::kShifts<kWidth>;
 
   FixedInputs(const float* x, int64_t tokens, int64_t size)
-      : columns_(size),
-        spans_(columns_.count()),
-        words_(tokens * spans_ * kShifts),
-        zero_(tokens * spans_),
-        step_(tokens * spans_),
+      : spans_(size),
+        count_(spans_.count()),
+        words_(tokens * count_ * kShifts),
+        zero_(tokens * count_),
+        step_(tokens * count_),
         finite_(tokens) {
     for (int64_t m = 0; m < tokens; m++) {
       finite_[m] = true;
-      for (int64_t s = 0; s < spans_; s++) set(x + m * size + s * kSpan, columns_.columns - s * kSpan, m, s);
+      for (int64_t s = 0; s < count_; s++) set(x + m * size + s * kSpan, spans_.columns - s * kSpan, m, s);
     }
   }
 
-  const integers::Spans<kWidth>& columns() const { return columns_; }
+  const integers::Spans<kWidth>& spans() const { return spans_; }
   bool finite(int64_t m) const { return finite_[m]; }
-  Bits words(int64_t m, int64_t span, int shift) const { return words_[(m * spans_ + span) * kShifts + shift]; }
-  Ints zero(int64_t m, int64_t span) const { return zero_[m * spans_ + span]; }  // what the sums start from
-  Vec step(int64_t m, int64_t span) const { return step_[m * spans_ + span]; }
+  Bits words(int64_t m, int64_t span, int shift) const { return words_[(m * count_ + span) * kShifts + shift]; }
+  Ints zero(int64_t m, int64_t span) const { return zero_[m * count_ + span]; }  // what the sums start from
+  Vec step(int64_t m, int64_t span) const { return step_[m * count_ + span]; }
 
  private:
   static constexpr int kBlockColumns = kSpan / kBlocks, kBlockLanes = kLanes / kBlocks;
@@ -65,9 +65,9 @@ class FixedInputs {
       }
     }
     for (int shift = 0; shift < kShifts; shift++)
-      words_[(m * spans_ + span) * kShifts + shift] = load_bytes<Bits>(fixed[shift]);
-    zero_[m * spans_ + span] = load_bytes<Ints>(zero);
-    step_[m * spans_ + span] = load_bytes<Vec>(steps);
+      words_[(m * count_ + span) * kShifts + shift] = load_bytes<Bits>(fixed[shift]);
+    zero_[m * count_ + span] = load_bytes<Ints>(zero);
+    step_[m * count_ + span] = load_bytes<Vec>(steps);
   }
   // Returns the step of a block, in which `values` are whole numbers.
   float set_block(const float* x, int64_t m, int32_t* values) {
@@ -84,8 +84,8 @@ class FixedInputs {
     return step.step[0];
   }
 
-  integers::Spans<kWidth> columns_;
-  int64_t spans_;
+  integers::Spans<kWidth> spans_;
+  int64_t count_;
   std::vector<Bits> words_;
   std::vector<Ints> zero_;
   std::vector<Vec> step_;
@@ -115,7 +115,7 @@ void dot_tile(const W& B, int64_t first, int64_t apart, FixedTokens<kWidth> x, A
   typename W::Term term[kRows];
   for (int r = 0; r < kRows; r++) term[r] = W::term(B.at(first + r * apart, 0), 1.0f, size, room + r * W::room(size));
   Vec sums[kTokens][kRows] = {};
-  integers::for_spans(x.fixed->columns(), [&](int64_t n, auto load) {
+  integers::for_spans(x.fixed->spans(), [&](int64_t n, auto load) {
     const int64_t s = n / kSpan;
     ahead.ask(lines_of<W>(kRows * kSpan));
 #pragma GCC unroll 8
@@ -132,7 +132,7 @@ void dot_tile(const W& B, int64_t first, int64_t apart, FixedTokens<kWidth> x, A
       }
     }
   });
-  for (int64_t k = x.fixed->columns().columns; k < size; k += kChunk)
+  for (int64_t k = x.fixed->spans().columns; k < size; k += kChunk)
     for (int r = 0; r < kRows; r++) {
       const auto w = term[r].operand(k, size - k);
       for (int m = 0; m < kTokens; m++)
