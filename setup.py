@@ -43,7 +43,8 @@ INSTRUCTION_SETS = {
     },
     "aarch64": {"baseline": []},
 }
-# code for these cards, and PTX from which a driver compiles for later ones
+# Code for these cards, all of it made of PTX for the first one: no kernel asks which card it is compiled for.
+# Drivers make code for later cards of the same PTX.
 CUDA_TARGETS = ("80", "90", "100")
 CUDA_LINK = ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "--cudart=static"]
 CUDA_COMPILE = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
@@ -147,12 +148,12 @@ def cuda_compile_command() -> list[str]:
     from torch.utils import cpp_extension
 
     targets = cuda_targets()
-    gencode = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
-    gencode.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+    codes = ",".join([*(f"sm_{t}" for t in targets), f"compute_{targets[0]}"])
+    gencode = f"-gencode=arch=compute_{targets[0]},code=[{codes}]"
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"]
     includes = [word for p in cpp_extension.include_paths() for word in ("-isystem", p)]
     threads = f"--threads={max(1, jobs() // len(cuda_sources()))}"
-    return [str(nvcc()), *CUDA_COMPILE, *gencode, threads, *defines, *includes]
+    return [str(nvcc()), *CUDA_COMPILE, gencode, threads, *defines, *includes]
 
 
 def cuda_link_command(objects: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import re
 import zlib
 from collections.abc import Callable
@@ -137,6 +138,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the files that take longest first, so that no core is idle while the last of them runs."""
     rank = {name: i for i, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """Take the thousands of tests out of what the garbage collector looks through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -68,7 +68,8 @@ def build(
     flags = [*FLAGS, "-Og", *(SANITIZE if sanitize else ())]
     name = "sanitized" if sanitize else "plain"
     headers = once(shared / f"{name}.h.gch", lambda target: _precompile(target, flags)).with_suffix("")
-    scheduler = once(shared / f"{name}.o", lambda target: _compile(SHIM / "shim.cpp", target, *flags, "-O2"))
+    of_scheduler = [*FLAGS, "-O2", *(["-DSHIM_SANITIZED"] if sanitize else ())]
+    scheduler = once(shared / f"{name}.o", lambda target: _compile(SHIM / "shim.cpp", target, *of_scheduler))
     objects = [folder / f"{op}.o" for op in ops]
     for op, target in zip(ops, objects, strict=True):
         _compile(sources / "cuda" / f"{op}.cu", target, *flags, "-include", headers)

@@ -59,30 +59,27 @@ V exchange(V value, int source_lane, const char* what) {
   return value;
 }
 
-// Operands of 16 bits, two in a word: lane 4 g + t has of rows g and g + 8 of a, and of column g of b, number
-// 2 t of the products and the next, then these plus 8. Of c it has rows g and g + 8 at columns 2 t and the next.
+// The operands of a lane in a product of matrices. Lane 4 g + t has of rows g and g + 8 of a, and of column g of b,
+// number 2 t of the products and the next, then these plus 8.
+struct Operands {
+  float a[4][2], b[2][2];
+};
+
+// Adds the products of the lanes of a warp. Lane 4 g + t has rows g and g + 8 of c at columns 2 t and the next.
+void multiply_add(float (&c)[4], const Operands& mine);
+
+// The same for operands of 16 bits, two in a word.
 template <class T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct {
-    uint32_t a[4], b[2];
-  } mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  const auto operands = [](int lane) { return reinterpret_cast<decltype(mine)*>(left_by(Scope::warp, lane)); };
-  const auto widen = [](uint32_t word, float* values) {
+  Operands mine;
+  const auto widen = [](uint32_t word, float (&values)[2]) {
     T both[2];
     std::memcpy(both, &word, sizeof word);
     values[0] = float(both[0]), values[1] = float(both[1]);
   };
-  wait(Scope::warp, "mma", reinterpret_cast<uint64_t>(&mine));
-  const int group = int(threadIdx.x % 32) / 4, member = int(threadIdx.x % 4);
-  float rows[2][16], columns[2][16];  // of a and of b, those that this lane's c has
-  for (int k = 0; k < 16; k += 2)
-    for (int i = 0; i < 2; i++) {
-      widen(operands(4 * group + k % 8 / 2)->a[i + k / 8 * 2], &rows[i][k]);
-      widen(operands(4 * (2 * member + i) + k % 8 / 2)->b[k / 8], &columns[i][k]);
-    }
-  for (int i = 0; i < 4; i++)
-    for (int k = 0; k < 16; k++) c[i] += rows[i / 2][k] * columns[i % 2][k];
-  wait(Scope::warp, "the end of mma");
+  for (int i = 0; i < 4; i++) widen(a[i], mine.a[i]);
+  for (int i = 0; i < 2; i++) widen(b[i], mine.b[i]);
+  multiply_add(c, mine);
 }
 
 // a + b for two values of 16 bits in a word.

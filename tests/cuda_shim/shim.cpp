@@ -1,4 +1,6 @@
 // The scheduler behind cuda_runtime.h, and the two services of a CUDA torch that the host code asks for.
+//
+// The sanitizers instrument the kernels and not this file, which would take most of the time then.
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -12,12 +14,12 @@
 
 #include "cuda_runtime.h"
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SHIM_SANITIZED)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #else
-#define ASAN_POISON_MEMORY_REGION(p, size) (void)0
-#define ASAN_UNPOISON_MEMORY_REGION(p, size) (void)0
+static void __asan_poison_memory_region(const void*, size_t) {}
+static void __asan_unpoison_memory_region(const void*, size_t) {}
 static void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
 static void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #endif
@@ -133,9 +135,8 @@ void end_if_complete(Meeting& meeting) {
 
 // Switches stacks: `switch_places` returns when another stack jumps to `here`. swapcontext would make two system
 // calls a switch, and under ASan clear the shadow of the whole stack.
-#define NOT_INSTRUMENTED __attribute__((noinline, no_sanitize("address", "undefined")))
-NOT_INSTRUMENTED void jump(Place& there) { __builtin_longjmp(there, 1); }
-NOT_INSTRUMENTED void switch_places(Place& here, Place& there) {
+__attribute__((noinline)) void jump(Place& there) { __builtin_longjmp(there, 1); }
+__attribute__((noinline)) void switch_places(Place& here, Place& there) {
   if (!__builtin_setjmp(here)) jump(there);
 }
 
@@ -155,7 +156,7 @@ void run_threads() {
   }
 }
 
-NOT_INSTRUMENTED void start(Place& here, Fiber& fiber) {
+__attribute__((noinline)) void start(Place& here, Fiber& fiber) {
   ucontext_t context;
   getcontext(&context);
   context.uc_stack = {fiber.stack, 0, kStack};
@@ -237,6 +238,23 @@ uint64_t left_by(Scope scope, int thread) {
   return m.left[(m.round - 1) % 2][thread];
 }
 
+void multiply_add(float (&c)[4], const Operands& mine) {
+  wait(Scope::warp, "mma", reinterpret_cast<uint64_t>(&mine));
+  const Meeting& m = meeting(Scope::warp);
+  const uint64_t* const left = m.left[(m.round - 1) % 2].data();
+  const auto operands = [=](int lane) { return reinterpret_cast<const Operands*>(left[lane]); };
+  const int group = int(threadIdx.x % 32) / 4, member = int(threadIdx.x % 4);
+  float rows[2][16], columns[2][16];  // of a and of b, those that this lane's c has
+  for (int k = 0; k < 16; k++)
+    for (int i = 0; i < 2; i++) {
+      rows[i][k] = operands(4 * group + k % 8 / 2)->a[i + k / 8 * 2][k % 2];
+      columns[i][k] = operands(4 * (2 * member + i) + k % 8 / 2)->b[k / 8][k % 2];
+    }
+  for (int i = 0; i < 4; i++)
+    for (int k = 0; k < 16; k++) c[i] += rows[i / 2][k] * columns[i % 2][k];
+  wait(Scope::warp, "the end of mma");
+}
+
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   static unsigned launches = 0;  // chance is another one in every launch, and the same in every process
   const auto [order, seed] = schedule();
@@ -257,9 +275,9 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     here.threads[i].block = int(i / block.x), here.threads[i].index = int(i % block.x);
     if (i == fibers.size()) fibers.push_back(std::make_unique<Fiber>());
   }
-  ASAN_POISON_MEMORY_REGION(shared_memory + shared_bytes, kMostShared - shared_bytes);
+  __asan_poison_memory_region(shared_memory + shared_bytes, kMostShared - shared_bytes);
   run_all();
-  ASAN_UNPOISON_MEMORY_REGION(shared_memory, kMostShared);
+  __asan_unpoison_memory_region(shared_memory, kMostShared);
   launch = nullptr;
 }
 
