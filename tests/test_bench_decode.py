@@ -217,7 +217,17 @@ def test_drafts_do_not_change_the_text(models):
     other = measure_drafts(models["dense"], models["rana"], prompts, tokens=12, rounds=1)
     for found, mine in zip(other, own, strict=True):
         assert 0 <= float(found["accepted"]) < float(mine["accepted"])
-        assert found["same text"] == mine["same text"] == "100%"
+        assert found["same text"] == mine["same text"] == "100%" and found["gap"] == "0.00"
+
+
+@torch.inference_mode()
+def test_texts_that_part_are_judged_by_the_two_tokens(models):
+    text = torch.randint(TINY.vocab_size, (1, 8))
+    other = text.clone()
+    other[0, 5] = (text[0, 5] + 1) % TINY.vocab_size
+    logits = models["dense"](text[:, :5]).logits[0, -1]
+    wanted = float((logits[text[0, 5]] - logits[other[0, 5]]).abs())
+    assert measure._gap(models["dense"], text, other) == wanted > 0
 
 
 def test_shapes_have_the_weights_of_their_names():

@@ -120,44 +120,63 @@ def share_rows(shares: dict[str, Shares]) -> list[Row]:
 
 @torch.inference_mode()
 def measure_drafts(
-    dense: PreTrainedModel, draft: PreTrainedModel, prompts: Tensor, tokens: int, rounds: int = 3
+    checker: PreTrainedModel,
+    draft: PreTrainedModel,
+    prompts: Tensor,
+    tokens: int,
+    rounds: int = 3,
+    drafted: tuple[int, ...] = DRAFTED,
+    baseline: PreTrainedModel | None = None,
 ) -> list[Row]:
-    """Let `draft` draft for the dense model that it was made from, which checks its tokens.
+    """Let `draft` draft for the model that it was made from, which checks its tokens.
 
-    Each of the `prompts` [n, T] is continued by itself, with `tokens` new tokens, greedily.
+    Each of the `prompts` [n, T] is continued by itself, with `tokens` new tokens, greedily. `baseline` takes
+    turns with it; by default it is `checker` alone.
 
     `accepted` of the `drafted` tokens pass a check, on average. `same text` is the share of the texts that
-    equal the dense model's own. It is 1 in float32. In 16 bits, products of one token and of several round
-    differently, and two tokens may be almost equally likely.
+    equal the checker's own. It is 1 in float32. In 16 bits, products of one token and of several round
+    differently, and two tokens may be almost equally likely: `gap` is the largest difference of two logits by
+    which a text chose another token.
     """
-
-    def generated(model: PreTrainedModel, prompt: Tensor, **options) -> tuple[float, Tensor]:
-        prompt = prompt[None]
-        return timed(
-            model.generate, prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=tokens,
-            max_new_tokens=tokens, do_sample=False, pad_token_id=0, **options,
-        )  # fmt: skip
-
-    wanted = [generated(dense, prompt)[1] for prompt in prompts]
+    wanted = [_continue(checker, prompt, tokens)[1] for prompt in prompts]
     found: list[Row] = []
-    for drafted in DRAFTED:
-        draft.generation_config.num_assistant_tokens = drafted
+    for count in drafted:
+        draft.generation_config.num_assistant_tokens = count
         draft.generation_config.num_assistant_tokens_schedule = "constant"
         draft.generation_config.assistant_confidence_threshold = 0.0
-        alone, together, same, checks = 0.0, 0.0, 0, []
+        alone, together, same, gap, checks = 0.0, 0.0, 0, 0.0, []
         for prompt, text in rounds * list(zip(prompts, wanted, strict=True)):
-            alone += generated(dense, prompt)[0]
-            hook = dense.register_forward_hook(lambda *_, checks=checks: checks.append(1))
-            seconds, again = generated(dense, prompt, assistant_model=draft)
+            alone += _continue(baseline or checker, prompt, tokens)[0]
+            hook = checker.register_forward_hook(lambda *_, checks=checks: checks.append(1))
+            seconds, again = _continue(checker, prompt, tokens, assistant_model=draft)
             hook.remove()
             same += torch.equal(again, text)
+            gap = max(gap, _gap(checker, text, again))
             together += seconds
         texts = rounds * len(prompts)
         new = texts * tokens
         found.append({
-            "drafted": drafted, "accepted": f"{new / len(checks) - 1:.2f}",
-            "same text": f"{same / texts:.0%}",
-            "tokens/s": f"{new / together:.1f}", "dense alone": f"{new / alone:.1f}",
+            "drafted": count, "accepted": f"{new / len(checks) - 1:.2f}", "same text": f"{same / texts:.0%}",
+            "gap": f"{gap:.2f}", "tokens/s": f"{new / together:.1f}", "dense alone": f"{new / alone:.1f}",
             "x dense": f"{alone / together:.2f}",
         })  # fmt: skip
     return found
+
+
+def _continue(model: PreTrainedModel, prompt: Tensor, tokens: int, **options) -> tuple[float, Tensor]:
+    """Return the seconds that a model takes to continue a prompt [T], and the text [1, T + tokens]."""
+    prompt = prompt[None]
+    return timed(
+        model.generate, prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=tokens,
+        max_new_tokens=tokens, do_sample=False, pad_token_id=0, **options,
+    )  # fmt: skip
+
+
+def _gap(model: PreTrainedModel, text: Tensor, other: Tensor) -> float:
+    """Return by how much the model's logits of the first tokens differ that two texts [1, T] do not share."""
+    parted = (text != other)[0].nonzero()
+    if not len(parted):
+        return 0.0
+    at = int(parted[0])
+    logits = model(text[:, :at]).logits[0, -1]
+    return float((logits[text[0, at]] - logits[other[0, at]]).abs())

@@ -104,7 +104,7 @@ struct HalfTile {
     integers::for_shifts<kWidth>(
         [&](auto i) { sums[i()] = sum * (-integers::offset_of<kWidth, i()> * integers::weight_of<kWidth, i()>); });
   }
-  void add(Bits words, Bits value) {
+  __attribute__((always_inline)) void add(Bits words, Bits value) {
     const Bits unsigned_words = integers::without_signs<kWidth>(words);
     integers::for_shifts<kWidth>([&](auto i) {
       sums[i()] = integers::multiply_add(sums[i()], integers::weights_in_place<kWidth, i()>(unsigned_words), value);
