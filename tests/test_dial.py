@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import rana_kernels as rana
+from bench.quality import unions
+from bench.quality.neurons import without_ranks
 from rana_kernels.allocation.curves import BlockOffers
 from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.evaluation.density import costs_of
@@ -242,3 +244,24 @@ def test_budgets_on_the_command_line(neurons_alone, folder, tmp_path, run, monke
     monkeypatch.setenv("RANA_BUDGET", "half")
     with pytest.raises(ValueError, match="RANA_BUDGET is 'half', wanted a number"):
         rana.load(out)
+
+
+def test_rows_that_several_tokens_read_together(neurons_alone):
+    """Equal texts read what one of them reads; tokens of a text read no less, and no more than all."""
+    ids = tokens(1, unions.LENGTH).expand(unions.TEXTS, -1)
+    found = unions.measure_unions(compressed(flops_reduction=0.4), ids, 0.6)
+    assert [row["tokens"] for row in found] == list(unions.TOKENS)
+    one_text = [row["one text"] for row in found]
+    assert one_text == sorted(one_text) and 0 < one_text[0] < one_text[-1] <= 1
+    assert {row["several texts"] for row in found} == {one_text[0]}
+    assert found[0]["random"] == one_text[0] and found[-1]["random"] > one_text[0]
+
+
+def test_a_plan_without_ranks_ends_without_masks():
+    ids, model = tokens(8, 64), make_model()
+    stats = rana.calibrate(model, [ids], progress=False)
+    plan = rana.plan(stats, flops_reduction=0.4, progress=False)
+    assert "rank" in {adapter.kind for adapter in plan.adapters}
+    rana.compress(model, stats=stats, plan=without_ranks(plan), progress=False)
+    rana.set_budget(model, 1.0)
+    torch.testing.assert_close(logits(model), logits(make_model()))

@@ -23,13 +23,13 @@ from bench.decode.measure import measure_drafts
 from bench.decode.widths import dense
 from bench.kernels.timing import thread_counts, using
 from bench.quality import smollm2
+from bench.quality.neurons import compressed
 from bench.report.results import RESULTS, Row, conditions, processor, write_csv
 from bench.report.tables import show
 from rana_kernels.integrations.decoding import quicken
 from rana_kernels.system.huge_pages import use_huge_pages
 
 BITS = 8
-PLANNED = 0.7  # the cost ratio of the plan, from whose curves the other budgets come
 DRAFTED = (1, 2, 4)  # tokens before each check
 PROMPTS, PROMPT = 4, 64  # prompts of each kind, and the tokens of one
 console = Console(width=160)
@@ -49,12 +49,9 @@ def main(
     stamp = conditions()
     folder = smollm2.fetch()
     console.print(f"{smollm2.NAME}, {BITS} bits, drafts from its own weights: {stamp}")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    baseline = dense(model, BITS, None)
-    baseline.prepare()
-    rows = load_file(folder / "calibration.safetensors")["input_ids"].long()
-    rows = rows[: max(1, calibration // rows.shape[1])]
-    rana.compress(model, list(rows.split(4)), flops_reduction=1 - PLANNED, bits=BITS)
+    baseline = dense(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), BITS, None)
+    baseline.prepare()  # random weights of the same form: only its time counts
+    model = compressed(folder, BITS, calibration)
     use_huge_pages(model)
     quicken(model)
     rana.set_budget(model, 1.0)

@@ -1,6 +1,6 @@
 """The count of live rows. Hooks compute the masks again, because an op returns only y."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -46,18 +46,31 @@ def count_live(model: nn.Module) -> Iterator[dict[str, LiveCount]]:
     """Count the live rows of every adapter while the model runs inside the `with` statement.
 
     Yields a dict that is filled while the model runs: name of the adapted linear (the first one of a joint
-    adapter) -> LiveCount. Every module with a method `masks`, like those of `nn/adapters.py`, is an adapter.
-    All tokens that this thread runs count, padding included. The reference implementation computes the masks
-    a second time, so use this to measure and not to serve.
+    adapter) -> LiveCount. All tokens that this thread runs count, padding included.
     """
     counts: dict[str, LiveCount] = {}
+
+    def count(name: str, mask: Tensor) -> None:
+        counts.setdefault(name, LiveCount(mask.shape[-1])).add(mask)
+
+    with watch_masks(model, count):
+        yield counts
+
+
+@contextmanager
+def watch_masks(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call see(name, mask) for every adapter that runs inside the `with` statement, in this thread.
+
+    `name` is that of the adapted linear, the first one of a joint adapter; `mask` [..., rows] is bool. Every
+    module with a method `masks`, like those of `nn/adapters.py`, is an adapter. The reference implementation
+    computes the masks a second time, so use this to measure and not to serve.
+    """
 
     def hook_for(name: str):
         @torch.no_grad()
         def hook(module, inputs: tuple, _output: object) -> None:
             for child, mask in module.masks(inputs[0]).items():
-                full = ".".join(filter(None, [name, child]))
-                counts.setdefault(full, LiveCount(mask.shape[-1])).add(mask)
+                see(".".join(filter(None, [name, child])), mask)
 
         return hook
 
@@ -67,7 +80,7 @@ def count_live(model: nn.Module) -> Iterator[dict[str, LiveCount]]:
         if hasattr(module, "masks")
     ]
     try:
-        yield counts
+        yield
     finally:
         for hook in hooks:
             hook.remove()
