@@ -37,7 +37,7 @@ console = Console(width=160)
 
 def main(
     budget: Annotated[
-        list[float] | None, typer.Option(help="Cost ratios of drafts; default 0.8, 0.56 and 0.45.")
+        list[float] | None, typer.Option(help="Cost ratios of drafts; default 0.8, 0.7 and 0.56.")
     ] = None,
     threads: Annotated[list[int] | None, typer.Option(help="Threads; default 1 and all.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that each text is continued by.")] = 64,
@@ -55,7 +55,7 @@ def main(
     use_huge_pages(model)
     quicken(model)
     rana.set_budget(model, 1.0)
-    drafts = {ratio: rana.make_draft(model, ratio) for ratio in budget or (0.8, 0.56, 0.45)}
+    drafts = {ratio: rana.make_draft(model, ratio) for ratio in budget or (0.8, 0.7, 0.56)}
     found: list[Row] = []
     for count in threads or thread_counts():
         for kind, prompts in _prompts(folder).items():

@@ -23,7 +23,7 @@ from rana_kernels.checkpoint.attachment import attached_plan
 from rana_kernels.evaluation.density import costs_of
 from rana_kernels.evaluation.live import watch_masks
 
-BUDGETS = (0.8, 0.7, 0.56, 0.45)
+BUDGETS = (0.8, 0.7, 0.56)
 TOKENS = (1, 2, 4, 8, 16)
 TEXTS, LENGTH = 16, 256  # texts that are read, and tokens of each
 KINDS = ("one text", "several texts", "random")
