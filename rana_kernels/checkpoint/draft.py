@@ -28,7 +28,7 @@ def make_draft(model: Model, cost_ratio: float) -> Model:
     own = {
         id(module.threshold)
         for module in model.modules()
-        if isinstance(module, AdapterModule) and "threshold" in module._buffers
+        if isinstance(module, AdapterModule) and module.has_threshold
     }
     tensors = (*model.parameters(), *model.buffers())
     shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors if id(tensor) not in own}

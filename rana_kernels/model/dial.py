@@ -61,10 +61,8 @@ def set_masks(model: nn.Module, plan: Plan) -> None:
 def mask_owner(model: nn.Module, adapter: AdapterSpec) -> AdapterModule:
     """Return the module that holds the thresholds of an adapter: its own, or the RanaMLP around it."""
     name = adapter.names[0]
-    own = model.get_submodule(name)
-    if "threshold" not in own._buffers:
-        own = model.get_submodule(name.rpartition(".")[0])
-    return cast(AdapterModule, own)
+    own = cast(AdapterModule, model.get_submodule(name))
+    return own if own.has_threshold else cast(AdapterModule, model.get_submodule(name.rpartition(".")[0]))
 
 
 def _with_settings(plan: Plan, lower: int, upper: int, share: float) -> Plan:

@@ -76,6 +76,11 @@ class AdapterModule(nn.Module):
                 self._buffers[name] = buffer.to(now.device)
         return self
 
+    @property
+    def has_threshold(self) -> bool:
+        """Whether the module has a mask of its own. The linears within a RanaMLP are masked by it."""
+        return "threshold" in self._buffers
+
     def set_threshold(self, threshold: float | Tensor) -> None:
         """Set one threshold for all rows ([]) or one for each row ([R]).
 
@@ -119,7 +124,7 @@ def check_values(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, AdapterModule):
             continue
-        if "threshold" in module._buffers:
+        if module.has_threshold:
             _require_threshold(module.threshold, name)
         for matrix in module.matrices:
             scale = getattr(module, f"{matrix}_scale")
