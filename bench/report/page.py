@@ -94,7 +94,7 @@ class Entry:
     measured: str = ""
 
 
-WHOLE = ("decode-", "rivals-")  # the results of whole models
+WHOLE = ("decode-", "rivals-", "drafts-", "unions-")  # the results of whole models
 
 
 def page(results: Path) -> str:

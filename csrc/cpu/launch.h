@@ -70,7 +70,7 @@ std::vector<float> project(const T* x, int64_t tokens, const Weight& B) {
     if constexpr (std::is_same_v<E, T>) project(x, tokens, rows, h.data());
     else project(widened(x, tokens * B.columns).data(), tokens, rows, h.data());
   };
-  if (kMultipliesPairs<T> && tokens > kVectorTokens) for_storage<T, T>(B, with);
+  if (kMultipliesPairs<T> && tokens > (B.scale ? kFixedPointTokens : kVectorTokens)) for_storage<T, T>(B, with);
   else for_storage<T, float>(B, with);
   return h;
 }

@@ -27,13 +27,12 @@ void project(const typename W::Element* x, int64_t tokens, const W& B, float* h)
   if constexpr (W::kAddressable) {
     for_method<W>(tokens, [&](auto method) { run(method, rows); });
   } else {
-    if constexpr (std::is_same_v<E, float>)
-      if (tokens <= kTileTokens) {
+    if constexpr (std::is_same_v<E, float>) {
 #if defined(__SSE2__)
-        if (B.fixed_point) return run(ByIntegers<W>{}, rows);
+      if (B.fixed_point && tokens <= kFixedPointTokens) return run(ByIntegers<W>{}, rows);
 #endif
-        return run(ByVectors<Single<W>>{}, rows);
-      }
+      if (tokens <= kTileTokens) return run(ByVectors<Single<W>>{}, rows);
+    }
     for_method<Plain<E>>(tokens, [&](auto method) {
       run(method, [&](auto method, const auto& arranged, int64_t begin, int64_t end) {
         project_converted(method, B, arranged, tokens, begin, end, h);

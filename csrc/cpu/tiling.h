@@ -13,6 +13,8 @@ namespace {
 // Up to this many tokens tiles are not used: vectors keep up with memory, and they suffer less than tiles if the other
 // thread of the core is busy.
 constexpr int64_t kVectorTokens = 4;
+// Up to this many tokens quantised weights are multiplied in whole numbers. For more, they are converted once for all.
+constexpr int64_t kFixedPointTokens = kHasAmx ? kVectorTokens : 8;
 // Up to this many tokens weights are streamed; more tokens take panels. A stream makes pairs of quantised weights again
 // for every few tokens, and a panel makes them once.
 template <class W>
