@@ -171,10 +171,12 @@ def survives(
     op: str,
     dtype: torch.dtype,
     cases: dict,
+    changes: dict[str, str] | None = None,
     mutation: build.Mutation | None = None,
 ) -> bool:
     """Whether the kernels of a dtype, changed so, still pass. In a child, which may crash or hang."""
-    library = build.build(folder, shared, [op], changes=build.ONE_DTYPE[dtype], mutation=mutation)
+    changes = build.ONE_DTYPE[dtype] | (changes or {})
+    library = build.build(folder, shared, [op], changes=changes, mutation=mutation)
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -287,9 +289,11 @@ QUANTIZED_MUTANTS = {
 
 @pytest.mark.parametrize("dtype", build.ONE_DTYPE, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_the_kernels_pass_what_mutants_are_held_against(op, dtype, tmp_path, shared):
-    cases = {op: CHECKED[op] + QUANTIZED[op]}
-    assert survives(tmp_path, shared, op, dtype, cases), (tmp_path / "log").read_text()
+@pytest.mark.parametrize(
+    "cases, weights", [(CHECKED, build.FLOATS), (QUANTIZED, build.ANY_WIDTH)], ids=("floats", "few bits")
+)
+def test_the_kernels_pass_what_mutants_are_held_against(op, dtype, cases, weights, tmp_path, shared):
+    assert survives(tmp_path, shared, op, dtype, cases, weights), (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -297,7 +301,8 @@ def test_a_mutant_is_found_out(name, tmp_path, shared):
     op, *mutation = MUTANTS[name]
     by_products = mutation[0] in (MMA, PROJECT_MMA) or name in ("parts_in_one_place", "parts_of_one_row")
     dtype = torch.bfloat16 if by_products else torch.float32  # whose kernels contain the mutation
-    assert not survives(tmp_path, shared, op, dtype, CHECKED, tuple(mutation)), f"{name} passes every check"
+    found = not survives(tmp_path, shared, op, dtype, CHECKED, build.FLOATS, tuple(mutation))
+    assert found, f"{name} passes every check"
 
 
 @pytest.mark.parametrize("name", QUANTIZED_MUTANTS)
@@ -305,5 +310,5 @@ def test_a_mutant_is_found_out_in_few_bits(name, tmp_path, shared):
     op, *mutation = QUANTIZED_MUTANTS[name]
     # threads multiply an x in float32, and only its errors show what the second part of z adds
     dtype = torch.float32 if name in ("products_without_a_scale", "slices_of_one_part") else torch.bfloat16
-    found = not survives(tmp_path, shared, op, dtype, QUANTIZED, tuple(mutation))
+    found = not survives(tmp_path, shared, op, dtype, QUANTIZED, build.ANY_WIDTH, tuple(mutation))
     assert found, f"{name} passes every check"

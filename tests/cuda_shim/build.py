@@ -35,6 +35,9 @@ ONE_DTYPE = {
     torch.float32: {f"else {_BFLOAT16}": "", **_HALF},
     torch.bfloat16: {f"{_FLOAT}\n  else {_BFLOAT16}": _BFLOAT16, **_HALF},
 }
+# These leave one kind of weights: floats, or weights of any width.
+_ANY, _PLAIN = "if (quantized) f(Storage<AnyWidth<T>>{});", "else f(Storage<Plain<T>>{});"
+FLOATS, ANY_WIDTH = {f"{_ANY}\n  else ": ""}, {_PLAIN: ""}
 Mutation = tuple[str, str, str]
 
 
