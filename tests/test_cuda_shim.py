@@ -171,12 +171,14 @@ def survives(
     op: str,
     dtype: torch.dtype,
     cases: dict,
-    changes: dict[str, str] | None = None,
+    weights: dict[str, str],
     mutation: build.Mutation | None = None,
 ) -> bool:
-    """Whether the kernels of a dtype, changed so, still pass. In a child, which may crash or hang."""
-    changes = build.ONE_DTYPE[dtype] | (changes or {})
-    library = build.build(folder, shared, [op], changes=changes, mutation=mutation)
+    """Whether the kernels of a dtype, for one kind of weights (`build.FLOATS`, `build.ANY_WIDTH`), still pass.
+
+    In a child, which may crash or hang.
+    """
+    library = build.build(folder, shared, [op], changes=build.ONE_DTYPE[dtype] | weights, mutation=mutation)
     sys.stdout.flush()
     child = os.fork()
     if child == 0:

@@ -144,6 +144,9 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone():
 
 def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
     plain, root = tuned("Llama"), tuned("Llama", use_rslora=True)
+    for name, parameter in plain.named_parameters():
+        if "lora_B" in name:  # without the change a score lies at its threshold, where rounding decides
+            parameter.data.neg_()
     root.load_state_dict(plain.state_dict())
     layer = root.base_model.model.model.layers[0].self_attn.q_proj
     assert layer.scaling == {"default": 6 / 4**0.5}
@@ -151,9 +154,7 @@ def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
     assert not torch.allclose(wanted, logits(plain), atol=1e-3)
     root.save_pretrained(tmp_path)
     merged = lora.merge(lora.load(compressed("Llama"), tmp_path).eval())
-    # a score at its threshold may be rounded to the other side of it, which moves that text alone
-    apart = (logits(merged) - wanted).abs().amax((1, 2))
-    assert (apart < 1e-4).sum() >= len(apart) - 1 and apart.max() < 1e-2
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_appended_ranks_are_always_on():
