@@ -174,7 +174,7 @@ def survives(
     weights: dict[str, str],
     mutation: build.Mutation | None = None,
 ) -> bool:
-    """Whether the kernels of a dtype, for one kind of weights (`build.FLOATS`, `build.ANY_WIDTH`), still pass.
+    """Whether the kernels of a dtype and one kind of weights (`build.FLOATS`, `build.ANY_WIDTH`) still pass.
 
     In a child, which may crash or hang.
     """
