@@ -82,17 +82,21 @@ def test_the_command_writes_a_table(trained, model, asked, tmp_path):
         for name in ("calibration", "evaluation"):
             ids = torch.randint(TINY.vocab_size, (8, 32), dtype=torch.int32)
             save_file({"input_ids": ids}, tmp_path / "model" / f"{name}.safetensors")
-    given = {"prompt": [8], "threads": [1], "rounds": 3, "turn": 4, "tests": False, "rivals": ["llama.cpp"]}
-    command.main(str(tmp_path / "model") if trained else "tiny", output=tmp_path / "rows.csv", **given)
-    first, *lines = (tmp_path / "rows.csv").read_text().splitlines()
+    given = {"prompt": [8, 12], "threads": [1], "rounds": 3, "turn": 4, "rivals": ["llama.cpp"]}
+    name, path = str(tmp_path / "model") if trained else "tiny", tmp_path / "rows.csv"
+    command.main(name, tests=False, output=path, **given)
+    first, *lines = path.read_text().splitlines()
     rows = list(csv.DictReader(lines))
-    assert first.endswith(", untested") and set(asked) == {(8, 4)}
+    assert first.endswith(", untested") and set(asked) == {(8, 4), (12, 4)}
     names = [(row["contender"], int(row["bits"]), float(row["cost_ratio"])) for row in rows]
     ours = [("ours, dense", 1.0), *(("ours, masked", ratio) for ratio in rivals.RATIOS)]
-    assert [n for n in names if n[0].startswith("ours")] == [(n, b, c) for b in (16, 8, 4) for n, c in ours]
+    assert [n for n in names if n[0].startswith("ours")] == [
+        (n, b, c) for b in (16, 8, 4) for _ in given["prompt"] for n, c in ours
+    ]
+    assert {row["prompt"] for row in rows} == {"8", "12"}
     assert ("llama.cpp Q8_0", 8, 1.0) in names and ("transformers, compiled", 16, 1.0) in names
-    (rival,) = (row for row in rows if row["contender"] == "llama.cpp Q4_0")
-    assert (rival["tokens_per_s"], rival["first_token_ms"]) == ("2.0", "250.0")
+    rival = [row for row in rows if row["contender"] == "llama.cpp Q4_0"]
+    assert {(row["tokens_per_s"], row["first_token_ms"]) for row in rival} == {("2.0", "250.0")}
     assert all(float(row["tokens_per_s"]) > 0 for row in rows)
     assert {row["perplexity"] == "random weights" for row in rows} == {not trained}
 

@@ -113,7 +113,7 @@ def main(
     if folder:
         texts = {name: _text(folder, name, tokens) for name in ("calibration", "evaluation")}
     if rivals:
-        return _compare(model, folder, texts, rivals, threads, prompt[0], turn, rounds, tests, output, stamp)
+        return _compare(model, folder, texts, rivals, threads, prompt, turn, rounds, tests, output, stamp)
     if bits < 16:
         models = in_bits(random_model(SHAPES[model], DTYPES[dtype], device), bits, cost_ratio)
     elif folder:
@@ -157,7 +157,7 @@ def _check_output(tests: bool, output: Path | None) -> None:
 
 def _compare(
     name: str, folder: Path | None, texts: dict[str, Tensor], rivals: list[str], threads: list[int] | None,
-    prompt: int, turn: int, rounds: int, tests: bool, output: Path | None, stamp: str,
+    prompts: list[int], turn: int, rounds: int, tests: bool, output: Path | None, stamp: str,
 ) -> None:  # fmt: skip
     """Write the table of whole programs. All weights are bfloat16 before they are rounded."""
     model: PreTrainedModel = (
@@ -167,10 +167,10 @@ def _compare(
     )
     stamp += "".join(f", {others.RIVALS[rival]} {version(others.RIVALS[rival])}" for rival in rivals)
     stamp += "" if tests else ", untested"
-    console.print(f"{Path(name).name}, prompt {prompt}, {turn} tokens: {stamp}")
+    console.print(f"{Path(name).name}, prompts of {prompts}, {turn} tokens: {stamp}")
     rows: list[Row] = []
-    for row in others.compare(model, texts, rivals, threads or thread_counts(), prompt, turn, rounds):
-        rows.append({"model": Path(name).name, "prompt": prompt, **row})
+    for row in others.compare(model, texts, rivals, threads or thread_counts(), prompts, turn, rounds):
+        rows.append({"model": Path(name).name, **row})
         console.print(", ".join(f"{key} {value}" for key, value in row.items()), soft_wrap=True)
     show(console, "whole programs (medians)", rows)
     path = output or RESULTS / f"rivals-{Path(name).name}-{processor()}.csv".lower()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -61,20 +62,20 @@ def check(rivals: list[str]) -> None:
 
 
 def compare(
-    model: PreTrainedModel, texts: dict[str, Tensor], rivals: list[str], threads: list[int], prompt: int,
-    tokens: int, rounds: int,
+    model: PreTrainedModel, texts: dict[str, Tensor], rivals: list[str], threads: list[int],
+    prompts: list[int], tokens: int, rounds: int,
 ) -> Iterator[Row]:  # fmt: skip
-    """Yield a row for each contender and number of threads.
+    """Yield a row for each contender, number of threads and length of a prompt.
 
     texts   `calibration` and `evaluation` [n, T] of a trained model; empty for random weights
     """
-    ids = torch.randint(model.config.vocab_size, (prompt,)).tolist()
+    ids = [torch.randint(model.config.vocab_size, (length,)).tolist() for length in prompts]
     stats = rana.calibrate(model, texts["calibration"].split(8)) if texts else None
     with TemporaryDirectory() as folder:
         for bits in WIDTHS:
             contenders = list(_contenders(model, texts.get("evaluation"), stats, rivals, bits, Path(folder)))
-            for count in threads:
-                yield from _take_turns(contenders, count, ids, tokens, rounds)
+            for count, prompt in product(threads, ids):
+                yield from _take_turns(contenders, count, prompt, tokens, rounds)
 
 
 def _take_turns(
@@ -91,7 +92,7 @@ def _take_turns(
             first, each = (summary(list(values)) for values in zip(*seconds[1:], strict=True))
             yield {
                 "contender": contender.name, "bits": contender.bits, "cost_ratio": contender.cost_ratio,
-                "threads": threads, "first_token_ms": round(first.median / 1e3, 1),
+                "prompt": len(prompt), "threads": threads, "first_token_ms": round(first.median / 1e3, 1),
                 "tokens_per_s": round(1e6 / each.median, 2), "p20": round(1e6 / each.p80, 2),
                 "p80": round(1e6 / each.p20, 2), "bytes_read_per_token": contender.read,
                 "bytes_stored": contender.stored, "perplexity": contender.perplexity,

@@ -30,7 +30,7 @@ def page(results: Path) -> str:
 
 def _table(rows: list[Row]) -> str:
     found: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: int(row["prompt"])):
         name, bits, cost_ratio = row["contender"], row["bits"], row["cost_ratio"]
         found.setdefault((name, bits, cost_ratio, row["prompt"]), []).append(row)
     lines = [
