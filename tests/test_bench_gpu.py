@@ -147,6 +147,7 @@ def shell(request):
 @pytest.mark.usefixtures("shell")
 def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stages_module, "LAST_WORDS", 2)
+    monkeypatch.setattr(stages_module, "SHORTEST", 2)
     stages = Stages(tmp_path / "log", time.monotonic() + 60)
     commands = {
         "good": say("fine"),
@@ -154,7 +155,7 @@ def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys, monkeypatc
         "slow": say("before", "import time; time.sleep(1000)"),
         "hung": say("deaf", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(1000)"),
     }
-    assert stages.run("first", commands, limit=6) == ["bad", "slow", "hung"]
+    assert stages.run("first", commands, limit=3) == ["bad", "slow", "hung"]
     assert stages.red == ["first, bad", "first, slow", "first, hung"]
     assert stages.run("second", {"good": say("again")}, limit=30) == []
     stages.ends = time.monotonic()
@@ -166,8 +167,9 @@ def test_a_stage_outlives_what_fails_and_what_hangs(tmp_path, capsys, monkeypatc
     assert "third: left out" in log and "never" not in log and log in capsys.readouterr().out
 
 
-def test_a_later_call_goes_on(tmp_path):
+def test_a_later_call_goes_on(tmp_path, monkeypatch):
     """What is done is not run again; what was late or left out is."""
+    monkeypatch.setattr(stages_module, "SHORTEST", 2)
     log, record = tmp_path / "log", tmp_path / "done.json"
 
     def call(stamp: str = "mine", seconds: float = 60) -> Stages:
@@ -175,7 +177,7 @@ def test_a_later_call_goes_on(tmp_path):
         assert stages.run("first", {"good": say("once")}, limit=30) == []
         assert stages.run("second", {"bad": say("oh", "raise SystemExit(3)")}, limit=30) == ["bad"]
         hang = "" if "second call" in log.read_text() else "import time; time.sleep(1000)"
-        stages.run("third", {"slow": say("thrice", hang)}, limit=6)
+        stages.run("third", {"slow": say("thrice", hang)}, limit=3)
         return stages
 
     stages = call()

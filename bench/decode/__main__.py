@@ -10,7 +10,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -111,7 +110,7 @@ def main(
     folder = None if model in SHAPES else smollm2.fetch() if model == smollm2.NAME else Path(model)
     texts = {}
     if folder:
-        texts = {name: _text(folder, name, tokens) for name in ("calibration", "evaluation")}
+        texts = {name: smollm2.read_text(folder, name, tokens) for name in ("calibration", "evaluation")}
     if rivals:
         return _compare(model, folder, texts, rivals, threads, prompt, turn, rounds, tests, output, stamp)
     if bits < 16:
@@ -176,11 +175,6 @@ def _compare(
     path = output or RESULTS / f"rivals-{Path(name).name}-{processor()}.csv".lower()
     write_csv(path, stamp, rows)
     console.print(f"wrote {path}")
-
-
-def _text(folder: Path, name: str, tokens: int) -> Tensor:
-    token_ids = load_file(folder / f"{name}.safetensors")["input_ids"].long()
-    return token_ids[: max(1, tokens // token_ids.shape[1])]
 
 
 def _perplexities(models: Models, token_ids: Tensor | None) -> dict[str, object]:

@@ -13,7 +13,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,7 +71,7 @@ def main(
 
 def _prompts(folder: Path) -> dict[str, Tensor]:
     """Return prompts [PROMPTS, PROMPT] of each kind of text."""
-    prose = load_file(folder / "evaluation.safetensors")["input_ids"].long()
+    prose = smollm2.read_text(folder, "evaluation")
     code = AutoTokenizer.from_pretrained(folder)(inspect.getsource(textwrap)).input_ids
     spread = len(code) // PROMPTS
     starts = [code[i * spread : i * spread + PROMPT] for i in range(PROMPTS)]

@@ -4,11 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import rana_kernels as rana
-from bench.quality import smollm2
+from bench.quality.smollm2 import read_text
 from rana_kernels.model.plan import AdapterSpec, Plan, Setting
 
 PLANNED = 0.8  # the cost ratio of the plan, from whose curves the other budgets come. It has few ranks
@@ -17,8 +16,7 @@ PLANNED = 0.8  # the cost ratio of the plan, from whose curves the other budgets
 def compressed(folder: Path, bits: int, calibration: int) -> PreTrainedModel:
     """Return the model of `folder`, compressed on so many tokens of its calibration text."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    rows = load_file(folder / "calibration.safetensors")["input_ids"].long()
-    rows = rows[: max(1, calibration // smollm2.LENGTH)]
+    rows = read_text(folder, "calibration", calibration)
     stats = rana.calibrate(model, list(rows.split(4)))
     plan = without_ranks(rana.plan(stats, flops_reduction=1 - PLANNED, bits=bits))
     rana.compress(model, stats=stats, plan=plan)

@@ -19,7 +19,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.report.results import ROOT
@@ -55,6 +55,12 @@ def fetch(folder: Path = ROOT / "build" / NAME) -> Path:
     for text in TEXT.glob("*.safetensors"):
         shutil.copyfile(text, folder / text.name)
     return folder
+
+
+def read_text(folder: Path, name: str, tokens: int = sys.maxsize) -> Tensor:
+    """Return the calibration or evaluation text of a model's directory: rows [n, T], so many tokens."""
+    rows = load_file(folder / f"{name}.safetensors")["input_ids"].long()
+    return rows[: max(1, tokens // rows.shape[1])]
 
 
 def _download(folder: Path) -> Path:

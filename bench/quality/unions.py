@@ -11,7 +11,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rana_kernels as rana
@@ -37,7 +36,7 @@ def main(
     stamp = conditions()
     folder = smollm2.fetch()
     model = compressed(folder, 16, calibration)
-    texts = load_file(folder / "evaluation.safetensors")["input_ids"].long()[:TEXTS, :LENGTH]
+    texts = smollm2.read_text(folder, "evaluation")[:TEXTS, :LENGTH]
     found = [row for budget in BUDGETS for row in measure_unions(model, texts, budget)]
     show(console, "shares of the rows that so many tokens read together", found)
     path = RESULTS / f"unions-{smollm2.NAME}.csv"

@@ -1,4 +1,4 @@
-// Weights whose width is known only when the op is called: the ops with quantised weights may mix all of them.
+// Weights whose width, or whose way to be read, is known only when the op is called: an op may mix all of them.
 #pragma once
 
 #include "quantized.cuh"
@@ -34,7 +34,7 @@ struct OneByOne {
     }
   };
   static constexpr int kBits = 128 / Loaded::kSize;  // so that a packet has so many columns
-  static constexpr bool kQuantized = false;
+  static constexpr bool kQuantized = false, kInPackets = false;
 
   const uint8_t* data;
   const half* scale;                    // null for weights of type T
@@ -49,7 +49,6 @@ struct OneByOne {
     row.numbers += times * stride.numbers, row.scale += times * stride.scale, row.column += columns;
     return row;
   }
-  template <bool kWide>
   __device__ static Loaded stream(const Row& row, int64_t count) {
     Loaded loaded;
 #pragma unroll
@@ -66,7 +65,7 @@ struct OneByOne {
   }
 };
 
-// Weights that are quantised, or of type T. Kernels get these, and work with one of the storages that it holds.
+// Weights that are quantised, or of type T. Kernels get these, and work with one of the storages below.
 template <class T>
 struct AnyWidth {
   using Element = T;
@@ -75,10 +74,10 @@ struct AnyWidth {
 
   OneByOne<T> all;
   int64_t rows, columns;
-  bool wide;
+  bool in_packets;
 
   __device__ Plain<T> plain() const {
-    return {reinterpret_cast<const T*>(all.data), rows, columns, all.ld / int64_t(sizeof(T)), true};
+    return {reinterpret_cast<const T*>(all.data), rows, columns, all.ld / int64_t(sizeof(T))};
   }
   template <int kWidth>
   __device__ Quantized<T, kWidth> quantized() const {
@@ -86,18 +85,17 @@ struct AnyWidth {
   }
 };
 
-// Calls f(storage, wide), where wide is a constant.
+// Calls f with the storage that the weights have.
 template <class T, class F>
 __device__ void with_storage(const AnyWidth<T>& weights, F f) {
-  if (!weights.wide) f(weights.all, std::false_type{});
-  else if (weights.all.width == 4) f(weights.template quantized<4>(), std::true_type{});
-  else if (weights.all.width == 8) f(weights.template quantized<8>(), std::true_type{});
-  else f(weights.plain(), std::true_type{});
+  if (!weights.in_packets) f(weights.all);
+  else if (weights.all.width == 4) f(weights.template quantized<4>());
+  else if (weights.all.width == 8) f(weights.template quantized<8>());
+  else f(weights.plain());
 }
 template <class T, class F>
 __device__ void with_storage(const Plain<T>& weights, F f) {
-  if (weights.wide) f(weights, std::true_type{});
-  else f(weights, std::false_type{});
+  f(weights);
 }
 
 }  // namespace

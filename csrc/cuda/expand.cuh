@@ -10,28 +10,27 @@
 
 namespace {
 
-template <bool kWide, int kTokens, class Z, class W, class Done>
+template <int kTokens, class Z, class W, class Done>
 __device__ void expand_tile(const Expansion<Z, W>& e, int tile, Done done_with) {
-  if constexpr (kInParts<Z>) expand_by_mma<kWide, kTokens>(e, tile, done_with);
-  else if constexpr (kTokens == 1) expand_one<kWide>(e, tile, done_with);
+  if constexpr (kInParts<Z>) expand_by_mma<kTokens>(e, tile, done_with);
+  else if constexpr (kTokens == 1) expand_one(e, tile, done_with);
   else if constexpr (W::kQuantized) expand_by_slices<kTokens>(e, tile, done_with);
-  else expand_several<kWide>(e, tile, done_with);
+  else expand_several(e, tile, done_with);
 }
 
-// Calls f(expansion, wide) with the storage that the rows have.
+// Calls f(expansion) with the storage that the rows have.
 template <class Z, class W, class F>
 __device__ void with_storage(const Expansion<Z, W>& e, F f) {
-  with_storage(e.rows, [&](const auto& rows, auto wide) {
+  with_storage(e.rows, [&](const auto& rows) {
     using Stored = std::decay_t<decltype(rows)>;
-    f(Expansion<Z, Stored>{e.z, rows, e.width * kPacket<W> / kPacket<Stored>, e.tiles}, wide);
+    f(Expansion<Z, Stored>{e.z, rows, e.width * kPacket<W> / kPacket<Stored>, e.tiles});
   });
 }
 
 // Calls done_with(m, n, sum) for all tokens and the columns of a tile.
 template <int kTokens, class Z, class W, class Done>
 __device__ void expand(const Expansion<Z, W>& e, int tile, Done done_with) {
-  with_storage(
-      e, [&](const auto& stored, auto wide) { expand_tile<decltype(wide)::value, kTokens>(stored, tile, done_with); });
+  with_storage(e, [&](const auto& stored) { expand_tile<kTokens>(stored, tile, done_with); });
 }
 
 // A block prefetches so many bytes of its first tile: what memory delivers while the blocks wait for one another.
@@ -41,7 +40,7 @@ constexpr int kAheadBytes = 32 * 1024;
 // the blocks wait for one another.
 template <class Z, class W>
 __device__ void fetch_ahead(const Expansion<Z, W>& any, int bytes = kAheadBytes) {
-  with_storage(any, [&](const auto& e, auto) {
+  with_storage(any, [&](const auto& e) {
     using Stored = std::decay_t<decltype(e.rows)>;
     const int64_t column = (int64_t(blockIdx.x) * e.width + threadIdx.x % e.width) * kPacket<Stored>;
     const int most = bytes / 16 / e.width, count = e.rows.rows < most ? int(e.rows.rows) : most;

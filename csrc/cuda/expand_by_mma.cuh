@@ -98,7 +98,7 @@ __device__ void add_rows(const typename W::Loaded (&weights)[4], const Factors<k
 
 // A warp takes sixteen rows after sixteen rows. As soon as weights have been multiplied, the next weights are loaded in
 // their place.
-template <bool kWide, int kTokens, class Z, class W, class Done>
+template <int kTokens, class Z, class W, class Done>
 __device__ void expand_by_mma(const Expansion<Z, W>& e, int tile, Done done_with) {
   constexpr int kStep = 16 * kWarps;
   const auto& rows = e.rows;
@@ -120,7 +120,7 @@ __device__ void expand_by_mma(const Expansion<Z, W>& e, int tile, Done done_with
     for (int r = 0; r < 4; r++) {
       weights[pass][r] = {};
       if (wanted >> r & 1)
-        weights[pass][r] = W::template stream<kWide>(W::move(at, stride, r % 2 + r / 2 * 8, 0), left - pass * kColumns);
+        weights[pass][r] = W::stream(W::move(at, stride, r % 2 + r / 2 * 8, 0), left - pass * kColumns);
     }
   };
   const int begin = 16 * warp();

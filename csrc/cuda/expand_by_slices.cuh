@@ -104,7 +104,7 @@ struct Slices {
       const int64_t at = column + packet_read(i) * kPacket<W>;
       weights[i] = {};
       if (packet_read(i) < width && at < rows.columns && wanted >> row_read() & 1)
-        weights[i] = W::template stream<true>(rows.at(first + row_read(), at), kPacket<W>);
+        weights[i] = W::stream(rows.at(first + row_read(), at), kPacket<W>);
     }
   }
 

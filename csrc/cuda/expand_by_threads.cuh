@@ -52,10 +52,10 @@ __device__ int list_rows(List& list, const Z& z, int64_t first, int listed) {
 }
 
 // sums += this thread's share of the rows of a list
-template <bool kWide, class W>
+template <class W>
 __device__ void add_listed(const List& list, int count, const W& rows, const Place<W>& place,
                            float (&sums)[kPacket<W>]) {
-  constexpr int kLoads = kWide ? 8 : 1;  // in flight
+  constexpr int kLoads = W::kInPackets ? 8 : 1;  // in flight
   const typename W::Row top = rows.at(0, place.column);
   for (int first = place.slot; first < count; first += kLoads * place.slots) {
     const auto entry = [&](int i) { return first + i * place.slots; };
@@ -63,8 +63,7 @@ __device__ void add_listed(const List& list, int count, const W& rows, const Pla
 #pragma unroll
     for (int i = 0; i < kLoads; i++)
       if (entry(i) < count)
-        weights[i] =
-            W::template stream<kWide>(W::move(top, rows.stride(1), list.row[entry(i)], 0), rows.columns - place.column);
+        weights[i] = W::stream(W::move(top, rows.stride(1), list.row[entry(i)], 0), rows.columns - place.column);
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       if (entry(i) >= count) break;
@@ -99,17 +98,17 @@ __device__ void fill(Table& table, const Z& z, int token, int64_t row, int count
 }
 
 // sums += this thread's share of the rows of a table, whose first row is `top`. Rows that no token keeps are not read.
-template <bool kWide, class W>
+template <class W>
 __device__ void add_wanted(const Table& table, int count, typename W::Row top, const W& rows, const Place<W>& place,
                            float (&sums)[Table::kTokens][kPacket<W>]) {
-  constexpr int kLoads = kWide ? 4 : 1;  // in flight, if all rows are wanted
+  constexpr int kLoads = W::kInPackets ? 4 : 1;  // in flight, if all rows are wanted
   for (int row = place.slot; row < count; row += kLoads * place.slots) {
     const auto at = [&](int i) { return row + i * place.slots; };
     typename W::Loaded weights[kLoads] = {};
 #pragma unroll
     for (int i = 0; i < kLoads; i++)
       if (at(i) < count && table.wanted(at(i)))
-        weights[i] = W::template stream<kWide>(W::move(top, rows.stride(1), at(i), 0), rows.columns - place.column);
+        weights[i] = W::stream(W::move(top, rows.stride(1), at(i), 0), rows.columns - place.column);
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       if (at(i) >= count) break;
@@ -158,7 +157,7 @@ __device__ void add_slots(const float (&sums)[kTokens][kPacket<W>], const Place<
   }
 }
 
-template <bool kWide, class Z, class W, class Done>
+template <class Z, class W, class Done>
 __device__ void expand_one(const Expansion<Z, W>& e, int tile, Done done_with) {
   const Place<W> place(e.width, tile);
   float sums[1][kPacket<W>] = {};
@@ -167,13 +166,13 @@ __device__ void expand_one(const Expansion<Z, W>& e, int tile, Done done_with) {
   for (int64_t first = 0; first < e.rows.rows; first += list.kLook) {
     listed = list_rows(list, e.z, first, listed);
     if (first + list.kLook < e.rows.rows && listed + list.kLook <= list.kRows) continue;
-    if (place.reads(e.rows)) add_listed<kWide>(list, listed, e.rows, place, sums[0]);
+    if (place.reads(e.rows)) add_listed(list, listed, e.rows, place, sums[0]);
     listed = 0;
   }
   add_slots<1, W>(sums, place, 1, e.width, tile, e.rows.columns, done_with);
 }
 
-template <bool kWide, class Z, class W, class Done>
+template <class Z, class W, class Done>
 __device__ void expand_several(const Expansion<Z, W>& e, int tile, Done done_with) {
   const Place<W> place(e.width, tile);
   auto& table = shared_as<Table>();
@@ -184,7 +183,7 @@ __device__ void expand_several(const Expansion<Z, W>& e, int tile, Done done_wit
       const int count = left < table.kRows ? int(left) : table.kRows;
       fill(table, e.z, token, first, count);
       const typename W::Row top = e.rows.at(first, place.column);
-      if (place.reads(e.rows)) add_wanted<kWide>(table, count, top, e.rows, place, sums);
+      if (place.reads(e.rows)) add_wanted(table, count, top, e.rows, place, sums);
     }
     add_slots<Table::kTokens, W>(sums, place, e.z.tokens - token, e.width, tile, e.rows.columns,
                                  [&](int m, int64_t n, float sum) { done_with(token + m, n, sum); });

@@ -167,17 +167,23 @@ class Workspace {
   std::vector<std::function<void(char*)>> assign_;
 };
 
+inline bool on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Returns whether the rows of a weight, `bits` long and `ld` bytes apart, start on 16 bytes and are whole packets.
+inline bool in_packets(const Tensor& weight, int64_t bits, int64_t ld) {
+  return on_16_bytes(weight.const_data_ptr()) && bits % 128 == 0 && (weight.size(0) < 2 || ld % 16 == 0);
+}
+
+// Returns whether a weight that is there can be a Plain<T>.
 template <class T>
-bool on_16_bytes(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+bool is_plain(const OptionalTensor& weight, const OptionalTensor& scale) {
+  constexpr int64_t kBytes = sizeof(T);
+  return !scale && (!weight || in_packets(*weight, weight->size(1) * 8 * kBytes, weight->stride(0) * kBytes));
 }
 
 template <class T>
-Plain<T> plain(const Tensor& t) {
-  const auto* data = static_cast<const T*>(t.const_data_ptr());
-  const int64_t rows = t.size(0), columns = t.size(1), ld = t.stride(0);
-  const bool wide = on_16_bytes(data) && columns % kPacket<Plain<T>> == 0 && (rows < 2 || ld % kPacket<Plain<T>> == 0);
-  return {data, rows, columns, ld, wide};
+Plain<T> plain(const Tensor& weight) {
+  return {static_cast<const T*>(weight.const_data_ptr()), weight.size(0), weight.size(1), weight.stride(0)};
 }
 
 template <class T>
@@ -185,15 +191,15 @@ AnyWidth<T> any_width(const Tensor& weight, const OptionalTensor& scale, int64_t
   const int width = !scale ? 8 * sizeof(T) : rana::is_packed(weight) ? 4 : 8;
   const auto* const data = static_cast<const uint8_t*>(weight.const_data_ptr());
   const int64_t rows = weight.size(0), ld = weight.stride(0) * (scale ? 1 : sizeof(T));
-  bool wide = on_16_bytes(data) && columns * width % 128 == 0 && (rows < 2 || ld % 16 == 0);
+  bool whole = in_packets(weight, columns * width, ld);
   OneByOne<T> all{data, nullptr, rows, columns, ld, 0, 0, width};
   if (scale) {
-    wide = wide && std::max(ld, scale->stride(0)) <= kMostBytesApart;
+    whole = whole && std::max(ld, scale->stride(0)) <= kMostBytesApart;
     all.scale = static_cast<const half*>(scale->const_data_ptr());
     all.scale_ld = scale->stride(0);
     all.group_bits = rana::group_bits<int>(columns, scale->size(1));
   }
-  return {all, rows, columns, wide};
+  return {all, rows, columns, whole};
 }
 
 template <class W>
@@ -201,11 +207,11 @@ struct Storage {
   using Type = W;
 };
 
-// Calls f with the Storage of an op's weights: Plain, or AnyWidth if some are quantised.
+// Calls f with the Storage of an op's weights: Plain if all of them can be, else AnyWidth.
 template <class T, class F>
-void for_storage(bool quantized, F f) {
-  if (quantized) f(Storage<AnyWidth<T>>{});
-  else f(Storage<Plain<T>>{});
+void for_storage(bool plain, F f) {
+  if (plain) f(Storage<Plain<T>>{});
+  else f(Storage<AnyWidth<T>>{});
 }
 
 // Returns a weight with `columns` columns as a kernel gets it.
@@ -229,7 +235,7 @@ constexpr Block kBlock{kThreads, std::max(sizeof(Partials<kTokens>), kExpandByte
 
 template <class W>
 Projection<W> projection(const Packed<typename W::Element>& x, int64_t tokens, W B) {
-  B.wide = B.wide && on_16_bytes(x.data);
+  if constexpr (!std::is_same_v<W, Plain<typename W::Element>>) B.in_packets = B.in_packets && on_16_bytes(x.data);
   return {{x.data, int(B.columns), int(tokens)}, B, 1};
 }
 
@@ -241,13 +247,13 @@ Output<T> output(const std::optional<Packed<T>>& bias, Tensor& y) {
 // Returns how many warps read one row of B together.
 template <int kTokens, class W>
 int warps_a_row(const W& B) {
-  constexpr int64_t kSlice = bytes_of<W>(Products<true, kTokens, W>::kColumns);  // which a warp reads at a time
+  constexpr int64_t kSlice = bytes_of<W>(Products<kTokens, W>::kColumns);  // which a warp reads at a time
   return warps_a_row(bytes_of<W>(B.columns), kSlice, kWarps);
 }
 template <int kTokens, class T>
 int warps_a_row(const AnyWidth<T>& B) {
-  if (B.all.width > 8) return warps_a_row<kTokens>(Plain<T>{nullptr, B.rows, B.columns, 0, true});
-  constexpr int64_t kSlice = bytes_of<Quantized<T, 4>>(Products<true, kTokens, Quantized<T, 4>>::kColumns);
+  if (B.all.width > 8) return warps_a_row<kTokens>(Plain<T>{nullptr, B.rows, B.columns, 0});
+  constexpr int64_t kSlice = bytes_of<Quantized<T, 4>>(Products<kTokens, Quantized<T, 4>>::kColumns);
   return warps_a_row(B.columns * B.all.width / 8, kSlice, kWarps);
 }
 

@@ -36,7 +36,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     using T = decltype(element);
     const Packed<T> input(x);
     const auto b = packed<T>(bias);
-    for_storage<T>(weight_scale.has_value(), [&](auto storage) {
+    for_storage<T>(is_plain<T>(weight, weight_scale) && on_16_bytes(input.data), [&](auto storage) {
       using W = typename decltype(storage)::Type;
       decode<W>(device, {projection(input, tokens, stored<W>(weight, weight_scale, size)), output(b, y)});
     });

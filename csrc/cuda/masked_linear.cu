@@ -18,10 +18,12 @@ __global__ void __launch_bounds__(kThreads, 1) masked_linear_kernel(const __grid
   });
 }
 
-// Up to this many tokens rows are skipped. With float weights in 16 bits z is as exact for a dense product as it is
-// here, and skipping rows for two tokens takes longer than a dense product for 64 (bench/NOTES.md).
-template <class W>
-constexpr int64_t kStreamedTokens = !W::kQuantized && sizeof(typename W::Element) == 2 ? 1 : kDecodeTokens;
+// Returns up to how many tokens rows are skipped. With float weights in 16 bits z is as exact for a dense product as it
+// is here, and skipping rows for two tokens takes longer than a dense product for 64 (bench/NOTES.md).
+template <class T>
+constexpr int64_t streamed_tokens(bool quantized) {
+  return !quantized && sizeof(T) == 2 ? 1 : kDecodeTokens;
+}
 
 template <class W>
 void decode(const Device& device, Linear<W> op) {
@@ -30,7 +32,7 @@ void decode(const Device& device, Linear<W> op) {
     cut<tokens()>(op.expansion, kernel.blocks());
     kernel.launch(op.expansion.tiles, op, /*together=*/false);
   };
-  if constexpr (kStreamedTokens<W> == 1) run(std::integral_constant<int, 1>{});
+  if constexpr (streamed_tokens<typename W::Element>(W::kQuantized) == 1) run(std::integral_constant<int, 1>{});
   else for_tokens<W>(op.expansion.z.tokens, run);
 }
 
@@ -44,17 +46,17 @@ Tensor compute(const Device& device, const Tensor& h, const Tensor& rows, const 
   const Mask mask{t.data, int(threshold.dim()), data_of(n)};
   for_dtype(h.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    for_storage<T>(rows_scale.has_value(), [&](auto storage) {
+    if (tokens > streamed_tokens<T>(rows_scale.has_value())) {
+      const Tensor z = masked<T, T>(device, tokens_in_rows(h), mask, h.scalar_type());
+      y = last_product(z, InType(device, h.scalar_type()).rows(rows, rows_scale), bias, h);
+      return;
+    }
+    const Packed<T> input(h);
+    const auto b = packed<T>(bias);
+    const MaskedInput<T> z{input.data, int(tokens), rows.size(0), mask};
+    for_storage<T>(is_plain<T>(rows, rows_scale), [&](auto storage) {
       using W = typename decltype(storage)::Type;
-      if (tokens > kStreamedTokens<W>) {
-        const Tensor z = masked<T, T>(device, tokens_in_rows(h), mask, h.scalar_type());
-        y = last_product(z, InType(device, h.scalar_type()).rows(rows, rows_scale), bias, h);
-      } else {
-        const Packed<T> input(h);
-        const auto b = packed<T>(bias);
-        const MaskedInput<T> z{input.data, int(tokens), rows.size(0), mask};
-        decode<W>(device, {{z, stored_rows<W>(rows, rows_scale)}, output(b, y)});
-      }
+      decode<W>(device, {{z, stored_rows<W>(rows, rows_scale)}, output(b, y)});
     });
   });
   return y;

@@ -68,7 +68,8 @@ Tensor masked_lowrank_linear(const Tensor& x, const Tensor& B, const Tensor& row
     using T = decltype(element);
     const Packed<T> input(x);
     const auto b = packed<T>(bias);
-    for_storage<T>(B_scale || rows_scale, [&](auto storage) {
+    const bool plain = is_plain<T>(B, B_scale) && on_16_bytes(input.data) && is_plain<T>(rows, rows_scale);
+    for_storage<T>(plain, [&](auto storage) {
       using W = typename decltype(storage)::Type;
       decode<W>(device, x, projection(input, tokens, stored<W>(B, B_scale, size)), mask,
                 stored_rows<W>(rows, rows_scale), output(b, y));

@@ -150,7 +150,13 @@ struct Given {
   OptionalTensor down_bias;
   OptionalTensor B_scale, up_scale, gate_scale, down_scale;
 
-  bool quantized() const { return B_scale || up_scale || gate_scale || down_scale; }
+  // Whether all weights can be Plain<T>.
+  template <class T>
+  bool plain(const Packed<T>& x) const {
+    const bool projected = is_plain<T>(B, B_scale) && (!B || on_16_bytes(x.data));
+    return projected && is_plain<T>(up_rows, up_scale) && is_plain<T>(gate_rows, gate_scale) &&
+           is_plain<T>(down_rows, down_scale);
+  }
   // Returns the same with float weights, for an input of the type of `in`.
   Given floats(const InType& in) const {
     return {in(x),
@@ -191,10 +197,9 @@ Tensor prefill(const Device& device, const Given& given, const Mask& mask, const
 }
 
 template <class W>
-void decode(const Device& device, const Given& given, const Mask& mask, const Neurons<typename W::Element>& neurons,
-            Tensor& y) {
+void decode(const Device& device, const Given& given, const Packed<typename W::Element>& input, const Mask& mask,
+            const Neurons<typename W::Element>& neurons, Tensor& y) {
   using T = typename W::Element;
-  const Packed<T> input(given.x);
   const auto down_b = packed<T>(given.down_bias);
   const W up = stored_rows<W>(given.up_rows, given.up_scale);
   const W gate = given.gate_rows ? stored_rows<W>(*given.gate_rows, given.gate_scale) : up;
@@ -228,8 +233,9 @@ Tensor compute(const Device& device, const Given& given, const Masks& masks) {
       y = prefill<T>(device, given, masks.ranks, neurons);
     } else {
       y = empty_output(given.x, rana::columns_of(given.down_rows));
-      for_storage<T>(given.quantized(), [&](auto storage) {
-        decode<typename decltype(storage)::Type>(device, given, masks.ranks, neurons, y);
+      const Packed<T> input(given.x);
+      for_storage<T>(given.plain(input), [&](auto storage) {
+        decode<typename decltype(storage)::Type>(device, given, input, masks.ranks, neurons, y);
       });
     }
   });

@@ -7,7 +7,7 @@ namespace {
 
 // With several tokens, tensor cores multiply B: products of 16-bit values are exact in float32.
 template <class W, int kTokens>
-constexpr bool kProjectedByMma = kTokens > 1 && sizeof(typename W::Element) == 2;
+constexpr bool kProjectedByMma = W::kInPackets && kTokens > 1 && sizeof(typename W::Element) == 2;
 // They multiply a quantised B for one token too, because with whole numbers of 16 bits they save most of the work.
 template <class W, int kTokens>
 constexpr bool kProjectedByPackets = W::kQuantized && (kTokens > 1 || sizeof(typename W::Element) == 2);

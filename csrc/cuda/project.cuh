@@ -10,18 +10,18 @@
 
 namespace {
 
-template <bool kWide, int kTokens, class W>
+template <int kTokens, class W>
 using Products = std::conditional_t<
-    kWide && kProjectedByPackets<W, kTokens>, PacketProducts<kTokens, W>,
-    std::conditional_t<kWide && kProjectedByMma<W, kTokens>, MmaProducts<kTokens, W>, LaneProducts<kWide, kTokens, W>>>;
+    kProjectedByPackets<W, kTokens>, PacketProducts<kTokens, W>,
+    std::conditional_t<kProjectedByMma<W, kTokens>, MmaProducts<kTokens, W>, LaneProducts<kTokens, W>>>;
 
 // Computes this warp's part of a round: every `shares`-th slice of `count` rows from `top` on, `stride` apart, in equal
 // batches.
-template <bool kWide, int kTokens, class W>
+template <int kTokens, class W>
 __device__ void multiply_rows(typename W::Row top, typename W::Stride stride, int count,
                               const Tokens<typename W::Element>& x, int share, int shares,
                               typename Partials<kTokens>::Row* partials) {
-  using Batch = Products<kWide, kTokens, W>;
+  using Batch = Products<kTokens, W>;
   const int batch = ceil_div(count, ceil_div(count, Batch::kRows));
   const int begin = share * Batch::kColumns, step = shares * Batch::kColumns;
   const auto rows_from = [&](int row) { return row < count ? min(batch, count - row) : 0; };
@@ -39,7 +39,7 @@ __device__ void multiply_rows(typename W::Row top, typename W::Stride stride, in
 }
 
 // Calls done_with(m, r, B[r] · x[m]) once for each m and r.
-template <bool kWide, int kTokens, class W, class Done>
+template <int kTokens, class W, class Done>
 __device__ void project_rows(const Projection<W>& projection, Done done_with) {
   const auto& [x, B, warps_a_row] = projection;
   using Round = Partials<kTokens>;
@@ -50,8 +50,8 @@ __device__ void project_rows(const Projection<W>& projection, Done done_with) {
   for (int done = 0; int64_t(done) * teams < rows; done += Round::kRows) {
     const int row = first_team + warp() / warps_a_row + done * teams;
     if (row < rows)
-      multiply_rows<kWide, kTokens, W>(B.at(row, 0), B.stride(teams), min(ceil_div(rows - row, teams), Round::kRows), x,
-                                       warp() % warps_a_row, warps_a_row, partials.at[warp()]);
+      multiply_rows<kTokens, W>(B.at(row, 0), B.stride(teams), min(ceil_div(rows - row, teams), Round::kRows), x,
+                                warp() % warps_a_row, warps_a_row, partials.at[warp()]);
     __syncthreads();
     for (int i = threadIdx.x; i < teams_here * Round::kRows * x.count; i += kThreads) {
       const int m = i % x.count, slot = i / x.count % Round::kRows, here = i / x.count / Round::kRows;
@@ -67,10 +67,9 @@ __device__ void project_rows(const Projection<W>& projection, Done done_with) {
 
 template <int kTokens, class W, class Done>
 __device__ void project(const Projection<W>& projection, Done done_with) {
-  with_storage(projection.B, [&](const auto& B, auto wide) {
+  with_storage(projection.B, [&](const auto& B) {
     using Stored = std::decay_t<decltype(B)>;
-    project_rows<decltype(wide)::value, kTokens>(Projection<Stored>{projection.x, B, projection.warps_a_row},
-                                                 done_with);
+    project_rows<kTokens>(Projection<Stored>{projection.x, B, projection.warps_a_row}, done_with);
   });
 }
 

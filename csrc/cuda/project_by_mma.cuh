@@ -29,7 +29,7 @@ struct RowPackets {
       // Where nothing is read, x is 0, or the sums are not used. Whole numbers may thus stay from before.
       if constexpr (!W::kQuantized) weights[step][half] = {};
       if (group() + 8 * half < slice.count && step * kStride < left)
-        weights[step][half] = W::template stream<true>(W::move(at, slice.stride, 8 * half, step * kStride), left);
+        weights[step][half] = W::stream(W::move(at, slice.stride, 8 * half, step * kStride), left);
     }
   }
 };

@@ -7,10 +7,10 @@ namespace {
 
 // The products of a slice with all tokens, added up by a warp. Each lane reads some columns of all rows. As soon as
 // weights have been multiplied, those of the next slice are loaded in their place.
-template <bool kWide, int kTokens, class W>
+template <int kTokens, class W>
 struct LaneProducts {
   using T = typename W::Element;
-  static constexpr int kRows = kTokens == 1 && kWide ? 8 : kTokens == 16 ? 2 : 4;
+  static constexpr int kRows = kTokens == 1 && W::kInPackets ? 8 : kTokens == 16 ? 2 : 4;
   static constexpr int kColumns = kLanes * kPacket<W>;  // of a slice
   static constexpr int kSums = kRows * kTokens, kSize = kSums < kLanes ? kSums : kLanes;
 
@@ -23,7 +23,7 @@ struct LaneProducts {
     for (int r = 0; r < kRows; r++) {
       weights[r] = {};
       if (r < slice.count && column < size)
-        weights[r] = W::template stream<kWide>(W::move(slice.rows, slice.stride, r, column), size - column);
+        weights[r] = W::stream(W::move(slice.rows, slice.stride, r, column), size - column);
     }
   }
 
@@ -33,7 +33,8 @@ struct LaneProducts {
     for (int m = 0; m < kTokens; m++) {
       if (m >= x.count) break;
       Inputs<T, kPacket<W>> v = {};
-      if (column < x.size) v = load_inputs<kWide, kPacket<W>>(x.data + int64_t(m) * x.size + column, x.size - column);
+      if (column < x.size)
+        v = load_inputs<W::kInPackets, kPacket<W>>(x.data + int64_t(m) * x.size + column, x.size - column);
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
         const int i = r * kTokens + m;

@@ -90,7 +90,7 @@ struct Quantized {
   };
   using Loaded = QuantizedPacket<kWidth>;
   static constexpr int kBits = kWidth;
-  static constexpr bool kQuantized = true;
+  static constexpr bool kQuantized = true, kInPackets = true;
 
   const uint8_t* data;
   const half* scale;
@@ -109,9 +109,7 @@ struct Quantized {
     row.column += columns;
     return row;
   }
-  template <bool kWide>
   __device__ static Loaded stream(const Row& row, int64_t /*count*/) {
-    static_assert(kWide);
     const auto* const scale = reinterpret_cast<const unsigned short*>(row.scale + (row.column >> row.group_bits));
     const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(address(row)));
     return {{bits.x, bits.y, bits.z, bits.w}, __ldg(scale)};

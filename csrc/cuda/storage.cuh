@@ -6,11 +6,12 @@
 //   kBits                        bits of memory a column
 //   kQuantized                   whether a weight is a whole number times the scale of its group
 //   Loaded                       a packet in registers
-//   rows, columns, wide          the shape, and whether all of it can be read 16 bytes at a time
+//   kInPackets                   whether rows are read 16 bytes at a time, and so is x beside them
+//   rows, columns                the shape
 //   at(row, column)              the Row of that row from that column on
 //   stride(rows)                 the Stride between Rows that are so many rows apart
 //   move(row, stride, times, columns)   the Row `times` strides down and `columns` columns to the right
-//   stream<kWide>(row, count)    the packet at a Row that has `count` columns left; columns beyond are zero
+//   stream(row, count)           the packet at a Row that has `count` columns left; columns beyond are zero
 //   address(row)                 the address of a Row, for prefetches
 // A Loaded has
 //   add_to(sums, z)              sums[i] += z times the weight of column i
@@ -67,9 +68,9 @@ __device__ Packet<T> read_one_by_one(const T* p, int64_t count) {
 }
 
 // Loads a packet of an input, which other threads read again.
-template <bool kWide, class T>
+template <bool kInPackets, class T>
 __device__ Packet<T> load(const T* p, int64_t count) {
-  if constexpr (kWide) return packet_of<T>(__ldg(reinterpret_cast<const uint4*>(p)));
+  if constexpr (kInPackets) return packet_of<T>(__ldg(reinterpret_cast<const uint4*>(p)));
   else return read_one_by_one(p, count);
 }
 
@@ -84,12 +85,12 @@ struct Inputs {
 };
 
 // Loads the first `count` columns at p; columns beyond are zero.
-template <bool kWide, int kColumns, class T>
+template <bool kInPackets, int kColumns, class T>
 __device__ Inputs<T, kColumns> load_inputs(const T* p, int64_t count) {
   constexpr int kSize = Packet<T>::kSize;
   Inputs<T, kColumns> inputs;
 #pragma unroll
-  for (int i = 0; i < kColumns / kSize; i++) inputs.packets[i] = load<kWide>(p + i * kSize, count - i * kSize);
+  for (int i = 0; i < kColumns / kSize; i++) inputs.packets[i] = load<kInPackets>(p + i * kSize, count - i * kSize);
   return inputs;
 }
 
@@ -116,7 +117,7 @@ __device__ Inputs<T, kColumns> load_inputs_if([[maybe_unused]] bool wanted, [[ma
   return inputs;
 }
 
-// Weights stored as they are multiplied: in the type of x.
+// Weights stored as they are multiplied: in the type of x, in rows that start on 16 bytes and are whole packets.
 template <class T>
 struct Plain {
   using Element = T;
@@ -124,11 +125,10 @@ struct Plain {
   using Stride = int64_t;
   using Loaded = Packet<T>;
   static constexpr int kBits = 8 * sizeof(T);
-  static constexpr bool kQuantized = false;
+  static constexpr bool kQuantized = false, kInPackets = true;
 
   const T* data;
   int64_t rows, columns, ld;
-  bool wide;
 
   __device__ Row at(int64_t row, int64_t column) const { return data + row * ld + column; }
   __device__ Stride stride(int64_t rows) const { return rows * ld; }
@@ -136,10 +136,8 @@ struct Plain {
     return row + times * stride + columns;
   }
   // Weights are read once, so they leave the caches first.
-  template <bool kWide>
-  __device__ static Loaded stream(Row row, int64_t count) {
-    if constexpr (kWide) return packet_of<T>(__ldcs(reinterpret_cast<const uint4*>(row)));
-    else return read_one_by_one(row, count);
+  __device__ static Loaded stream(Row row, int64_t /*count*/) {
+    return packet_of<T>(__ldcs(reinterpret_cast<const uint4*>(row)));
   }
   __device__ static const void* address(Row row) { return row; }
 };

@@ -35,9 +35,9 @@ ONE_DTYPE = {
     torch.float32: {f"else {_BFLOAT16}": "", **_HALF},
     torch.bfloat16: {f"{_FLOAT}\n  else {_BFLOAT16}": _BFLOAT16, **_HALF},
 }
-# These leave one kind of weights: floats, or weights of any width.
-_ANY, _PLAIN = "if (quantized) f(Storage<AnyWidth<T>>{});", "else f(Storage<Plain<T>>{});"
-FLOATS, ANY_WIDTH = {f"{_ANY}\n  else ": ""}, {_PLAIN: ""}
+# These leave one kind of weights: floats in whole packets, or weights of any width.
+_PLAIN, _ANY = "if (plain) f(Storage<Plain<T>>{});", "else f(Storage<AnyWidth<T>>{});"
+FLOATS, ANY_WIDTH = {f"\n  {_ANY}": ""}, {f"{_PLAIN}\n  else ": ""}
 Mutation = tuple[str, str, str]
 
 
