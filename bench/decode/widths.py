@@ -105,9 +105,19 @@ def _ours(model: PreTrainedModel, plan: Plan, cost_ratio: float) -> Ours:
 
 
 def _compressed(model: PreTrainedModel, bits: int, ratio: float, stats: Stats) -> Ours:
+    """Compress to a cost: a share of the multiply-adds of the blocks, or in few bits of their bytes."""
     made = twin(model)
-    asked = {"flops_reduction": 1 - ratio, "bits": bits, "progress": False}
+    budget = "flops_reduction" if bits == 16 else "bytes_reduction"
+    saved = 1 - ratio if bits == 16 else 1 - _bytes(model, bits, ratio) / _bytes(model, 16, 1.0)
+    asked = {budget: saved, "bits": bits, "progress": False}
     return _ours(made, rana.compress(made, stats=replace(stats, model=made), **asked).plan, ratio)
+
+
+def _bytes(model: PreTrainedModel, bits: int, ratio: float) -> float:
+    """Return the bytes of lm_head in so many bits, and a share of those of the blocks' linears."""
+    plan, size = _dense_plan(model, bits), model.dtype.itemsize
+    blocks = plan.stored_bytes(size)
+    return read_bytes(model, plan, size) - (1 - ratio) * blocks
 
 
 def _dense_plan(model: PreTrainedModel, bits: int) -> Plan:
