@@ -10,6 +10,7 @@ import random
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import cache
 from itertools import cycle, product
 from math import prod
 
@@ -464,8 +465,9 @@ class _Integers(_Gaussian):
         values = self._integers(top, rows, columns)
         if (rows, columns)[along] <= fan:
             return values
-        rank = torch.rand(rows, columns, generator=self.generator).argsort(along).argsort(along)
-        return values.where(rank < fan, 0)
+        order = torch.rand(rows, columns, generator=self.generator)
+        kept = order.topk(fan, along, largest=False, sorted=False).indices
+        return torch.zeros_like(values).scatter_(along, kept, values.gather(along, kept))
 
     def _round(self, values: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
         """Steps that are powers of two; the weights keep their values."""
@@ -507,6 +509,7 @@ def _nibble(column: int, columns: int) -> tuple[int, int]:
     return 16 * block + i // 2, 4 * (i % 2)
 
 
+@cache
 def _places(columns: int) -> tuple[Tensor, Tensor]:
     places = torch.tensor([_nibble(column, columns) for column in range(columns)]).view(-1, 2)
     return places[:, 0].long(), places[:, 1].int()
