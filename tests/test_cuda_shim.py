@@ -57,7 +57,9 @@ def sanitized(shared) -> dict[str, str]:
 def test_ops_are_exact_and_close(sanitized):
     """A part of the shared cases, of NaN, equal scores and the like, under several schedules."""
     marks = "(isa or tiled or packets) and not long"
-    assert passed(run_ops(select="registered and not range and not number", marks=marks, **sanitized)) > 220
+    output = run_ops(select="registered and not range and not number", marks=marks, **sanitized)
+    ran = {schedule: int(count) for schedule, count in re.findall(r"under (\S+): (\d+) ran", output)}
+    assert set(ran) == set(SCHEDULES) and min(ran.values()) > 220
 
 
 MEMORY = "strides or expanded or left_alone or row_does_not_depend or infinity or argument"

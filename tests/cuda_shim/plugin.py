@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ build.load(Path(os.environ["RANA_SHIM_LIBRARY"]))
 SCHEDULES = (
     ("forward", "1", ""), ("reverse", "3", "exact"), ("random:1", "4", "close"), ("mixed:2", "2", "exact"),
 )  # fmt: skip
+ran: Counter[str] = Counter()  # tests, by schedule
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -25,4 +27,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
             print(f"under {schedule} on {processors} processors")
             os.environ.update(RANA_SHIM_SCHEDULE=schedule, RANA_SHIM_PROCESSORS=processors)
             pyfuncitem.obj(**given)
+            ran[schedule] += 1
     return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for schedule, count in ran.items():
+        terminalreporter.write_line(f"under {schedule}: {count} ran")
