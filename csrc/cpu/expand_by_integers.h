@@ -89,8 +89,8 @@ class FixedFactors {
   }
 
   int64_t blocks_ = 0, ld_ = 0;
-  std::vector<int32_t> pairs_, sum_;
-  std::vector<float> step_;
+  LineVector<int32_t> pairs_, sum_;
+  LineVector<float> step_;
 };
 
 // The sums of ten rows over a span: of half the words of every 16 bytes, for every shift.
@@ -163,7 +163,7 @@ inline void add_in_natural_order(const float* by_shift, float* sums) {
 
 template <class T, int kWidth>
 struct Scratch<Quantized<T, kWidth>> {
-  std::vector<float> room, by_shift;
+  LineVector<float> room, by_shift;
   FixedFactors factors;
 };
 

@@ -104,7 +104,7 @@ inline void add_ten(const typename W::Row (&row)[kTen], const float (&value)[kTe
 // profile of a step.
 template <class W>
 struct Scratch {
-  std::vector<float> room;
+  LineVector<float> room;
 };
 
 // Adds most steps of a share, ten at a time, and returns the first step that is still to be added. `column` is the
@@ -130,7 +130,7 @@ template <class Step, int kSteps, class W = typename Step::Weights>
 int64_t add_groups(const Masked<ByVectors<Step>>& h, int64_t s, int64_t end, const W& rows, int64_t column,
                    int64_t size, float* sums, int64_t lds) {
   constexpr int kRows = Step::kRows;
-  std::vector<float> room(kSteps * kRows * W::room(size));
+  LineVector<float> room(kSteps * kRows * W::room(size));
   for (; s + kSteps <= end; s += kSteps) {
     typename W::Term term[kSteps * kRows];
     for (int i = 0; i < kSteps * kRows; i++)
@@ -172,14 +172,13 @@ template <class Step, class W, class Done>
 void sum_rows(const Masked<ByVectors<Step>>& h, const W& rows, int64_t begin, int64_t end, Done done) {
   const int64_t width = std::min(columns_at_once<W>(h.tokens), chunks_of(end - begin) * kChunk);
   const int64_t lds = width + kChunk;  // a multiple of the page would put all tokens into one cache set
-  std::vector<Chunk> aligned(h.tokens * lds / kChunk);  // a sum across two cache lines costs twice as much
-  float* const sums = reinterpret_cast<float*>(aligned.data());
+  LineVector<float> sums(h.tokens * lds);
   for (int64_t n = begin; n < end; n += width) {
     const int64_t size = std::min(width, end - n);
-    std::fill(aligned.begin(), aligned.end(), Chunk{});
-    add_all_groups(h, 0, h.steps(), rows, n, size, sums, lds);
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    add_all_groups(h, 0, h.steps(), rows, n, size, sums.data(), lds);
     for (int64_t m = 0; m < h.tokens; m++)
-      for (int64_t i = 0; i < size; i += kChunk) done(m, n + i, load(sums + m * lds + i));
+      for (int64_t i = 0; i < size; i += kChunk) done(m, n + i, load(sums.data() + m * lds + i));
   }
 }
 

@@ -26,12 +26,10 @@ constexpr int kShifts = 16 / kWidth;
 // The columns of a row that are multiplied in whole numbers: whole blocks. The last span may be incomplete.
 template <int kWidth>
 struct Spans {
-  static constexpr int kBlockColumns = kSpan<kWidth> / kSpanBlocks<kWidth>;
-
   int64_t columns, whole, rest;  // columns in whole numbers, those of them in whole spans, those after these
 
   explicit Spans(int64_t size)
-      : columns(size / kBlockColumns * kBlockColumns),
+      : columns(size / kScaleColumns * kScaleColumns),
         whole(columns / kSpan<kWidth> * kSpan<kWidth>),
         rest(columns - whole) {}
   int64_t count() const { return (columns + kSpan<kWidth> - 1) / kSpan<kWidth>; }
@@ -152,17 +150,41 @@ inline Bits without_signs(Bits words) {
 template <int kWidth, int kShift>
 constexpr int offset_of = kShift < kShifts<kWidth> - 1 ? kOffset<kWidth> : 0;
 
-// The weights of words without signs for a shift, plus offset_of<kWidth, kShift>.
+// The weights of the last shift, which are signed.
+template <int kWidth>
+inline Bits signed_weights(Bits words) {
+  using Words = int16_t __attribute__((vector_size(kVectorBytes)));
+  return (Bits)((Words)words >> kWidth * (kShifts<kWidth> - 1));
+}
+// The words that `weights` takes. With AVX-512 it flips the bits itself.
+template <int kWidth>
+inline Bits words_of_weights(Bits words) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(words));  // keeps them in a register: GCC 12 reads them again for each shift
+  return words;
+#else
+  return without_signs<kWidth>(words);
+#endif
+}
+// The weights of these words for a shift, plus offset_of<kWidth, kShift>.
 template <int kWidth, int kShift>
 inline Bits weights(Bits words) {
-  using Words = int16_t __attribute__((vector_size(kVectorBytes)));
-  if constexpr (kShift == kShifts<kWidth> - 1) return (Bits)((Words)words >> kWidth * kShift);
-  else return words >> kWidth * kShift & both((1u << kWidth) - 1);
+  if constexpr (kShift == kShifts<kWidth> - 1) return signed_weights<kWidth>(words);
+  constexpr uint32_t kMask = both((1u << kWidth) - 1);
+  const Bits shifted = words >> kWidth * kShift;
+#if defined(__AVX512F__)
+  constexpr int kMaskThenFlip = 0x6a;
+  return (Bits)_mm512_ternarylogic_epi32((__m512i)shifted, _mm512_set1_epi32(kMask),
+                                         _mm512_set1_epi32(both(kOffset<kWidth>)), kMaskThenFlip);
+#else
+  return shifted & kMask;
+#endif
 }
-// The same times weight_of<kWidth, kShift>: one instruction. Sums of ten of them, times 15 bits, fit 32 bits.
+// The weights of words without signs for a shift, times weight_of<kWidth, kShift>: one instruction. Sums of ten of
+// them, times 15 bits, fit 32 bits.
 template <int kWidth, int kShift>
 inline Bits weights_in_place(Bits words) {
-  if constexpr (kShift == kShifts<kWidth> - 1) return weights<kWidth, kShift>(words);
+  if constexpr (kShift == kShifts<kWidth> - 1) return signed_weights<kWidth>(words);
   else return words & both(((1u << kWidth) - 1) << kWidth * kShift);
 }
 template <int kWidth, int kShift>

@@ -24,60 +24,72 @@ class FixedInputs {
   FixedInputs(const float* x, int64_t tokens, int64_t size)
       : spans_(size),
         count_(spans_.count()),
+        blocks_(size / kScaleColumns),
+        step_ld_((blocks_ + 2 * kLanes) / kLanes * kLanes),
         words_(tokens * count_ * kShifts),
         zero_(tokens * count_),
         step_(tokens * count_),
-        finite_(tokens) {
+        steps_(tokens * step_ld_, 1.0f),
+        finite_(tokens, true) {
     for (int64_t m = 0; m < tokens; m++) {
-      finite_[m] = true;
-      for (int64_t s = 0; s < count_; s++) set(x + m * size + s * kSpan, spans_.columns - s * kSpan, m, s);
+      for (int64_t b = 0; b < blocks_; b++) set(x + m * size + b * kScaleColumns, m, b);
+      for (int64_t s = 0; s < count_; s++)
+        step_[m * count_ + s] = integers::spread<kBlocks, Vec>(steps(m) + s * kSpan / kScaleColumns);
     }
   }
 
   const integers::Spans<kWidth>& spans() const { return spans_; }
   bool finite(int64_t m) const { return finite_[m]; }
   Bits words(int64_t m, int64_t span, int shift) const { return words_[(m * count_ + span) * kShifts + shift]; }
-  Ints zero(int64_t m, int64_t span) const { return zero_[m * count_ + span]; }  // what the sums start from
+  // What the sums of a span start from. With 512 bits, a load costs less than a copy of a register.
+  Ints zero(int64_t m, int64_t span) const {
+    const Ints* const zero = zero_.data() + m * count_ + span;
+    if constexpr (kVectorBytes == 64) return *static_cast<const volatile Ints*>(zero);
+    return *zero;
+  }
   Vec step(int64_t m, int64_t span) const { return step_[m * count_ + span]; }
+  // The step of each block, and at least a vector of ones.
+  const float* steps(int64_t m) const { return steps_.data() + m * step_ld_; }
 
  private:
-  static constexpr int kBlockColumns = kSpan / kBlocks, kBlockLanes = kLanes / kBlocks;
+  static constexpr int kPartColumns = kSpan / kBlocks;  // of a block: those that lie in one span
 
-  // Takes a span of a token, of which `columns` are left.
-  void set(const float* x, int64_t columns, int64_t m, int64_t span) {
-    using namespace integers;
-    int16_t fixed[kShifts][kSpan / kShifts];
-    int32_t zero[kLanes];
-    float steps[kLanes];
-    for (int block = 0; block < kBlocks; block++) {
-      int32_t values[kBlockColumns] = {}, with_offset = 0;
-      const float step = block * kBlockColumns < columns ? set_block(x + block * kBlockColumns, m, values) : 0.0f;
-      constexpr int kWords = kBlockColumns / kShifts;
-      for (int word = block * kWords; word < (block + 1) * kWords; word++)
-        for_shifts<kWidth>([&](auto shift) {
-          const int32_t value = values[column_of<kWidth>(word, shift()) - block * kBlockColumns];
-          fixed[shift()][word] = value;
-          with_offset += offset_of<kWidth, shift()> ? value : 0;
-        });
-      for (int lane = block * kBlockLanes; lane < (block + 1) * kBlockLanes; lane++) {
-        zero[lane] = -kOffset<kWidth> / kBlockLanes * with_offset;  // all lanes of a block are added in the end
-        steps[lane] = step;
-      }
+  // Takes a block of a token.
+  void set(const float* x, int64_t m, int64_t block) {
+    int32_t values[kScaleColumns];
+    steps_[m * step_ld_ + block] = round(x, m, values);
+    for (int64_t n = 0; n < kScaleColumns; n += kPartColumns) {
+      const int64_t column = block * kScaleColumns + n;
+      set_part(values + n, m * count_ + column / kSpan, column % kSpan);
     }
-    for (int shift = 0; shift < kShifts; shift++)
-      words_[(m * count_ + span) * kShifts + shift] = load_bytes<Bits>(fixed[shift]);
-    zero_[m * count_ + span] = load_bytes<Ints>(zero);
-    step_[m * count_ + span] = load_bytes<Vec>(steps);
+  }
+  // Takes the columns of a span from `first` on.
+  void set_part(const int32_t* values, int64_t span, int first) {
+    using namespace integers;
+    constexpr int kWords = kPartColumns / kShifts, kPartLanes = kLanes / kBlocks;
+    int32_t with_offset = 0;
+    for_shifts<kWidth>([&](auto shift) {
+      int16_t fixed[kWords];
+      for (int word = 0; word < kWords; word++) {
+        const int32_t value = values[column_of<kWidth>(word, shift())];
+        fixed[word] = value;
+        with_offset += offset_of<kWidth, shift()> ? value : 0;
+      }
+      std::memcpy(reinterpret_cast<int16_t*>(&words_[span * kShifts + shift()]) + first / kShifts, fixed, sizeof fixed);
+    });
+    int32_t zero[kPartLanes];  // all lanes of a part are added in the end
+    std::fill_n(zero, kPartLanes, -kOffset<kWidth> / kPartLanes * with_offset);
+    std::memcpy(reinterpret_cast<int32_t*>(&zero_[span]) + first / kPartColumns * kPartLanes, zero, sizeof zero);
   }
   // Returns the step of a block, in which `values` are whole numbers.
-  float set_block(const float* x, int64_t m, int32_t* values) {
+  float round(const float* x, int64_t m, int32_t* values) {
     using namespace integers;
     Ints largest = {};
-    for (int i = 0; i < kBlockColumns; i += kLanes) largest = larger(largest, magnitude(load_bytes<Vec>(x + i)));
+    for (int i = 0; i < kScaleColumns; i += kLanes) largest = larger(largest, magnitude(load_bytes<Vec>(x + i)));
     const int32_t of_block = largest_lane(largest);
     finite_[m] = finite_[m] && integers::finite(of_block);
     const Step step(of_block - Ints{});
-    for (int i = 0; i < kBlockColumns; i += kLanes) {
+    for (int i = 0; i < kScaleColumns; i += kLanes) {
       const Ints v = step(load_bytes<Vec>(x + i));
       std::memcpy(values + i, &v, sizeof v);
     }
@@ -85,10 +97,11 @@ class FixedInputs {
   }
 
   integers::Spans<kWidth> spans_;
-  int64_t count_;
-  std::vector<Bits> words_;
-  std::vector<Ints> zero_;
-  std::vector<Vec> step_;
+  int64_t count_, blocks_, step_ld_;
+  LineVector<Bits> words_;
+  LineVector<Ints> zero_;
+  LineVector<Vec> step_;
+  LineVector<float> steps_;
   std::vector<char> finite_;
 };
 
@@ -105,7 +118,7 @@ FixedTokens<kWidth> skip_tokens(FixedTokens<kWidth> x, int64_t count, int64_t si
   return {x.fixed, x.floats + count * size, x.token + count};
 }
 
-// The same as for float32, span by span.
+// The same as for float32, span by span. For one token its steps are part of the factors of a row.
 template <int kRows, int kTokens, class W, int kWidth, class Ahead>
 void dot_tile(const W& B, int64_t first, int64_t apart, FixedTokens<kWidth> x, Ahead& ahead, float* room, float* h,
               int64_t ldh) {
@@ -113,22 +126,34 @@ void dot_tile(const W& B, int64_t first, int64_t apart, FixedTokens<kWidth> x, A
   constexpr int kSpan = Inputs::kSpan, kShifts = Inputs::kShifts, kBlocks = Inputs::kBlocks;
   const int64_t size = B.columns;
   typename W::Term term[kRows];
-  for (int r = 0; r < kRows; r++) term[r] = W::term(B.at(first + r * apart, 0), 1.0f, size, room + r * W::room(size));
-  Vec sums[kTokens][kRows] = {};
+  for (int r = 0; r < kRows; r++) {
+    const auto row = B.at(first + r * apart, 0);
+    float* const into = room + r * W::room(size);
+    if constexpr (kTokens == 1) term[r] = W::term(row, x.fixed->steps(x.token), size, into);
+    else term[r] = W::term(row, 1.0f, size, into);
+  }
+  Vec sums[kTokens][kRows];
+#pragma GCC unroll 4
+  for (int m = 0; m < kTokens; m++)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) sums[m][r] = Vec{};
   integers::for_spans(x.fixed->spans(), [&](int64_t n, auto load) {
-    const int64_t s = n / kSpan;
+    const int64_t s = n / kSpan, block = n / kScaleColumns;
     ahead.ask(lines_of<W>(kRows * kSpan));
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
-      const Bits words = integers::without_signs<kWidth>(load(term[r].steps + n * kWidth / 8));
+      const Bits words = integers::words_of_weights<kWidth>(load(term[r].steps + n * kWidth / 8));
       Bits q[kShifts];
       integers::for_shifts<kWidth>([&](auto i) { q[i()] = integers::weights<kWidth, i()>(words); });
-      const Vec scale = integers::spread<kBlocks, Vec>(term[r].factor + n / kScaleColumns);
+      const Vec scale = integers::spread<kBlocks, Vec>(term[r].factor + block);
       for (int m = 0; m < kTokens; m++) {
         Ints sum = x.fixed->zero(x.token + m, s);
+        // The last shift comes first, so that the first one may overwrite the words.
 #pragma GCC unroll 4
-        for (int i = 0; i < kShifts; i++) sum = integers::multiply_add(sum, q[i], x.fixed->words(x.token + m, s, i));
-        sums[m][r] += x.fixed->step(x.token + m, s) * scale * to_floats(sum);
+        for (int i = kShifts - 1; i >= 0; i--)
+          sum = integers::multiply_add(sum, q[i], x.fixed->words(x.token + m, s, i));
+        if constexpr (kTokens == 1) sums[m][r] += scale * to_floats(sum);
+        else sums[m][r] += x.fixed->step(x.token + m, s) * scale * to_floats(sum);
       }
     }
   });

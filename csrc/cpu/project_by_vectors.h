@@ -124,7 +124,7 @@ void dot_tokens(const W& B, int64_t first, int64_t apart, X x, int64_t tokens, A
 // follows each from row to row. Quantised rows are neighbours, and the next ones are asked for.
 template <int kRows, class W, class X>
 void dot_rows(const W& B, X x, int64_t tokens, int64_t begin, int64_t end, float* h, int64_t ldh) {
-  std::vector<float> room(kRows * W::room(B.columns));
+  LineVector<float> room(kRows * W::room(B.columns));
   const int64_t share = (end - begin) / kRows, whole = begin + kRows * share;
   if constexpr (W::kAddressable) {
     for (int64_t r = begin; r < begin + share; r++)

@@ -27,7 +27,7 @@ void project_converted(Method method, const W& B, const Arranged& x, int64_t tok
   const int64_t row_bytes = std::max<int64_t>(1, B.columns * sizeof(T));
   const int64_t most = std::max<int64_t>(1, kBufferBytes / row_bytes / kTile) * kTile;
   std::vector<T> buffer(std::min(most, end - begin) * B.columns);
-  std::vector<float> room(W::room(B.columns));
+  LineVector<float> room(W::room(B.columns));
   for (int64_t r = begin; r < end; r += most) {
     const int64_t count = std::min(most, end - r);
     for (int64_t i = 0; i < count; i++)
@@ -69,8 +69,8 @@ void project_converted(ByVectors<Step>, const W& B, const typename W::Element* x
                        int64_t end, float* h) {
   using T = typename W::Element;
   const int64_t size = B.columns;
-  std::vector<float> room(kTileRows * W::room(size));
-  std::vector<Vec> sums(tokens * kTileRows);
+  LineVector<float> room(kTileRows * W::room(size));
+  LineVector<Vec> sums(tokens * kTileRows);
   alignas(kLineBytes) T rows[kTileRows * kPiece] = {};
   for (int64_t r = begin; r < end; r += kTileRows) {
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, end - r));

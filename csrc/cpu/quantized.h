@@ -149,9 +149,13 @@ inline Vec load_first_lanes(const half* p, int64_t count) {
 #endif
 }
 
-// Writes value · scale, each 2^kShift times, until there are `count`, and zeros up to a multiple of kLanes.
-template <int kShift>
-inline void write_factors(const half* scale, float value, int64_t count, float* into) {
+// A vector of values, one for each factor: the same for all, or those at a pointer.
+inline Vec values_from(float value, int64_t /*first*/) { return splat(value); }
+inline Vec values_from(const float* values, int64_t first) { return load_bytes<Vec>(values + first); }
+
+// Writes value · scale, each scale 2^kShift times, until there are `count`, and zeros up to a multiple of kLanes.
+template <int kShift, class Value>
+inline void write_factors(const half* scale, Value value, int64_t count, float* into) {
   constexpr int kShared = 1 << kShift;
   for (int64_t i = 0; i < count; i += kLanes * kShared) {
     const Vec scales = load_first_lanes(scale + (i >> kShift), (count - i + kShared - 1) >> kShift);
@@ -159,7 +163,7 @@ inline void write_factors(const half* scale, float value, int64_t count, float* 
     for (int part = 0; part < kShared; part++) {
       const int64_t start = i + part * kLanes;
       if (start >= count) break;
-      const Vec factors = value * repeat_lanes<kShift>(scales, part * kLanes);
+      const Vec factors = values_from(value, start) * repeat_lanes<kShift>(scales, part * kLanes);
       std::memcpy(into + start, &factors, sizeof factors);
     }
   }
@@ -243,8 +247,12 @@ struct Quantized {
     }
   };
   static constexpr int64_t scale_blocks(int64_t size) { return (size + kScaleColumns - 1) / kScaleColumns; }
-  static constexpr int64_t room(int64_t size) { return scale_blocks(size) + kMostShared - 1 + kLanes - 1; }
-  static Term term(const Row& row, float value, int64_t size, float* into) {
+  // Of a multiple of kLanes floats.
+  static constexpr int64_t room(int64_t size) { return (scale_blocks(size) + kMostShared + kLanes - 2) / kLanes * kLanes; }
+  // `value` is a float, or, for a row from its first column on, a pointer to one for each block, up to a multiple of
+  // kLanes.
+  template <class Value>
+  static Term term(const Row& row, Value value, int64_t size, float* into) {
     const int64_t blocks = row.first / kScaleColumns, count = scale_blocks(size);
     const auto write = [&](auto shift) {
       const int64_t before = blocks % (1 << shift());  // blocks of the first group that lie before this row
@@ -257,7 +265,11 @@ struct Quantized {
       case 6: return write(std::integral_constant<int, 1>{});
       case 7: return write(std::integral_constant<int, 2>{});
     }
-    std::fill_n(into, count + kMostShared - 1, value * to_float(*row.scale));
+    const float scale = to_float(*row.scale);
+    for (int64_t i = 0; i < count + kMostShared - 1; i += kLanes) {
+      const Vec factors = values_from(value, i) * scale;
+      std::memcpy(into + i, &factors, sizeof factors);
+    }
     return {row.steps, into, row.left()};
   }
 };

@@ -22,7 +22,7 @@
 
 #include <algorithm>
 
-#include "simd.h"
+#include "line_vector.h"
 
 namespace {
 

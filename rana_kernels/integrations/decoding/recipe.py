@@ -4,6 +4,7 @@ It is run by `csrc/cpu/run_blocks.h`. A step of 16 blocks then calls torch once,
 """
 
 from contextlib import suppress
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -76,11 +77,15 @@ class Recipe:
             self._add_attention(block)
             self._add_mlp(block)
         self._add_norms("add_norm", decoder, "norm")
+        # a step looks at hundreds of both, and `map` does so without a loop of the interpreter
+        self.held_settings = tuple(zip(*self.settings, strict=True))
+        self.held_tensors = tuple(zip(*self.places, strict=True))
 
     def holds(self) -> bool:
         """Whether the blocks still compute what they did when the recipe was made."""
         quiet = not any(self.hooks) and not _has_any_global_hook() and not torch.is_autocast_enabled("cpu")
-        return quiet and all(held.get(name) is value for held, name, value in self.settings)
+        held, names, values = self.held_settings
+        return quiet and all(map(is_, map(dict.get, held, names), values))
 
     # see `blocks.py` for the mode
     @torch.inference_mode()
@@ -96,7 +101,7 @@ class Recipe:
         if not self.holds() or any(room.length != length for both in rooms for room in both):
             return None
         try:
-            weights = [held[name] for held, name in self.places]
+            weights = list(map(dict.__getitem__, *self.held_tensors))
         except KeyError:  # a module has got tensors of another kind
             return None
         y = torch.ops.rana_decoding.run_blocks(
