@@ -13,8 +13,7 @@ INTRODUCTION = """# Whole programs
 Tokens a second of whole programs that write one text, by the wall clock, and milliseconds to the first
 token after a prompt. transformers, llama.cpp and this package (by the step of `rana generate`) have the same
 weights; those of a shape without a model are random, and masks keep random inputs at the cost that is given.
-Cost is a share of what dense blocks have in their linears: of multiply-adds in 16 bits, of bytes in fewer
-(smollm2 at revision 1c7ffe3: of multiply-adds too, so its masked rows in 8 and 4 bits read more than that).
+Cost is a share of what dense blocks have in their linears: of multiply-adds in 16 bits, of bytes in fewer.
 llama.cpp is that of xllamacpp's wheel, which is compiled for AVX2. One compiled for a machine with AVX-512
 would use that, and was not measured. Contenders of one width take turns. Cells: one thread / all threads.
 
