@@ -13,6 +13,7 @@ from bench.kernels.quantized import RIVALS
 from bench.report.tables import table
 
 LINEAR_TOKENS, MASKED_TOKENS = (1, 8, 256), (1, 8)  # shown here; the file of results has all
+PROCESSORS = {"25-17-1": "Zen 4", "6-106-6": "Ice Lake"}  # by family, model and stepping
 Row = dict[str, str]
 CASES = {case.name: case for case in QUANTIZED}
 WORDS = """## Weights of 16, 8 and 4 bits
@@ -32,8 +33,14 @@ def section(files: dict[str, tuple[str, list[Row]]]) -> Iterator[str]:
     """Yield the parts of the page: nothing without results."""
     if files:
         yield WORDS.format(cost_ratio=QUANTIZED_COST_RATIO)
-    for stem, (stamp, rows) in files.items():
-        yield f"{stamp}. Plot: [{stem}.png]({stem}.png)\n\n{_table(most_threads(rows))}"
+        conditions = [f"- {stamp}. Plot: [{stem}.png]({stem}.png)" for stem, (stamp, _) in files.items()]
+        yield "\n".join(conditions) + "\n"
+        yield _table({_processor(stamp): most_threads(rows) for stamp, rows in files.values()})
+
+
+def _processor(stamp: str) -> str:
+    name, _, model = stamp.partition(",")[0].rpartition(" ")
+    return PROCESSORS.get(model, name or stamp)
 
 
 def most_threads(rows: list[Row]) -> list[Row]:
@@ -46,17 +53,22 @@ def fastest(row: Row) -> float:
     return min(float(row[f"x {name}"]) for name in RIVALS)
 
 
-def _table(rows: list[Row]) -> str:
-    found: dict[tuple[str, int], dict[int | None, str]] = {}
-    for row in rows:
-        case = CASES[row["case"]]
-        masked = abs(float(row["cost_ratio"]) - QUANTIZED_COST_RATIO) < 0.01
-        if case.M in (LINEAR_TOKENS if case.op == "linear" else MASKED_TOKENS if masked else ()):
-            shape = case.name.partition(" live=")[0].partition(" R=")[0].partition(" M=")[0]
-            cell = row["us"] if case.bits == 16 else f"{float(row['x rana bf16']):.2f} / {fastest(row):.2f}"
-            found.setdefault((shape, case.M), {})[case.bits] = cell
-    lines = [[*key, *(cells.get(b, "") for b in BITS)] for key, cells in found.items()]
-    return table(["op", "tokens", *(f"{b} bits" for b in BITS)], lines)
+def _table(machines: dict[str, list[Row]]) -> str:
+    found: dict[tuple[str, int], dict[tuple[str, int | None], str]] = {}
+    for machine, rows in machines.items():
+        for row in rows:
+            case = CASES[row["case"]]
+            masked = abs(float(row["cost_ratio"]) - QUANTIZED_COST_RATIO) < 0.01
+            if case.M in (LINEAR_TOKENS if case.op == "linear" else MASKED_TOKENS if masked else ()):
+                shape = case.name.partition(" live=")[0].partition(" R=")[0].partition(" M=")[0]
+                found.setdefault((shape, case.M), {})[machine, case.bits] = _cell(row, case.bits)
+    columns = [(machine, bits) for machine in machines for bits in BITS]
+    lines = [[*key, *(cells.get(column, "") for column in columns)] for key, cells in found.items()]
+    return table(["op", "tokens", *(f"{machine}, {bits} bits" for machine, bits in columns)], lines)
+
+
+def _cell(row: Row, bits: int | None) -> str:
+    return row["us"] if bits == 16 else f"{float(row['x rana bf16']):.2f} / {fastest(row):.2f}"
 
 
 def draw(axes: Axes, rows: list[Row]) -> None:

@@ -248,7 +248,9 @@ struct Quantized {
   };
   static constexpr int64_t scale_blocks(int64_t size) { return (size + kScaleColumns - 1) / kScaleColumns; }
   // Of a multiple of kLanes floats.
-  static constexpr int64_t room(int64_t size) { return (scale_blocks(size) + kMostShared + kLanes - 2) / kLanes * kLanes; }
+  static constexpr int64_t room(int64_t size) {
+    return (scale_blocks(size) + kMostShared + kLanes - 2) / kLanes * kLanes;
+  }
   // `value` is a float, or, for a row from its first column on, a pointer to one for each block, up to a multiple of
   // kLanes.
   template <class Value>
