@@ -35,7 +35,7 @@ def section(files: dict[str, tuple[str, list[Row]]]) -> Iterator[str]:
         yield WORDS.format(cost_ratio=QUANTIZED_COST_RATIO)
         conditions = [f"- {stamp}. Plot: [{stem}.png]({stem}.png)" for stem, (stamp, _) in files.items()]
         yield "\n".join(conditions) + "\n"
-        yield _table({_processor(stamp): most_threads(rows) for stamp, rows in files.values()})
+        yield _table(files)
 
 
 def _processor(stamp: str) -> str:
@@ -53,18 +53,20 @@ def fastest(row: Row) -> float:
     return min(float(row[f"x {name}"]) for name in RIVALS)
 
 
-def _table(machines: dict[str, list[Row]]) -> str:
+def _table(files: dict[str, tuple[str, list[Row]]]) -> str:
     found: dict[tuple[str, int], dict[tuple[str, int | None], str]] = {}
-    for machine, rows in machines.items():
-        for row in rows:
+    for stem, (_, rows) in files.items():
+        for row in most_threads(rows):
             case = CASES[row["case"]]
             masked = abs(float(row["cost_ratio"]) - QUANTIZED_COST_RATIO) < 0.01
             if case.M in (LINEAR_TOKENS if case.op == "linear" else MASKED_TOKENS if masked else ()):
                 shape = case.name.partition(" live=")[0].partition(" R=")[0].partition(" M=")[0]
-                found.setdefault((shape, case.M), {})[machine, case.bits] = _cell(row, case.bits)
-    columns = [(machine, bits) for machine in machines for bits in BITS]
+                found.setdefault((shape, case.M), {})[stem, case.bits] = _cell(row, case.bits)
+    columns = [(stem, bits) for stem in files for bits in BITS]
     lines = [[*key, *(cells.get(column, "") for column in columns)] for key, cells in found.items()]
-    return table(["op", "tokens", *(f"{machine}, {bits} bits" for machine, bits in columns)], lines)
+    return table(
+        ["op", "tokens", *(f"{_processor(files[stem][0])}, {bits} bits" for stem, bits in columns)], lines
+    )
 
 
 def _cell(row: Row, bits: int | None) -> str:

@@ -26,14 +26,14 @@ def use_huge_pages(model: nn.Module) -> int:
 
     They lie side by side, in the order of the modules. Parameters and buffers stay the objects that they are;
     a view of their former memory no longer follows them. Tensors that share memory with others stay.
-    This takes about half a second a gigabyte, and briefly needs 64 MiB more.
+    This takes about half a second a gigabyte, and briefly needs 64 MiB more and the bytes of the largest
+    weight once more.
     """
     size = _size()
     if size is None:
         return 0
-    weights = _own(_weights(model))
     moved = 0
-    for group in _groups(weights):
+    for group in _groups(_own(_weights(model))):
         if sum(map(_room, group)) >= size:
             with suppress(OSError):  # no memory can be had: they stay where they are
                 moved += _move(group, size)
@@ -85,11 +85,13 @@ def _own(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     group: list[Tensor] = []
+    together = 0
     for tensor in tensors:
         group.append(tensor)
-        if sum(map(_room, group)) >= TOGETHER:
+        together += _room(tensor)
+        if together >= TOGETHER:
             yield group
-            group = []
+            group, together = [], 0
     yield group
 
 
