@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, StaticCache, TextIteratorStreamer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import rana_kernels as rana
 from rana_kernels.backends import installed
@@ -154,6 +156,32 @@ def between(length: int = 700, threads: int = 1, dtype: torch.dtype = torch.floa
     y = torch.ops.rana_decoding.attend(q, k, v, cos, sin, seen, keys, values, length, 0.3)
     torch.set_num_threads(before)
     return y, keys, values
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 37])
+@pytest.mark.parametrize("queries", [1, 3, 5])
+@pytest.mark.parametrize("D", [8, 24, 64, 96])
+def test_attention(D, queries, length, masked):
+    """Heads of whole vectors and others, in float64 by torch."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3 * n, 1, D) for n in (queries, 1, 1))
+    cos, sin = torch.randn(2, 1, D), torch.randn(2, 1, D)
+    keys, values = torch.randn(2, 2, 3, length + 1, D)
+    seen = torch.rand(2, length + 1) < 0.7 if masked else None
+    if seen is not None:
+        seen[:, -1] = True
+    y = torch.ops.rana_decoding.attend(
+        *(t.reshape(2, 1, -1) for t in (q, k, v)), cos, sin, seen, keys, values, length, 0.3
+    )
+    q, own = apply_rotary_pos_emb(q.double(), k.double(), cos.double(), sin.double())
+    torch.testing.assert_close(keys[:, :, length:], own.float())
+    assert torch.equal(values[:, :, length:], v)
+    mask = None if seen is None else seen[:, None, None]
+    wanted = F.scaled_dot_product_attention(
+        q, keys.double(), values.double(), mask, scale=0.3, enable_gqa=True
+    )  # fmt: skip
+    torch.testing.assert_close(y, wanted.reshape(2, 1, -1).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -38,63 +38,106 @@ void add_rms_norm_token(T* x, const T* delta, const T* weight, int64_t width, fl
   }
 }
 
+// x · cos + turned · sin, for a chunk of each.
+template <class T>
+Chunk rotated(Chunk x, Chunk turned, Chunk cos, Chunk sin) {
+  const Chunk a = rounded<T>({x.lo * cos.lo, x.hi * cos.hi});
+  const Chunk b = rounded<T>({turned.lo * sin.lo, turned.hi * sin.hi});
+  return {a.lo + b.lo, a.hi + b.hi};
+}
+
 // Rotates a vector of D elements by the angles of its position.
 template <class T>
 void rotate(const T* x, const T* cos, const T* sin, int64_t D, T* y) {
-  for (int64_t i = 0; i < D; i++) {
-    const int64_t other = i < D / 2 ? i + D / 2 : i - D / 2;
-    const float turned = i < D / 2 ? -float(x[other]) : float(x[other]);
-    y[i] = T(float(T(float(x[i]) * float(cos[i]))) + float(T(turned * float(sin[i]))));
+  const int64_t half = D / 2;
+  for (int64_t i = 0; i < half; i += kChunk) {
+    const int64_t left = half - i, j = half + i;
+    const Chunk a = load_first(x + i, left), b = load_first(x + j, left);
+    const auto turn = [&](int64_t at, Chunk own, Chunk turned) {
+      const Chunk c = load_first(cos + at, left), s = load_first(sin + at, left);
+      store_first(y + at, rotated<T>(own, turned, c, s), left);
+    };
+    turn(i, a, {-b.lo, -b.hi});
+    turn(j, b, a);
   }
 }
 
-// So many queries read keys and values together.
+// So many queries read keys and values together, and so many keys are read side by side: one score a lane.
 constexpr int64_t kQueries = 4;
+constexpr int64_t kKeys = kLanes / kQueries;
 
-// scores[j][l] = scale · q[j]·keys[l] for `length` keys, which are D elements apart; queries are in whole chunks. Where
-// seen[l] is 0, it is -inf.
-template <class T>
-void score(const Chunk* q, const T* keys, int64_t length, int64_t D, float scale, const bool* seen, float* scores) {
+// Calls f(load), where load(p, left) reads a chunk of a vector of D elements, of which `left` are left. Most vectors
+// are whole chunks, and reading those needs no call, around which all sums would go to memory.
+template <class T, class F>
+void for_chunks_of(int64_t D, F f) {
+  if (D % kChunk == 0) f([](const T* p, int64_t /*left*/) { return load(p); });
+  else f([](const T* p, int64_t left) { return load_first(p, left); });
+}
+
+// scores[j][l] = scale · q[j]·keys[l] for `length` keys, which are D elements apart; queries are in whole chunks.
+// Scores are `lds` apart, a multiple of kLanes.
+template <class T, class Load>
+void score(Load load, const Chunk* q, const T* keys, int64_t length, int64_t D, float scale, float* scores,
+           int64_t lds) {
   const int64_t chunks = chunks_of(D);
-  for (int64_t l = 0; l < length; l++) {
-    Vec products[kQueries] = {};
-    for (int64_t c = 0; c < chunks; c++) {
-      const Chunk key = load_first(keys + l * D + c * kChunk, D - c * kChunk);
-      for (int64_t j = 0; j < kQueries; j++) products[j] = multiply_add(products[j], q[j * chunks + c], key);
-    }
+  for (int64_t l = 0; l < length; l += kKeys) {
+    Vec products[kQueries * kKeys] = {};
+    for (int64_t c = 0; c < chunks; c++)
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kKeys; k++) {
+        const T* const key = keys + std::min(l + k, length - 1) * D;
+        const Chunk part = load(key + c * kChunk, D - c * kChunk);
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kQueries; j++)
+          products[j * kKeys + k] = multiply_add(products[j * kKeys + k], q[j * chunks + c], part);
+      }
+    const Vec found = scale * sum_each(products);
     for (int64_t j = 0; j < kQueries; j++)
-      scores[j * length + l] = seen && !seen[l] ? -INFINITY : scale * sum(products[j]);
+      std::memcpy(scores + j * lds + l, reinterpret_cast<const float*>(&found) + j * kKeys, kKeys * sizeof(float));
   }
 }
 
-// Replaces the scores by their softmax.
-inline void softmax(float* scores, int64_t length) {
-  const float most = *std::max_element(scores, scores + length);
-  float total = 0.0f;
-  for (int64_t l = 0; l < length; l += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, length - l);
-    Vec v = splat(-INFINITY);
-    std::memcpy(&v, scores + l, count * sizeof(float));
-    v = exp(v - most);
-    std::memcpy(scores + l, &v, count * sizeof(float));
-    for (int64_t i = 0; i < count; i++) total += v[i];
+// Replaces the scores by their softmax. Those that are not `seen` get none of it; a null `seen` is all. Scores have
+// room for whole vectors.
+inline void softmax(float* scores, int64_t length, const bool* seen) {
+  for (int64_t l = 0; seen && l < length; l++)
+    if (!seen[l]) scores[l] = -INFINITY;
+  const int64_t whole = (length + kLanes - 1) / kLanes * kLanes;
+  std::fill(scores + length, scores + whole, -INFINITY);
+  Vec largest = splat(-INFINITY), total = {};
+  for (int64_t l = 0; l < whole; l += kLanes) {
+    const Vec v = load_bytes<Vec>(scores + l);
+    largest = v > largest ? v : largest;
   }
-  for (int64_t l = 0; l < length; l++) scores[l] /= total;
+  const float* const lanes = reinterpret_cast<const float*>(&largest);
+  const float most = *std::max_element(lanes, lanes + kLanes);
+  for (int64_t l = 0; l < whole; l += kLanes) {
+    const Vec v = exp(load_bytes<Vec>(scores + l) - most);
+    std::memcpy(scores + l, &v, sizeof v);
+    total += v;
+  }
+  const float all = sum(total);
+  for (int64_t l = 0; l < length; l++) scores[l] /= all;
 }
 
-// y[j] = the sum of `length` values, D elements apart, each by its share[j], for the first `count` of kQueries queries.
-template <class T>
-void mix(const float* shares, const T* values, int64_t length, int64_t D, int64_t count, T* y) {
+// y[j] = the sum of `length` values, D elements apart, each by its share[j], for the first `count` of kQueries queries,
+// whose shares are `lds` apart.
+template <class T, class Load>
+void mix(Load load, const float* shares, int64_t lds, const T* values, int64_t length, int64_t D, int64_t count, T* y) {
   for (int64_t i = 0; i < D; i += kChunk) {
     Chunk totals[kQueries] = {};
     for (int64_t l = 0; l < length; l++) {
-      const Chunk v = load_first(values + l * D + i, D - i);
+      const Chunk v = load(values + l * D + i, D - i);
+      // Unrolled, like the loop after it: an index that is no constant puts the totals into memory.
+#pragma GCC unroll 4
       for (int64_t j = 0; j < kQueries; j++) {
-        totals[j].lo += shares[j * length + l] * v.lo;
-        totals[j].hi += shares[j * length + l] * v.hi;
+        totals[j].lo += shares[j * lds + l] * v.lo;
+        totals[j].hi += shares[j * lds + l] * v.hi;
       }
     }
-    for (int64_t j = 0; j < count; j++) store_first(y + j * D + i, totals[j], D - i);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kQueries; j++)
+      if (j < count) store_first(y + j * D + i, totals[j], D - i);
   }
 }
 
@@ -169,8 +212,8 @@ void attend_heads(const Attention& a, Vectors<T> q, Vectors<T> k, Vectors<T> v, 
   T* const all_keys = static_cast<T*>(a.keys.mutable_data_ptr());
   T* const all_values = static_cast<T*>(a.values.mutable_data_ptr());
   parallel(a.batch() * heads, 2 * queries * (length + 1) * D, [&](int64_t begin, int64_t end) {
-    const int64_t seen_length = length + 1;
-    std::vector<float> shares(kQueries * seen_length);
+    const int64_t seen_length = length + 1, lds = (seen_length + kLanes - 1) / kLanes * kLanes;
+    std::vector<float> shares(kQueries * lds);
     std::vector<Chunk> turned(kQueries * chunks);
     std::vector<T> one(D);
     for (int64_t i = begin; i < end; i++) {  // a head of a text
@@ -187,10 +230,12 @@ void attend_heads(const Attention& a, Vectors<T> q, Vectors<T> k, Vectors<T> v, 
           for (int64_t n = 0; n < chunks; n++)
             turned[j * chunks + n] = load_first(one.data() + n * kChunk, D - n * kChunk);
         }
-        score(turned.data(), own_keys, seen_length, D, float(a.scale), mask ? mask->data + text * seen_length : nullptr,
-              shares.data());
-        for (int64_t j = 0; j < count; j++) softmax(shares.data() + j * seen_length, seen_length);
-        mix(shares.data(), own_values, seen_length, D, count, y + (i * queries + first) * D);
+        const bool* const seen = mask ? mask->data + text * seen_length : nullptr;
+        for_chunks_of<T>(D, [&](auto load) {
+          score(load, turned.data(), own_keys, seen_length, D, float(a.scale), shares.data(), lds);
+          for (int64_t j = 0; j < count; j++) softmax(shares.data() + j * lds, seen_length, seen);
+          mix(load, shares.data(), lds, own_values, seen_length, D, count, y + (i * queries + first) * D);
+        });
       }
     }
   });

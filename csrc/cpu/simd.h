@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../dtypes.h"
 
@@ -57,6 +58,34 @@ inline float sum_lanes(Floats<kCount> v) {
 }
 
 inline float sum(Vec v) { return sum_lanes<kLanes>(v); }
+
+// sum_each returns the sum of the lanes of each vector in its lane, with the bits of `sum`. With shuffles of two
+// vectors that takes a third of the instructions.
+#if __has_builtin(__builtin_shufflevector)
+// Of every kWidth lanes of a and then b, the first half (kHalf = 0) or the second (1).
+template <int kWidth, int kHalf, int... kLane>
+inline Vec halves(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  constexpr int kSize = kWidth / 2;
+  return __builtin_shufflevector(a, b, (kLane / kSize * kWidth + kHalf * kSize + kLane % kSize)...);
+}
+
+template <int kWidth = kLanes>
+inline Vec sum_each(const Vec (&v)[kWidth]) {
+  constexpr std::make_integer_sequence<int, kLanes> kAll;
+  Vec pairs[kWidth / 2];
+#pragma GCC unroll 8
+  for (int i = 0; i < kWidth / 2; i++)
+    pairs[i] = halves<kWidth, 0>(v[2 * i], v[2 * i + 1], kAll) + halves<kWidth, 1>(v[2 * i], v[2 * i + 1], kAll);
+  if constexpr (kWidth == 2) return pairs[0];
+  else return sum_each<kWidth / 2>(pairs);
+}
+#else  // GCC before version 12
+inline Vec sum_each(const Vec (&v)[kLanes]) {
+  Vec sums;
+  for (int i = 0; i < kLanes; i++) sums[i] = sum(v[i]);
+  return sums;
+}
+#endif
 
 // ---- widening: kChunk elements at p, in lane order ----
 
