@@ -53,6 +53,20 @@ void for_storage(const Weight& weight, F f) {
   else f(quantized<E, 8>(weight.tensor, *weight.scale, weight.columns, kFixedPoint));
 }
 
+// The same for several weights that are stored alike: f takes a vector.
+template <class T, class E, class F>
+void for_storages(const std::vector<Weight>& all, F f) {
+  for_storage<T, E>(all[0], [&](const auto& first) {
+    using W = std::decay_t<decltype(first)>;
+    std::vector<W> found;
+    for (const Weight& each : all)
+      for_storage<T, E>(each, [&](const auto& one) {
+        if constexpr (std::is_same_v<decltype(one), const W&>) found.push_back(one);
+      });
+    f(found);
+  });
+}
+
 // Returns x in float32.
 template <class T>
 std::vector<float> widened(const T* x, int64_t count) {
@@ -61,17 +75,20 @@ std::vector<float> widened(const T* x, int64_t count) {
   return wide;
 }
 
-// Returns h = x Bᵀ in float32, [tokens, B.rows()].
+// Returns h = x Bᵀ in float32 for several B that are stored alike, side by side: [tokens, all rows].
 template <class T>
-std::vector<float> project(const T* x, int64_t tokens, const Weight& B) {
-  std::vector<float> h(tokens * B.rows());
+std::vector<float> project(const T* x, int64_t tokens, const std::vector<Weight>& all) {
+  const Weight& B = all[0];
+  int64_t ldh = 0;
+  for (const Weight& each : all) ldh += each.rows();
+  std::vector<float> h(tokens * ldh);
   const auto with = [&](const auto& rows) {
-    using E = typename std::decay_t<decltype(rows)>::Element;
+    using E = typename std::decay_t<decltype(rows[0])>::Element;
     if constexpr (std::is_same_v<E, T>) project(x, tokens, rows, h.data());
     else project(widened(x, tokens * B.columns).data(), tokens, rows, h.data());
   };
-  if (kMultipliesPairs<T> && tokens > (B.scale ? kFixedPointTokens : kVectorTokens)) for_storage<T, T>(B, with);
-  else for_storage<T, float>(B, with);
+  if (kMultipliesPairs<T> && tokens > (B.scale ? kFixedPointTokens : kVectorTokens)) for_storages<T, T>(all, with);
+  else for_storages<T, float>(all, with);
   return h;
 }
 

@@ -16,7 +16,7 @@ Tensor masked_lowrank_linear(const Tensor& x, const Tensor& B, const Tensor& row
     const Packed<T> input(x);
     const auto b = packed<T>(bias);
     for_blocks(tokens_of(x), [&](int64_t first, int64_t tokens) {
-      const std::vector<float> h = project<T>(input.data + first * size, tokens, first_weight);
+      const std::vector<float> h = project<T>(input.data + first * size, tokens, {first_weight});
       T* out = static_cast<T*>(y.mutable_data_ptr()) + first * weight.columns;
       expand<T>(h.data(), ranks, tokens, weight, mask, Output<T>{out, weight.columns, data_of(b)});
     });

@@ -108,7 +108,7 @@ void compute_neurons(const Mlp<T>& mlp, const std::vector<float>& h, int64_t ldh
 // neurons. Nothing is rounded between them.
 template <class T>
 void mlp_block(const Mlp<T>& mlp, const T* x, int64_t size, int64_t tokens, T* y) {
-  const std::vector<float> h = mlp.B ? project<T>(x, tokens, *mlp.B) : widened(x, tokens * size);
+  const std::vector<float> h = mlp.B ? project<T>(x, tokens, {*mlp.B}) : widened(x, tokens * size);
   const int64_t ldg = chunks_of(mlp.neurons()) * kChunk;
   std::vector<float> g(tokens * ldg);
   compute_neurons(mlp, h, mlp.B ? mlp.B->rows() : size, tokens,

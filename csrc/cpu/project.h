@@ -12,17 +12,26 @@
 
 namespace {
 
-// h = x Bᵀ in float32, [tokens, B.rows].
+// h = x Bᵀ in float32 for several B that read the same x, side by side: [tokens, all rows].
 template <class W>
-void project(const typename W::Element* x, int64_t tokens, const W& B, float* h) {
+void project(const typename W::Element* x, int64_t tokens, const std::vector<W>& all, float* h) {
   using E = typename W::Element;
+  const W& B = all[0];
+  int64_t ldh = 0;
+  for (const W& each : all) ldh += each.rows;
   const auto run = [&](auto method, auto project_some) {
     const auto arranged = arrange(method, x, tokens, B.columns);
-    parallel(B.rows, B.columns * tokens,
-             [&](int64_t begin, int64_t end) { project_some(method, arranged, begin, end); });
+    parallel(ldh, B.columns * tokens, [&](int64_t begin, int64_t end) {
+      int64_t first = 0;  // column of h of each B
+      for (const W& each : all) {
+        const int64_t from = std::max<int64_t>(begin - first, 0), upto = std::min(end - first, each.rows);
+        if (from < upto) project_some(method, each, arranged, from, upto, h + first);
+        first += each.rows;
+      }
+    });
   };
-  const auto rows = [&](auto method, const auto& arranged, int64_t begin, int64_t end) {
-    project_rows(method, B, arranged, tokens, begin, end, h, B.rows);
+  const auto rows = [&](auto method, const W& each, const auto& arranged, int64_t begin, int64_t end, float* into) {
+    project_rows(method, each, arranged, tokens, begin, end, into, ldh);
   };
   if constexpr (W::kAddressable) {
     for_method<W>(tokens, [&](auto method) { run(method, rows); });
@@ -34,8 +43,8 @@ void project(const typename W::Element* x, int64_t tokens, const W& B, float* h)
       if (tokens <= kTileTokens) return run(ByVectors<Single<W>>{}, rows);
     }
     for_method<Plain<E>>(tokens, [&](auto method) {
-      run(method, [&](auto method, const auto& arranged, int64_t begin, int64_t end) {
-        project_converted(method, B, arranged, tokens, begin, end, h);
+      run(method, [&](auto method, const W& each, const auto& arranged, int64_t begin, int64_t end, float* into) {
+        project_converted(method, each, arranged, tokens, begin, end, into, ldh);
       });
     });
   }

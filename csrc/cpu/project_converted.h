@@ -21,7 +21,7 @@ void convert(const typename W::Term& row, int64_t n, int64_t size, typename W::E
 // Panels and tiles cut up many rows themselves, so whole rows are converted.
 template <class Method, class W, class Arranged>
 void project_converted(Method method, const W& B, const Arranged& x, int64_t tokens, int64_t begin, int64_t end,
-                       float* h) {
+                       float* h, int64_t ldh) {
   using T = typename W::Element;
   constexpr int64_t kBufferBytes = 512 * 1024;
   const int64_t row_bytes = std::max<int64_t>(1, B.columns * sizeof(T));
@@ -33,7 +33,7 @@ void project_converted(Method method, const W& B, const Arranged& x, int64_t tok
     for (int64_t i = 0; i < count; i++)
       convert<W>(W::term(B.at(r + i, 0), 1.0f, B.columns, room.data()), 0, B.columns, buffer.data() + i * B.columns);
     const Plain<T> converted{buffer.data(), count, B.columns, B.columns};
-    project_rows(method, converted, x, tokens, 0, count, h + r, B.rows);
+    project_rows(method, converted, x, tokens, 0, count, h + r, ldh);
   }
 }
 
@@ -66,7 +66,7 @@ void add_dots(const T* rows, const T* x, int64_t ldx, int64_t size, Vec* sums) {
 // Vectors read a tile of rows piece by piece.
 template <class Step, class W>
 void project_converted(ByVectors<Step>, const W& B, const typename W::Element* x, int64_t tokens, int64_t begin,
-                       int64_t end, float* h) {
+                       int64_t end, float* h, int64_t ldh) {
   using T = typename W::Element;
   const int64_t size = B.columns;
   LineVector<float> room(kTileRows * W::room(size));
@@ -91,7 +91,7 @@ void project_converted(ByVectors<Step>, const W& B, const typename W::Element* x
       for (; m < tokens; m++) add_dots<1>(rows, x + m * size + k, size, columns, &sums[m * kTileRows]);
     }
     for (int64_t m = 0; m < tokens; m++)
-      for (int i = 0; i < count; i++) h[m * B.rows + r + i] = sum(sums[m * kTileRows + i]);
+      for (int i = 0; i < count; i++) h[m * ldh + r + i] = sum(sums[m * kTileRows + i]);
   }
 }
 

@@ -110,10 +110,21 @@ class TokenStep {
     read_next(y);
   }
 
+  // So many dense linears. Those that are stored alike are computed in one call.
+  void linears(size_t count) {
+    std::vector<DenseWeight> alike;
+    for (; count > 0; count--) {
+      const OptionalTensor* const w = take(3);
+      const DenseWeight next{given(w[0]), w[1], w[2]};
+      if (!alike.empty() && !next.stored_as(alike[0])) outputs_.add(::linears(read_, alike)), alike.clear();
+      alike.push_back(next);
+    }
+    outputs_.add(::linears(read_, alike));
+  }
+
   void op(Instruction instruction) {
     const OptionalTensor* w;
     switch (instruction) {
-      case Instruction::kLinear: w = take(3); return outputs_.add(linear(read_, given(w[0]), w[1], w[2]));
       case Instruction::kMaskedLinear:
         w = take(5);
         return outputs_.add(masked_linear(read_, given(w[0]), given(w[1]), w[2], w[3], w[4]));
@@ -175,12 +186,18 @@ Tensor run_blocks(const Tensor& x, std::vector<int64_t> recipe, std::vector<Opti
     require(x.size(0) == own.batch(), "a token for each text");
     return own;
   };
-  for (const int64_t number : recipe) {
-    switch (const auto instruction = Instruction(number)) {
+  for (size_t i = 0; i < recipe.size(); i++) {
+    switch (const auto instruction = Instruction(recipe[i])) {
       case Instruction::kAddNorm: step.add_norm(); break;
       case Instruction::kNormHeads: step.norm_heads(attention()); break;
       case Instruction::kAttend: step.attend(attention()), block++; break;
       case Instruction::kCombine: step.combine(); break;
+      case Instruction::kLinear: {
+        const size_t first = i;
+        while (i + 1 < recipe.size() && recipe[i + 1] == recipe[i]) i++;
+        step.linears(i + 1 - first);
+        break;
+      }
       default: step.op(instruction);
     }
   }
