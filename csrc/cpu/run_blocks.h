@@ -2,7 +2,7 @@
 // the interpreter out of the caches, so each call from Python takes 20 to 30 µs.
 #pragma once
 
-#include "between.h"
+#include "attention.h"
 
 // The ops come before: see all_ops.cpp.
 namespace {
