@@ -328,6 +328,12 @@ def test_nothing_is_overrun(changed):
         torch.ops.rana_decoding.attend(**given)
 
 
+def test_heads_of_an_odd_size_are_refused():
+    token, cache, angles = torch.zeros(1, 1, 7), torch.zeros(1, 1, 3, 7), torch.zeros(1, 1, 7)
+    with pytest.raises(RuntimeError, match="heads of an even size"):
+        torch.ops.rana_decoding.attend(*[token] * 3, angles, angles, None, cache, cache.clone(), 1, 1.0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "change",

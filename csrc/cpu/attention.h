@@ -65,12 +65,11 @@ void score(Load load, const Chunk* q, const T* keys, int64_t length, int64_t D, 
   }
 }
 
-// Replaces the scores by their softmax. Those that are not `seen` get none of it; a null `seen` is all. Scores have
-// room for whole vectors.
-inline void softmax(float* scores, int64_t length, const bool* seen) {
+// Replaces the scores by their softmax. Those that are not `seen` get none of it; a null `seen` is all. There is room
+// for `whole` scores, a multiple of kLanes.
+inline void softmax(float* scores, int64_t length, int64_t whole, const bool* seen) {
   for (int64_t l = 0; seen && l < length; l++)
     if (!seen[l]) scores[l] = -INFINITY;
-  const int64_t whole = (length + kLanes - 1) / kLanes * kLanes;
   std::fill(scores + length, scores + whole, -INFINITY);
   Vec largest = splat(-INFINITY), total = {};
   for (int64_t l = 0; l < whole; l += kLanes) {
@@ -128,7 +127,7 @@ struct Attention {
     const int64_t angles = batch() * head_size();
     require(keys.dim() == 4 && keys.is_contiguous() && values.is_contiguous() && 0 <= length && length < room(),
             "contiguous keys and values with room");
-    require(width() > 0, "heads that are not empty");
+    require(width() > 0 && head_size() % 2 == 0, "heads of an even size");
     require_like(keys, q, keys.numel(), "keys in the dtype of q");
     require_like(values, q, keys.numel(), "values like keys");
     require_like(cos, q, angles, "cosines for each text");
@@ -175,7 +174,7 @@ void attend_heads(const Attention& a, Vectors<T> q, Vectors<T> k, Vectors<T> v, 
         const bool* const seen = mask ? mask->data + text * seen_length : nullptr;
         for_chunks_of<T>(D, [&](auto load) {
           score(load, turned.data(), own_keys, seen_length, D, float(a.scale), shares.data(), lds);
-          for (int64_t j = 0; j < count; j++) softmax(shares.data() + j * lds, seen_length, seen);
+          for (int64_t j = 0; j < count; j++) softmax(shares.data() + j * lds, seen_length, lds, seen);
           mix(load, shares.data(), lds, own_values, seen_length, D, count, y + (i * queries + first) * D);
         });
       }

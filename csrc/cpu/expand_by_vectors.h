@@ -32,7 +32,8 @@ auto steps_after(const Masked<ByVectors<Step>>& h, const W& rows, int64_t s, int
     W::ask_for_scales(row, size);
     return W::address(row, 0);
   };
-  return Ahead(ask_for_row, s * kRows, steps * kRows, h.steps() * kRows, size * W::kBits / 8, size == rows.columns);
+  return Ahead(ask_for_row, s * kRows, steps * kRows, h.steps() * kRows, size * W::kBits / 8,
+               size == rows.columns ? kBetweenBytes : 0);
 }
 
 // sums[m][0, kChunk) += Σ values[s][m] · rows(s), for kSteps steps and kTokens tokens.

@@ -84,8 +84,8 @@ std::vector<float> project(const T* x, int64_t tokens, const std::vector<Weight>
   std::vector<float> h(tokens * ldh);
   const auto with = [&](const auto& rows) {
     using E = typename std::decay_t<decltype(rows[0])>::Element;
-    if constexpr (std::is_same_v<E, T>) project(x, tokens, rows, h.data());
-    else project(widened(x, tokens * B.columns).data(), tokens, rows, h.data());
+    if constexpr (std::is_same_v<E, T>) project(x, tokens, rows, h.data(), ldh);
+    else project(widened(x, tokens * B.columns).data(), tokens, rows, h.data(), ldh);
   };
   if (kMultipliesPairs<T> && tokens > (B.scale ? kFixedPointTokens : kVectorTokens)) for_storages<T, T>(all, with);
   else for_storages<T, float>(all, with);

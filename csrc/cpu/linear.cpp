@@ -7,9 +7,7 @@ struct DenseWeight {
   const Tensor& weight;
   const OptionalTensor &bias, &scale;
 
-  bool stored_as(const DenseWeight& other) const {
-    return weight.scalar_type() == other.weight.scalar_type() && scale.has_value() == other.scale.has_value();
-  }
+  bool stored_as(const DenseWeight& other) const { return weight.scalar_type() == other.weight.scalar_type(); }
 };
 
 // y = h + bias for some columns of h [tokens, ld]. `bias` may be null.

@@ -12,13 +12,11 @@
 
 namespace {
 
-// h = x Bᵀ in float32 for several B that read the same x, side by side: [tokens, all rows].
+// h = x Bᵀ in float32 for several B that read the same x, side by side: [tokens, ldh], the rows of all.
 template <class W>
-void project(const typename W::Element* x, int64_t tokens, const std::vector<W>& all, float* h) {
+void project(const typename W::Element* x, int64_t tokens, const std::vector<W>& all, float* h, int64_t ldh) {
   using E = typename W::Element;
   const W& B = all[0];
-  int64_t ldh = 0;
-  for (const W& each : all) ldh += each.rows;
   const auto run = [&](auto method, auto project_some) {
     const auto arranged = arrange(method, x, tokens, B.columns);
     parallel(ldh, B.columns * tokens, [&](int64_t begin, int64_t end) {

@@ -38,7 +38,7 @@ auto rows_after(const W& B, int64_t r, int count, int64_t end) {
     W::ask_for_scales(row, B.columns);
     return W::address(row, 0);
   };
-  return Ahead(ask_for_row, r, count, end, B.columns * W::kBits / 8, true);
+  return Ahead(ask_for_row, r, count, end, B.columns * W::kBits / 8);
 }
 
 // Asks for what lies ahead in kRows rows that are read side by side, from far apart places.

@@ -60,8 +60,8 @@ inline float sum_lanes(Floats<kCount> v) {
 inline float sum(Vec v) { return sum_lanes<kLanes>(v); }
 
 // sum_each returns the sum of the lanes of each vector in its lane, with the bits of `sum`. With shuffles of two
-// vectors that takes a third of the instructions.
-#if __has_builtin(__builtin_shufflevector)
+// vectors, which GCC has since version 12, that takes a third of the instructions.
+#if defined(__clang__) || __GNUC__ >= 12
 // Of every kWidth lanes of a and then b, the first half (kHalf = 0) or the second (1).
 template <int kWidth, int kHalf, int... kLane>
 inline Vec halves(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
@@ -79,7 +79,7 @@ inline Vec sum_each(const Vec (&v)[kWidth]) {
   if constexpr (kWidth == 2) return pairs[0];
   else return sum_each<kWidth / 2>(pairs);
 }
-#else  // GCC before version 12
+#else
 inline Vec sum_each(const Vec (&v)[kLanes]) {
   Vec sums;
   for (int i = 0; i < kLanes; i++) sums[i] = sum(v[i]);

@@ -1,8 +1,8 @@
 """One token of each text through the blocks of a Llama, or of a model whose blocks compute the same.
 
 Blocks that have a recipe run it. In others, those of a LoRA and those with hooks, the modules of linears and
-MLPs are called as transformers calls them, and what stands between them is computed by `csrc/cpu/between.h` and
-`attention.h`.
+MLPs are called as transformers calls them, and what stands between them is computed by `csrc/cpu/between.h`
+and `attention.h`.
 """
 
 from typing import Any
