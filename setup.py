@@ -117,6 +117,13 @@ def schemas_library() -> Extension:
     )
 
 
+def held_module() -> Extension:
+    """The module that a step of generation asks whether the model is as it was."""
+    return Extension(
+        "rana_kernels._held", ["csrc/still_held.cpp"], extra_compile_args=COMPILE, py_limited_api=True
+    )
+
+
 def write_schemas() -> None:
     """Write `SCHEMAS` as C++. The file is read as text: an import would load the package being built."""
     assigned = [node for node in ast.parse(Path(SCHEMAS_PY).read_text()).body if isinstance(node, ast.Assign)]
@@ -338,7 +345,7 @@ def compiled() -> dict:
         sys.exit("rana_kernels: RANA_BUILD=cuda, but nvcc was not found (on the path, or in CUDA_HOME)")
     cuda = [cuda_library()] if wanted != "cpu" and nvcc() else []
     say(f"compiling the CPU kernels{' and, with ' + str(nvcc()) + ', the CUDA kernels' if cuda else ''}")
-    stable = [*cuda, *op_libraries(), schemas_library()]
+    stable = [*cuda, *op_libraries(), schemas_library(), held_module()]
     if wanted == "wheel":
         options = {"bdist_wheel": {"py_limited_api": LIMITED_API}}
         return {"ext_modules": stable, "cmdclass": build_command(), "options": options}

@@ -74,7 +74,9 @@ def shipped_python(text: str) -> str:
 
 def _write_sources(csrc: Path) -> None:
     """Copy csrc without the steps of generation. The CPU ops become headers, without registrations."""
-    others = shutil.ignore_patterns("bindings.cpp", "between.h", "attention.h", "run_blocks.h")
+    others = shutil.ignore_patterns(
+        "bindings.cpp", "still_held.cpp", "between.h", "attention.h", "run_blocks.h"
+    )
     shutil.copytree(ROOT / "csrc", csrc, ignore=others)
     for path in (csrc / "cuda").glob("*.cu"):
         path.write_text(REGISTRATION.sub(OWN_REGISTRATION, path.read_text()))

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable
+from weakref import ref
 
 import pytest
 import torch
@@ -16,7 +17,13 @@ from rana_kernels.backends import installed
 from rana_kernels.cli.options import quicken_or_say
 from rana_kernels.integrations.decoding import blocks, quicken, step
 from rana_kernels.integrations.decoding.cache import SPARE, GrowingLayer
-from rana_kernels.integrations.decoding.recipe import INSTRUCTIONS, NoRecipe, Recipe, recipes
+from rana_kernels.integrations.decoding.recipe import (
+    INSTRUCTIONS,
+    Kept,
+    NoRecipe,
+    Recipe,
+    recipes,
+)
 from tests.test_compress import make_model, tokens
 
 pytestmark = pytest.mark.skipif(not installed("cpu"), reason="the CPU library was not built")
@@ -272,6 +279,46 @@ def test_a_recipe_reads_the_weights_of_the_moment():
 
 
 @torch.no_grad()
+def test_tensors_that_a_model_gives_up_are_not_kept():
+    model = compressed(bits=16)
+    recipe, linear = Recipe(model), model.model.layers[0].self_attn.o_proj
+    logits_of(model, recipe)
+    kept, replaced = recipe.kept, ref(linear.rows)
+    logits_of(model, recipe)
+    assert recipe.kept is kept, "nothing has changed"
+    linear.rows = nn.Parameter(linear.rows.neg(), requires_grad=False)
+    logits_of(model, recipe)
+    number = kept.number
+    del kept
+    assert recipe.kept.number != number and replaced() is None
+    with pytest.raises(RuntimeError, match="wanted a recipe that is kept"):
+        angles, cache = [torch.zeros(1, 1, 8)] * 2, [[torch.zeros(1, 1, 4, 8)]] * 2
+        torch.ops.rana_decoding.run_blocks(
+            torch.ones(1, 1, 8), number, 1e-5, *angles, None, *cache, 2, 1.0, "silu"
+        )
+
+
+def test_still_held_compares_as_python_does():
+    from rana_kernels import _held
+
+    one, two = object(), object()
+    dictionaries = ({"a": one}, {"b": None}, {}, nn.Linear(2, 2)._parameters)
+    keys, weight = ("a", "b", "c", "weight"), dictionaries[3]["weight"]
+    assert _held.still_held(dictionaries, keys, (one, None, None, weight))
+    assert _held.still_held((), (), ())
+    for i in range(4):
+        values = [one, None, None, weight]
+        values[i] = two
+        assert not _held.still_held(dictionaries, keys, tuple(values))
+    with pytest.raises(ValueError, match="tuples of one length"):
+        _held.still_held(dictionaries, keys, (one,))
+    with pytest.raises(TypeError, match="wanted dictionaries"):
+        _held.still_held(([],), ("a",), (None,))
+    with pytest.raises(TypeError, match="unhashable"):
+        _held.still_held(({},), ([],), (None,))
+
+
+@torch.no_grad()
 def test_autocast_and_linears_of_torch_are_computed_by_modules():
     model = compressed()
     recipe = Recipe(model)
@@ -293,7 +340,8 @@ def test_no_recipe_overruns_its_weights():
         ]
         caches = [[torch.zeros(2, 1, 4, 8)] for _ in range(2)]
         angles = [torch.zeros(2, 1, 8)] * 2
-        given = (torch.ones(2, 1, 8), recipe, weights, 1e-5, *angles, None, *caches, 2, 1.0, "silu")
+        kept = Kept(recipe, tuple(weights))
+        given = (torch.ones(2, 1, 8), kept.number, 1e-5, *angles, None, *caches, 2, 1.0, "silu")
         try:
             assert torch.ops.rana_decoding.run_blocks(*given).shape[:2] == (2, 1)
         except RuntimeError:
@@ -306,11 +354,11 @@ def test_no_recipe_overruns_its_weights():
 def test_a_cache_of_another_shape_is_refused(instruction, sizes):
     weight, angles, cache = torch.ones(8), [torch.zeros(2, 1, 8)] * 2, torch.zeros(sizes)
     recipe = [INSTRUCTIONS.index(name) for name in ("linear", instruction)]
-    weights = [torch.ones(24, 8), None, None, weight, weight]
+    kept = Kept(recipe, (torch.ones(24, 8), None, None, weight, weight))
     x = torch.ones(2, 1, 8)
     with pytest.raises(RuntimeError):
         torch.ops.rana_decoding.run_blocks(
-            x, recipe, weights, 1e-5, *angles, None, [cache], [cache], 2, 1.0, "silu"
+            x, kept.number, 1e-5, *angles, None, [cache], [cache], 2, 1.0, "silu"
         )
 
 

@@ -90,3 +90,18 @@ def test_ops_are_exact_and_close_on(isa):
 def test_an_unknown_instruction_set_is_refused():
     child = python("-c", "import rana_kernels", RANA_CPU_ISA="sse9")
     assert child.returncode != 0 and "RANA_CPU_ISA is 'sse9', wanted one of baseline" in child.stderr
+
+
+@pytest.mark.parametrize("rows", ["near", "far"])
+def test_ops_are_exact_and_close_with_rows(rows):
+    """One and two tokens, whose rows are read in this order on other processors."""
+    if not libraries():
+        pytest.skip("no CPU library is built")
+    options = ["-m", "isa", "-k", "(Mx1 or Mx2) and not reference"]
+    printed = pytest_passes(*options, "tests/test_ops.py", RANA_CPU_ROWS=rows)
+    assert re.search(r"[1-9]\d\d passed", printed), printed[-500:]
+
+
+def test_an_unknown_order_of_rows_is_refused():
+    child = python("-c", "import rana_kernels", RANA_CPU_ROWS="apart")
+    assert child.returncode != 0 and "RANA_CPU_ROWS is 'apart', wanted far or near" in child.stderr

@@ -179,17 +179,19 @@ int64_t add_tens(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, Share
   scratch.room.resize(kTen * W::room(size));
   scratch.by_shift.assign(spans.count() * kSpan, 0.0f);
   scratch.factors.resize(W::scale_blocks(spans.columns));
-  int64_t s = share.begin;
-  for (; s + kTen <= share.end; s += kTen) {
+  const Turns<kTen> turns(share.begin, share.end);
+  auto ahead = ahead_of_tens(h, rows, turns, column, size);
+  for (int64_t turn = 0; turn < turns.count; turn++) {
     typename W::Row row[kTen];
     const uint8_t* steps[kTen];
     const half* scale[kTen];
     float value[kTen];
     for (int i = 0; i < kTen; i++) {
-      row[i] = rows.at(h.row(s + i, 0), column);
-      steps[i] = row[i].steps, scale[i] = row[i].first_scale(), value[i] = h.values[s + i];
+      const int64_t s = turns.row(turn, i);
+      row[i] = rows.at(h.row(s, 0), column);
+      steps[i] = row[i].steps, scale[i] = row[i].first_scale(), value[i] = h.values[s];
     }
-    auto ahead = steps_after(h, rows, s, kTen, column, size);
+    ahead.begin(turn);
     int64_t n = 0;
     if (scratch.factors.set(scale, value, rows.group_bits)) {
       integers::for_spans(spans, [&](int64_t first, auto load) {
@@ -203,7 +205,7 @@ int64_t add_tens(const Masked<ByVectors<Single<Quantized<T, kWidth>>>>& h, Share
   // Sums have room for whole spans.
   for (int64_t n = 0; n < spans.columns; n += kSpan)
     add_in_natural_order<kWidth>(scratch.by_shift.data() + n, sums + n);
-  return s;
+  return turns.rest();
 }
 
 }  // namespace

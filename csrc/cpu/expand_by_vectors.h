@@ -23,17 +23,29 @@ constexpr int kFewestTenChunks = 1;
 template <class W>
 constexpr int kTenChunks = std::max(kFewestTenChunks, std::min(kLineChunks<W>, 4));
 
+// Where the rows of steps begin, from `column` on, of which `size` columns will be read. Their scales are asked for
+// here.
+template <class Step, class W>
+auto address_in(const Masked<ByVectors<Step>>& h, const W& rows, int64_t column, int64_t size) {
+  return [=, &h, &rows](int64_t i) {
+    const auto row = rows.at(h.row(i / Step::kRows, i % Step::kRows), column);
+    W::ask_for_scales(row, size);
+    return W::address(row, 0);
+  };
+}
+
+// The gaps between live rows that are asked for too: there are none in a part of the columns.
+template <class W>
+int64_t gaps_of(const W& rows, int64_t size) {
+  return size == rows.columns ? kBetweenBytes : 0;
+}
+
 // What is asked from memory while `steps` steps from s on are added side by side.
 template <class Step, class W>
 auto steps_after(const Masked<ByVectors<Step>>& h, const W& rows, int64_t s, int steps, int64_t column, int64_t size) {
   constexpr int kRows = Step::kRows;
-  const auto ask_for_row = [=, &h, &rows](int64_t i) {
-    const auto row = rows.at(h.row(i / kRows, i % kRows), column);
-    W::ask_for_scales(row, size);
-    return W::address(row, 0);
-  };
-  return Ahead(ask_for_row, s * kRows, steps * kRows, h.steps() * kRows, size * W::kBits / 8,
-               size == rows.columns ? kBetweenBytes : 0);
+  return Ahead(address_in(h, rows, column, size), s * kRows, steps * kRows, h.steps() * kRows, size * W::kBits / 8,
+               gaps_of(rows, size));
 }
 
 // sums[m][0, kChunk) += Σ values[s][m] · rows(s), for kSteps steps and kTokens tokens.
@@ -108,21 +120,33 @@ struct Scratch {
   LineVector<float> room;
 };
 
+// What is asked from memory while tens of steps of one token are added.
+template <class W>
+auto ahead_of_tens(const Masked<ByVectors<Single<W>>>& h, const W& rows, const Turns<kTen>& turns, int64_t column,
+                   int64_t size) {
+  return AheadOfTurns(turns, address_in(h, rows, column, size), h.steps(), size * W::kBits / 8, kLiveStreamAheadBytes,
+                      gaps_of(rows, size));
+}
+
 // Adds most steps of a share, ten at a time, and returns the first step that is still to be added. `column` is the
 // first of the `size` columns wanted.
 template <class W>
 int64_t add_tens(const Masked<ByVectors<Single<W>>>& h, Share share, const W& rows, int64_t column, int64_t size,
                  Scratch<W>& scratch, float* sums) {
   scratch.room.resize(kTen * W::room(size));
-  int64_t s = share.begin;
-  for (; s + kTen <= share.end; s += kTen) {
+  const Turns<kTen> turns(share.begin, share.end);
+  auto ahead = ahead_of_tens(h, rows, turns, column, size);
+  for (int64_t turn = 0; turn < turns.count; turn++) {
     typename W::Row row[kTen];
     float value[kTen];
-    for (int i = 0; i < kTen; i++) row[i] = rows.at(h.row(s + i, 0), column), value[i] = h.values[s + i];
-    auto ahead = steps_after(h, rows, s, kTen, column, size);
+    for (int i = 0; i < kTen; i++) {
+      const int64_t s = turns.row(turn, i);
+      row[i] = rows.at(h.row(s, 0), column), value[i] = h.values[s];
+    }
+    ahead.begin(turn);
     add_ten<W>(row, value, 0, size, scratch.room.data(), ahead, sums);
   }
-  return s;
+  return turns.rest();
 }
 
 // Adds groups of kSteps steps from step s on, as long as a whole group is left before step `end`. Returns the first

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
+#include "processor.h"
 #include "storage.h"
 
 namespace {
@@ -13,6 +15,10 @@ constexpr int64_t kAheadBytes = 16 * 1024;
 // follows a stream without holes. Memory delivers short rows, of which a token keeps seven in ten, 1.5 times as fast
 // that way.
 constexpr int64_t kBetweenBytes = 1088;
+
+// Streams of rows that lie far apart ask for what comes so many bytes later in each, in its next rows too. Of live
+// rows, the next one does not follow in memory.
+constexpr int64_t kStreamAheadBytes = 2048, kLiveStreamAheadBytes = 1024;
 
 // A few rows that are read side by side later. While earlier rows are read side by side, memory is asked for these one
 // after the other, in the order in which they lie, which the hardware prefetcher follows. They wait in the second-level
@@ -62,6 +68,95 @@ class Ahead {
   RowOf row_of_;
   int64_t lines_, between_, next_, end_, left_ = 0;
   const char* at_ = nullptr;
+};
+
+// The rows that some streams read later, one of each stream side by side: row_of(turn, stream). They wait in the
+// first-level cache.
+template <int kStreams, class RowOf>
+class AheadInStreams {
+ public:
+  // Of each row, `bytes` are read. In each stream, `ahead` bytes are asked for before they are read.
+  AheadInStreams(RowOf row_of, int64_t turns, int64_t bytes, int64_t ahead)
+      : row_of_(row_of), lines_((bytes + kLineBytes - 1) / kLineBytes), turns_(turns), ahead_(ahead / kLineBytes) {
+    find();
+  }
+
+  // Asks for what comes before that which ask() asks for.
+  void ask_for_first() { ask(kStreams * ahead_); }
+
+  // While the rows of a turn are read, as much is asked for that comes later. Requests that ran ahead or fell behind,
+  // because they count whole lines, are put right here.
+  void begin(int64_t turn) {
+    const int64_t wanted = turn * lines_ + ahead_;
+    if (turn_ * lines_ + line_ != wanted) turn_ = wanted / lines_, line_ = wanted % lines_, find();
+  }
+
+  // Asks for some lines of the caches, of each stream as many.
+  void ask(int64_t lines) {
+    for (lines = (lines + kStreams - 1) / kStreams; lines > 0 && turn_ < turns_; lines--) {
+      for (const char*& at : at_) __builtin_prefetch(at), at += kLineBytes;
+      if (++line_ == lines_) line_ = 0, turn_++, find();
+    }
+  }
+
+ private:
+  void find() {
+    if (turn_ >= turns_) return;
+    for (int i = 0; i < kStreams; i++) at_[i] = static_cast<const char*>(row_of_(turn_, i)) + line_ * kLineBytes;
+  }
+
+  RowOf row_of_;
+  int64_t lines_, turns_, ahead_, turn_ = 0, line_ = 0;
+  const char* at_[kStreams];
+};
+
+// The order in which the rows [begin, end) are read, kSide of them side by side in each turn: neighbours, or one of
+// each of kSide streams, which lie far apart. The rows from rest() on are left.
+template <int kSide>
+struct Turns {
+  int64_t begin, count;
+  bool far;
+
+  Turns(int64_t begin, int64_t end, bool far = rows_lie_far_apart())
+      : begin(begin), count((end - begin) / kSide), far(far) {}
+  int64_t rest() const { return begin + count * kSide; }
+  int64_t apart() const { return far ? count : 1; }
+  int64_t first(int64_t turn) const { return begin + turn * (far ? 1 : kSide); }
+  int64_t row(int64_t turn, int i) const { return first(turn) + i * apart(); }
+};
+
+// What is asked from memory during turns, `ahead` bytes early in each stream. The other parameters are those of Ahead:
+// neighbours go on to rows before `end`. For rows without columns nothing is asked for.
+template <int kSide, class RowOf>
+class AheadOfTurns {
+ public:
+  AheadOfTurns(const Turns<kSide>& turns, RowOf row_of, int64_t end, int64_t bytes, int64_t ahead, int64_t between = 0)
+      : turns_(turns), row_of_(row_of), end_(end), bytes_(bytes), between_(between) {
+    if (turns.count == 0 || bytes == 0) return;
+    if (turns.far) streams_.emplace(RowOfStream{turns, row_of}, turns.count, bytes, ahead), streams_->ask_for_first();
+    else begin(0), neighbours_->ask_for_first(turns.begin);
+  }
+  void begin(int64_t turn) {
+    if (streams_) streams_->begin(turn);
+    else neighbours_.emplace(row_of_, turns_.first(turn), kSide, end_, bytes_, between_);
+  }
+  void ask(int64_t lines) {
+    if (streams_) streams_->ask(lines);
+    else neighbours_->ask(lines);
+  }
+
+ private:
+  struct RowOfStream {
+    Turns<kSide> turns;
+    RowOf row_of;
+    const void* operator()(int64_t turn, int i) const { return row_of(turns.row(turn, i)); }
+  };
+
+  Turns<kSide> turns_;
+  RowOf row_of_;
+  int64_t end_, bytes_, between_;
+  std::optional<AheadInStreams<kSide, RowOfStream>> streams_;
+  std::optional<Ahead<RowOf>> neighbours_;
 };
 
 }  // namespace

@@ -30,15 +30,20 @@ constexpr int64_t kRowAheadBytes = 1024;
 constexpr int64_t kRowAheadBytes = 0;
 #endif
 
-// What is asked from memory while the rows [r, r + count) of B are multiplied: later rows, of those before `end`.
+// Where the rows of B begin, of which more will be asked for. Their scales are asked for here.
 template <class W>
-auto rows_after(const W& B, int64_t r, int count, int64_t end) {
-  const auto ask_for_row = [&B](int64_t i) {
-    const auto row = B.at(i, 0);
+auto address_in(const W& B) {
+  return [&B](int64_t r) {
+    const auto row = B.at(r, 0);
     W::ask_for_scales(row, B.columns);
     return W::address(row, 0);
   };
-  return Ahead(ask_for_row, r, count, end, B.columns * W::kBits / 8);
+}
+
+// What is asked from memory while the rows [r, r + count) of B are multiplied: later rows, of those before `end`.
+template <class W>
+auto rows_after(const W& B, int64_t r, int count, int64_t end) {
+  return Ahead(address_in(B), r, count, end, B.columns * W::kBits / 8);
 }
 
 // Asks for what lies ahead in kRows rows that are read side by side, from far apart places.
@@ -107,7 +112,7 @@ const T* skip_tokens(const T* x, int64_t count, int64_t size) {
 }
 
 template <int kRows, class W, class X, class Ahead>
-void dot_tokens(const W& B, int64_t first, int64_t apart, X x, int64_t tokens, Ahead ahead, float* room, float* h,
+void dot_tokens(const W& B, int64_t first, int64_t apart, X x, int64_t tokens, Ahead& ahead, float* room, float* h,
                 int64_t ldh) {
   int64_t m = 0;
   const auto tile = [&](auto count) {
@@ -120,22 +125,28 @@ void dot_tokens(const W& B, int64_t first, int64_t apart, X x, int64_t tokens, A
 }
 
 // Multiplies the rows [begin, end), kRows at a time: they use the same loads of x. Float weights need little
-// arithmetic. They are fastest as kRows streams, each a share of the rows, far apart, because the hardware prefetcher
-// follows each from row to row. Quantised rows are neighbours, and the next ones are asked for.
+// arithmetic. They are fastest as streams far apart, because the hardware prefetcher follows each from row to row.
+// For quantised rows the processor decides.
 template <int kRows, class W, class X>
 void dot_rows(const W& B, X x, int64_t tokens, int64_t begin, int64_t end, float* h, int64_t ldh) {
   LineVector<float> room(kRows * W::room(B.columns));
-  const int64_t share = (end - begin) / kRows, whole = begin + kRows * share;
+  const Turns<kRows> turns(begin, end, W::kAddressable || rows_lie_far_apart());
+  const auto dot = [&](int64_t turn, auto& ahead) {
+    dot_tokens<kRows>(B, turns.first(turn), turns.apart(), x, tokens, ahead, room.data(), h, ldh);
+  };
   if constexpr (W::kAddressable) {
-    for (int64_t r = begin; r < begin + share; r++)
-      dot_tokens<kRows>(B, r, share, x, tokens, AheadInRows<kRows>(B, r, share), room.data(), h, ldh);
+    for (int64_t turn = 0; turn < turns.count; turn++) {
+      AheadInRows<kRows> ahead(B, turns.first(turn), turns.apart());
+      dot(turn, ahead);
+    }
   } else {
-    if (begin < whole) rows_after(B, begin, kRows, end).ask_for_first(begin);
-    for (int64_t r = begin; r < whole; r += kRows)
-      dot_tokens<kRows>(B, r, 1, x, tokens, rows_after(B, r, kRows, end), room.data(), h, ldh);
+    AheadOfTurns ahead(turns, address_in(B), end, B.columns * W::kBits / 8, kStreamAheadBytes);
+    for (int64_t turn = 0; turn < turns.count; turn++) ahead.begin(turn), dot(turn, ahead);
   }
-  for (int64_t r = whole; r < end; r++)
-    dot_tokens<1>(B, r, 1, x, tokens, rows_after(B, r, 1, end), room.data(), h, ldh);
+  for (int64_t r = turns.rest(); r < end; r++) {
+    auto ahead = rows_after(B, r, 1, end);
+    dot_tokens<1>(B, r, 1, x, tokens, ahead, room.data(), h, ldh);
+  }
 }
 
 // The same for a few tokens.

@@ -2,6 +2,10 @@
 // the interpreter out of the caches, so each call from Python takes 20 to 30 µs.
 #pragma once
 
+#include <map>
+#include <memory>
+#include <mutex>
+
 #include "attention.h"
 
 // The ops come before: see all_ops.cpp.
@@ -60,6 +64,50 @@ void combine_token(const T* gate, const T* up, int64_t width, Activation activat
     store_first(y + i, {active.lo * u.lo, active.hi * u.hi}, width - i);
   }
 }
+
+// The instructions of a step, and the tensors that they read.
+struct Recipe {
+  std::vector<int64_t> instructions;
+  std::vector<OptionalTensor> weights;
+};
+
+// The recipes that programs keep here, by number, so that a step need not hand over hundreds of tensors.
+class Recipes {
+ public:
+  int64_t keep(Recipe recipe) {
+    const std::lock_guard<std::mutex> alone(mutex_);
+    kept_[++last_] = std::make_shared<const Recipe>(std::move(recipe));
+    return last_;
+  }
+  void forget(int64_t number) {
+    const std::lock_guard<std::mutex> alone(mutex_);
+    kept_.erase(number);
+  }
+  // A step in progress shares the recipe, so another thread may forget it meanwhile.
+  std::shared_ptr<const Recipe> find(int64_t number) {
+    const std::lock_guard<std::mutex> alone(mutex_);
+    const auto found = kept_.find(number);
+    require(found != kept_.end(), "a recipe that is kept");
+    return found->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int64_t, std::shared_ptr<const Recipe>> kept_;
+  int64_t last_ = 0;
+};
+
+// It lives as long as the process: torch may be gone before its destructor would run.
+Recipes& recipes() {
+  static Recipes& all = *new Recipes;
+  return all;
+}
+
+int64_t keep_recipe(std::vector<int64_t> instructions, std::vector<OptionalTensor> weights) {
+  return recipes().keep({std::move(instructions), std::move(weights)});
+}
+
+void forget_recipe(int64_t number) { recipes().forget(number); }
 
 // A step in progress: the residual stream x, what the next op reads, and what ops have computed of it.
 class TokenStep {
@@ -173,11 +221,13 @@ class TokenStep {
   Columns outputs_;
 };
 
-Tensor run_blocks(const Tensor& x, std::vector<int64_t> recipe, std::vector<OptionalTensor> weights, double eps,
-                  const Tensor& cos, const Tensor& sin, const OptionalTensor& seen, std::vector<Tensor> keys,
-                  std::vector<Tensor> values, int64_t length, double scale, const Text& activation) {
+Tensor run_blocks(const Tensor& x, int64_t number, double eps, const Tensor& cos, const Tensor& sin,
+                  const OptionalTensor& seen, std::vector<Tensor> keys, std::vector<Tensor> values, int64_t length,
+                  double scale, const Text& activation) {
   require(x.dim() == 3 && x.size(1) == 1 && keys.size() == values.size(), "one token of each text, and its cache");
-  TokenStep step(x, weights, eps, activation);
+  const std::shared_ptr<const Recipe> recipe = recipes().find(number);
+  const std::vector<int64_t>& instructions = recipe->instructions;
+  TokenStep step(x, recipe->weights, eps, activation);
   size_t block = 0;
   const auto attention = [&] {
     require(block < keys.size(), "keys and values of each block");
@@ -186,15 +236,15 @@ Tensor run_blocks(const Tensor& x, std::vector<int64_t> recipe, std::vector<Opti
     require(x.size(0) == own.batch(), "a token for each text");
     return own;
   };
-  for (size_t i = 0; i < recipe.size(); i++) {
-    switch (const auto instruction = Instruction(recipe[i])) {
+  for (size_t i = 0; i < instructions.size(); i++) {
+    switch (const auto instruction = Instruction(instructions[i])) {
       case Instruction::kAddNorm: step.add_norm(); break;
       case Instruction::kNormHeads: step.norm_heads(attention()); break;
       case Instruction::kAttend: step.attend(attention()), block++; break;
       case Instruction::kCombine: step.combine(); break;
       case Instruction::kLinear: {
         const size_t first = i;
-        while (i + 1 < recipe.size() && recipe[i + 1] == recipe[i]) i++;
+        while (i + 1 < instructions.size() && instructions[i + 1] == instructions[i]) i++;
         step.linears(i + 1 - first);
         break;
       }
@@ -207,9 +257,16 @@ Tensor run_blocks(const Tensor& x, std::vector<int64_t> recipe, std::vector<Opti
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rana_decoding, m) {
+  m.def("keep_recipe(int[] instructions, Tensor?[] weights) -> int");
+  m.def("forget_recipe(int recipe) -> ()");
   m.def(
-      "run_blocks(Tensor(a!) x, int[] recipe, Tensor?[] weights, float eps, Tensor cos, Tensor sin, Tensor? seen, "
-      "Tensor(b!)[] keys, Tensor(c!)[] values, int length, float scale, str activation) -> Tensor");
+      "run_blocks(Tensor(a!) x, int recipe, float eps, Tensor cos, Tensor sin, Tensor? seen, Tensor(b!)[] keys, "
+      "Tensor(c!)[] values, int length, float scale, str activation) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rana_decoding, CompositeExplicitAutograd, m) {
+  m.impl("keep_recipe", TORCH_BOX(&keep_recipe));
+  m.impl("forget_recipe", TORCH_BOX(&forget_recipe));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rana_decoding, CPU, m) { m.impl("run_blocks", TORCH_BOX(&run_blocks)); }

@@ -48,7 +48,14 @@ def installed(name: str) -> bool:
 
 
 def load_libraries() -> None:
-    """Load the compiled ops that were built. The package calls this once, when it is imported."""
+    """Load the compiled ops that were built. The package calls this once, when it is imported.
+
+    For tests and comparisons, `RANA_CPU_ROWS` chooses how the CPU's kernels read rows side by side: "far", as
+    streams far apart, or "near", as neighbours. Without it, `csrc/cpu/processor.h` chooses.
+    """
+    rows = os.environ.get("RANA_CPU_ROWS")
+    if rows not in (None, "far", "near"):
+        raise ImportError(f"RANA_CPU_ROWS is {rows!r}, wanted far or near")
     for device in ("cpu", "cuda"):
         if installed(device):
             _load(library(device))

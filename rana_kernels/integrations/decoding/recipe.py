@@ -4,9 +4,8 @@ It is run by `csrc/cpu/run_blocks.h`. A step of 16 blocks then calls torch once,
 """
 
 from contextlib import suppress
-from operator import is_
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,9 @@ from rana_kernels.model.architectures import ACTIVATIONS
 from rana_kernels.nn.adapters import RanaLinear, RanaNeuronLinear, RanaReceiver
 from rana_kernels.nn.dense import DenseLinear, QuantizedLinear
 from rana_kernels.nn.mlp import RanaMLP
+
+with suppress(ImportError):  # nothing was compiled, and then no step is taken
+    from rana_kernels import _held
 
 # `csrc/cpu/run_blocks.h` has the same list
 INSTRUCTIONS = (
@@ -57,11 +59,20 @@ def forget_recipe(model: nn.Module) -> None:
         recipes.pop(model, None)
 
 
+class Kept:
+    """A recipe and its tensors in C++, as long as this object lives. `run_blocks` knows it by its number."""
+
+    def __init__(self, instructions: list[int], weights: tuple[Tensor | None, ...]) -> None:
+        self.weights = weights
+        self.number = torch.ops.rana_decoding.keep_recipe(instructions, weights)
+        finalize(self, torch.ops.rana_decoding.forget_recipe, self.number)
+
+
 class Recipe:
     """The blocks of a model, as instructions and the places of their tensors.
 
-    Tensors are looked up in every step, so weights may be replaced. `run` returns None as soon as anything
-    else has changed: a module, a hook, a setting.
+    C++ keeps the tensors. A step only asks whether the modules still hold the same ones, so weights may be
+    replaced. `run` returns None as soon as anything else has changed: a module, a hook, a setting.
     Raises NoRecipe for blocks that cannot be put into a recipe.
     """
 
@@ -77,15 +88,25 @@ class Recipe:
             self._add_attention(block)
             self._add_mlp(block)
         self._add_norms("add_norm", decoder, "norm")
-        # a step looks at hundreds of both, and `map` does so without a loop of the interpreter
         self.held_settings = tuple(zip(*self.settings, strict=True))
-        self.held_tensors = tuple(zip(*self.places, strict=True))
+        self.dictionaries, self.keys = zip(*self.places, strict=True)
+        self.kept: Kept | None = None
 
     def holds(self) -> bool:
         """Whether the blocks still compute what they did when the recipe was made."""
         quiet = not any(self.hooks) and not _has_any_global_hook() and not torch.is_autocast_enabled("cpu")
-        held, names, values = self.held_settings
-        return quiet and all(map(is_, map(dict.get, held, names), values))
+        return quiet and _held.still_held(*self.held_settings)
+
+    def keep(self) -> Kept:
+        """Return what C++ keeps of this recipe, with the tensors of the moment.
+
+        Raises KeyError if a module has got tensors of another kind.
+        """
+        kept = self.kept
+        if kept is None or not _held.still_held(self.dictionaries, self.keys, kept.weights):
+            weights = tuple(map(dict.__getitem__, self.dictionaries, self.keys))
+            kept = self.kept = Kept(self.instructions, weights)
+        return kept
 
     # see `blocks.py` for the mode
     @torch.inference_mode()
@@ -101,13 +122,12 @@ class Recipe:
         if not self.holds() or any(room.length != length for both in rooms for room in both):
             return None
         try:
-            weights = list(map(dict.__getitem__, *self.held_tensors))
-        except KeyError:  # a module has got tensors of another kind
+            kept = self.keep()
+        except KeyError:
             return None
         y = torch.ops.rana_decoding.run_blocks(
-            x.clone(), self.instructions, weights, self.eps, *rotation, seen,
-            [keys.memory for keys, _ in rooms], [values.memory for _, values in rooms],
-            length, self.scale, self.activation or "",
+            x.clone(), kept.number, self.eps, *rotation, seen, [keys.memory for keys, _ in rooms],
+            [values.memory for _, values in rooms], length, self.scale, self.activation or "",
         )  # fmt: skip
         for keys, values in rooms:
             keys.length = values.length = length + 1
