@@ -13,7 +13,7 @@ from bench.kernels.quantized import RIVALS
 from bench.report.tables import table
 
 LINEAR_TOKENS, MASKED_TOKENS = (1, 8, 256), (1, 8)  # shown here; the file of results has all
-PROCESSORS = {"25-17-1": "Zen 4", "6-106-6": "Ice Lake"}  # by family, model and stepping
+PROCESSORS = {"25-17-1": "Zen 4", "26-2-1": "Zen 5", "6-106-6": "Ice Lake"}  # by family, model and stepping
 Row = dict[str, str]
 CASES = {case.name: case for case in QUANTIZED}
 WORDS = """## Weights of 16, 8 and 4 bits
