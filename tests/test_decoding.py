@@ -17,13 +17,7 @@ from rana_kernels.backends import installed
 from rana_kernels.cli.options import quicken_or_say
 from rana_kernels.integrations.decoding import blocks, quicken, step
 from rana_kernels.integrations.decoding.cache import SPARE, GrowingLayer
-from rana_kernels.integrations.decoding.recipe import (
-    INSTRUCTIONS,
-    Kept,
-    NoRecipe,
-    Recipe,
-    recipes,
-)
+from rana_kernels.integrations.decoding.recipe import INSTRUCTIONS, Kept, NoRecipe, Recipe, recipes
 from tests.test_compress import make_model, tokens
 
 pytestmark = pytest.mark.skipif(not installed("cpu"), reason="the CPU library was not built")

@@ -70,46 +70,6 @@ class Ahead {
   const char* at_ = nullptr;
 };
 
-// The rows that some streams read later, one of each stream side by side: row_of(turn, stream). They wait in the
-// first-level cache.
-template <int kStreams, class RowOf>
-class AheadInStreams {
- public:
-  // Of each row, `bytes` are read. In each stream, `ahead` bytes are asked for before they are read.
-  AheadInStreams(RowOf row_of, int64_t turns, int64_t bytes, int64_t ahead)
-      : row_of_(row_of), lines_((bytes + kLineBytes - 1) / kLineBytes), turns_(turns), ahead_(ahead / kLineBytes) {
-    find();
-  }
-
-  // Asks for what comes before that which ask() asks for.
-  void ask_for_first() { ask(kStreams * ahead_); }
-
-  // While the rows of a turn are read, as much is asked for that comes later. Requests that ran ahead or fell behind,
-  // because they count whole lines, are put right here.
-  void begin(int64_t turn) {
-    const int64_t wanted = turn * lines_ + ahead_;
-    if (turn_ * lines_ + line_ != wanted) turn_ = wanted / lines_, line_ = wanted % lines_, find();
-  }
-
-  // Asks for some lines of the caches, of each stream as many.
-  void ask(int64_t lines) {
-    for (lines = (lines + kStreams - 1) / kStreams; lines > 0 && turn_ < turns_; lines--) {
-      for (const char*& at : at_) __builtin_prefetch(at), at += kLineBytes;
-      if (++line_ == lines_) line_ = 0, turn_++, find();
-    }
-  }
-
- private:
-  void find() {
-    if (turn_ >= turns_) return;
-    for (int i = 0; i < kStreams; i++) at_[i] = static_cast<const char*>(row_of_(turn_, i)) + line_ * kLineBytes;
-  }
-
-  RowOf row_of_;
-  int64_t lines_, turns_, ahead_, turn_ = 0, line_ = 0;
-  const char* at_[kStreams];
-};
-
 // The order in which the rows [begin, end) are read, kSide of them side by side in each turn: neighbours, or one of
 // each of kSide streams, which lie far apart. The rows from rest() on are left.
 template <int kSide>
@@ -125,6 +85,47 @@ struct Turns {
   int64_t row(int64_t turn, int i) const { return first(turn) + i * apart(); }
 };
 
+// The rows that streams far apart read later, one of each stream side by side. They wait in the first-level cache.
+template <int kStreams, class RowOf>
+class AheadInStreams {
+ public:
+  // Of each row, `bytes` from row_of(i) on are read. In each stream, they are asked for `ahead` bytes early.
+  AheadInStreams(const Turns<kStreams>& turns, RowOf row_of, int64_t bytes, int64_t ahead)
+      : turns_(turns), row_of_(row_of), lines_((bytes + kLineBytes - 1) / kLineBytes), ahead_(ahead / kLineBytes) {
+    find();
+  }
+
+  // Asks for what comes before that which ask() asks for.
+  void ask_for_first() { ask(kStreams * ahead_); }
+
+  // While the rows of a turn are read, as much is asked for that comes later. Requests that ran ahead or fell behind,
+  // because they count whole lines, are put right here.
+  void begin(int64_t turn) {
+    const int64_t wanted = turn * lines_ + ahead_;
+    if (turn_ * lines_ + line_ != wanted) turn_ = wanted / lines_, line_ = wanted % lines_, find();
+  }
+
+  // Asks for some lines of the caches, of each stream as many.
+  void ask(int64_t lines) {
+    for (lines = (lines + kStreams - 1) / kStreams; lines > 0 && turn_ < turns_.count; lines--) {
+      for (const char*& at : at_) __builtin_prefetch(at), at += kLineBytes;
+      if (++line_ == lines_) line_ = 0, turn_++, find();
+    }
+  }
+
+ private:
+  void find() {
+    if (turn_ >= turns_.count) return;
+    for (int i = 0; i < kStreams; i++)
+      at_[i] = static_cast<const char*>(row_of_(turns_.row(turn_, i))) + line_ * kLineBytes;
+  }
+
+  Turns<kStreams> turns_;
+  RowOf row_of_;
+  int64_t lines_, ahead_, turn_ = 0, line_ = 0;
+  const char* at_[kStreams];
+};
+
 // What is asked from memory during turns, `ahead` bytes early in each stream. The other parameters are those of Ahead:
 // neighbours go on to rows before `end`. For rows without columns nothing is asked for.
 template <int kSide, class RowOf>
@@ -133,7 +134,7 @@ class AheadOfTurns {
   AheadOfTurns(const Turns<kSide>& turns, RowOf row_of, int64_t end, int64_t bytes, int64_t ahead, int64_t between = 0)
       : turns_(turns), row_of_(row_of), end_(end), bytes_(bytes), between_(between) {
     if (turns.count == 0 || bytes == 0) return;
-    if (turns.far) streams_.emplace(RowOfStream{turns, row_of}, turns.count, bytes, ahead), streams_->ask_for_first();
+    if (turns.far) streams_.emplace(turns, row_of, bytes, ahead), streams_->ask_for_first();
     else begin(0), neighbours_->ask_for_first(turns.begin);
   }
   void begin(int64_t turn) {
@@ -146,16 +147,10 @@ class AheadOfTurns {
   }
 
  private:
-  struct RowOfStream {
-    Turns<kSide> turns;
-    RowOf row_of;
-    const void* operator()(int64_t turn, int i) const { return row_of(turns.row(turn, i)); }
-  };
-
   Turns<kSide> turns_;
   RowOf row_of_;
   int64_t end_, bytes_, between_;
-  std::optional<AheadInStreams<kSide, RowOfStream>> streams_;
+  std::optional<AheadInStreams<kSide, RowOf>> streams_;
   std::optional<Ahead<RowOf>> neighbours_;
 };
 
